@@ -1,1 +1,3 @@
-//! placeholder
+//! The cloud side of Tailrace: subscribe → bronze → silver → gold → serve.
+
+pub mod lake;

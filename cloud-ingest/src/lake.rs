@@ -1,0 +1,404 @@
+//! Every path, schema and partition of the lake.
+//!
+//! ```text
+//! bronze/sensor_data/year=YYYY/month=MM/day=DD/hour=HH/{writer}-{segment}.parquet   one row a message
+//! silver/{sensor_readings,quarantine,messages,aggregates,anomalies,control,status,registry,maintenance}  Delta
+//! gold/{hourly_aggregates,timeseries_1m,anomaly_events,assets,devices,maintenance_schedule}              Delta
+//! ops/plan/{n}.json     the numbered steps of refinement
+//! ops/rules/{hash}.toml the quality rules that a step was made with
+//! ops/quality_results   Delta: passed and failed per plan and rule
+//! ```
+//!
+//! Columns hold only types that Delta, Parquet readers and the PostgreSQL wire share: timestamp(µs, UTC),
+//! float64, int64, utf8, boolean, date32; bronze also has one binary column, the payload.
+//!
+//! Bronze and silver are appended to; the refiner alone writes silver, the gold step alone writes gold.
+//! `silver/status`, `silver/registry` and `silver/maintenance` are what the gateways said of themselves and
+//! what people recorded; they enter by bronze like everything else, so the whole of silver can be rebuilt.
+
+use std::sync::Arc;
+
+use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
+use chrono::{Datelike, Timelike};
+use common::{time::Timestamp, wire::instant};
+use uuid::Uuid;
+
+/// A Delta table of the lake.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[expect(missing_docs, reason = "the names are the tables'; DESIGN.md section 5 says what they hold")]
+pub enum Table {
+    SensorReadings,
+    Quarantine,
+    Messages,
+    Aggregates,
+    Anomalies,
+    Control,
+    Status,
+    Registry,
+    Maintenance,
+    HourlyAggregates,
+    Timeseries1m,
+    AnomalyEvents,
+    Assets,
+    Devices,
+    MaintenanceSchedule,
+    QualityResults,
+}
+
+impl Table {
+    /// Every table, silver first.
+    pub const ALL: [Table; 16] = [
+        Table::SensorReadings,
+        Table::Quarantine,
+        Table::Messages,
+        Table::Aggregates,
+        Table::Anomalies,
+        Table::Control,
+        Table::Status,
+        Table::Registry,
+        Table::Maintenance,
+        Table::HourlyAggregates,
+        Table::Timeseries1m,
+        Table::AnomalyEvents,
+        Table::Assets,
+        Table::Devices,
+        Table::MaintenanceSchedule,
+        Table::QualityResults,
+    ];
+
+    /// The SQL schema and folder: `silver`, `gold` or `ops`.
+    pub const fn layer(self) -> &'static str {
+        match self {
+            Table::SensorReadings
+            | Table::Quarantine
+            | Table::Messages
+            | Table::Aggregates
+            | Table::Anomalies
+            | Table::Control
+            | Table::Status
+            | Table::Registry
+            | Table::Maintenance => "silver",
+            Table::HourlyAggregates
+            | Table::Timeseries1m
+            | Table::AnomalyEvents
+            | Table::Assets
+            | Table::Devices
+            | Table::MaintenanceSchedule => "gold",
+            Table::QualityResults => "ops",
+        }
+    }
+
+    /// The table's name within its layer.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Table::SensorReadings => "sensor_readings",
+            Table::Quarantine => "quarantine",
+            Table::Messages => "messages",
+            Table::Aggregates => "aggregates",
+            Table::Anomalies => "anomalies",
+            Table::Control => "control",
+            Table::Status => "status",
+            Table::Registry => "registry",
+            Table::Maintenance => "maintenance",
+            Table::HourlyAggregates => "hourly_aggregates",
+            Table::Timeseries1m => "timeseries_1m",
+            Table::AnomalyEvents => "anomaly_events",
+            Table::Assets => "assets",
+            Table::Devices => "devices",
+            Table::MaintenanceSchedule => "maintenance_schedule",
+            Table::QualityResults => "quality_results",
+        }
+    }
+
+    /// Where the table stands, relative to the lake's root.
+    pub fn path(self) -> String {
+        format!("{}/{}", self.layer(), self.name())
+    }
+
+    /// Hive partition columns; `year` and `month` are those of the table's own time, in UTC.
+    pub const fn partitions(self) -> &'static [&'static str] {
+        match self {
+            Table::SensorReadings => &["device_type", "year", "month"],
+            Table::HourlyAggregates | Table::AnomalyEvents => &["year", "month"],
+            _ => &[],
+        }
+    }
+
+    /// The table's columns.
+    pub fn schema(self) -> SchemaRef {
+        let mut columns = Columns::default();
+        let c = &mut columns;
+        match self {
+            Table::SensorReadings => {
+                c.instants(&["ts"]).texts(&["device_id", "device_type"]).maybe_texts(&["asset_id"]);
+                c.texts(&["site", "gateway_id"]).maybe_floats(&["value"]).texts(&["unit", "kind", "quality"]);
+                // Senders other than our edge have neither epoch nor seq.
+                c.instants(&["received_at"]).maybe_texts(&["epoch"]).maybe_ints(&["seq"]);
+                c.texts(&["segment"]).ints(&["year", "month"])
+            }
+            // `offset` is the message's row in its segment; `row` the reading's in the message, null when the
+            // message as a whole failed. Times, values and units stand as they were sent, as text.
+            Table::Quarantine => {
+                c.instants(&["received_at"]).texts(&["topic"]).maybe_texts(&["site", "gateway_id"]);
+                c.maybe_texts(&["device_id", "device_type", "ts", "value", "unit"]);
+                c.texts(&["rule", "reason"]).maybe_texts(&["epoch", "lane"]).maybe_ints(&["seq"]);
+                c.texts(&["segment"]).ints(&["offset"]).maybe_ints(&["row"]);
+                c.ints(&["readings"]).maybe_instants(&["resolved_at"])
+            }
+            Table::Messages => {
+                c.texts(&["site", "gateway_id", "epoch", "lane"]).ints(&[
+                    "seq",
+                    "rows",
+                    "rows_before",
+                    "oldest",
+                ]);
+                c.instants(&["sealed_at"]).texts(&["clock", "payload_sha256"]);
+                c.ints(&["readings", "stored", "duplicates", "quarantined"]);
+                // `redelivered`: this row is a further delivery of a message that was refined before.
+                c.bools(&["redelivered"]).instants(&["received_at"]).texts(&["segment"]).ints(&["plan"])
+            }
+            Table::Aggregates => {
+                c.instants(&["window_start", "window_end"]).texts(&["device_id", "device_type"]);
+                c.maybe_texts(&["asset_id"]).texts(&["site", "gateway_id", "unit", "kind"]);
+                c.ints(&["count", "bad_count"]);
+                c.maybe_floats(&["min", "max", "mean", "stddev", "first", "last"]);
+                c.instants(&["covered_from", "covered_to"]).bools(&["partial"]).ints(&["revision"]);
+                c.instants(&["received_at"]).texts(&["epoch"]).ints(&["seq"]).texts(&["segment"])
+            }
+            Table::Anomalies => {
+                c.texts(&["event_id", "state"]).maybe_texts(&["asset_id", "device_id"]);
+                c.texts(&["model", "model_sha256", "severity"]).floats(&["score", "threshold"]);
+                c.instants(&["started_at"]).maybe_instants(&["ended_at"]).maybe_texts(&["reason"]);
+                c.texts(&["site", "gateway_id"]).instants(&["received_at"]).texts(&["epoch"]);
+                c.ints(&["seq"]).texts(&["segment"])
+            }
+            // As on the wire (common::wire), and where it came from.
+            Table::Control => {
+                c.texts(&["site", "gateway_id", "record"]).instants(&["ts"]).texts(&["epoch"]);
+                c.maybe_texts(&["lane"]).maybe_ints(&["first_seq", "last_seq"]).ints(&["readings"]);
+                c.maybe_instants(&["from", "to"]).maybe_texts(&["reason"]);
+                c.instants(&["received_at"])
+                    .texts(&["message_epoch"])
+                    .ints(&["message_seq"])
+                    .texts(&["segment"])
+            }
+            // One row for each lane in a status document; one with a null lane when it names none.
+            Table::Status => {
+                c.texts(&["site", "gateway_id"]).bools(&["online"]).instants(&["at", "received_at"]);
+                c.texts(&["version", "config_sha256", "current_epoch"]).maybe_texts(&["epoch", "lane"]);
+                c.maybe_ints(&["head", "rows", "oldest"]).texts(&["segment"])
+            }
+            // `document` is the `devices` document as it was sent.
+            Table::Registry => c
+                .texts(&["site", "gateway_id"])
+                .instants(&["at", "received_at"])
+                .texts(&["document", "segment"]),
+            Table::Maintenance => {
+                c.texts(&["id", "site", "asset_id"]).instants(&["done_at"]).maybe_texts(&["action", "note"]);
+                c.instants(&["received_at"]).texts(&["segment"])
+            }
+            Table::HourlyAggregates => {
+                c.instants(&["hour"]).texts(&["device_id", "device_type"]).maybe_texts(&["asset_id"]);
+                c.texts(&["site", "unit"]).ints(&["count"]);
+                c.maybe_floats(&["min", "max", "mean", "time_weighted_mean", "stddev", "first", "last"]);
+                c.maybe_floats(&["p50", "p95"]).ints(&["bad_count"]).floats(&["good_ratio"]);
+                c.maybe_floats(&["delta"])
+                    .maybe_ints(&["transitions"])
+                    .texts(&["source"])
+                    .ints(&["revision"]);
+                c.instants(&["updated_at"]).ints(&["year", "month"])
+            }
+            Table::Timeseries1m => {
+                c.instants(&["time"]).texts(&["site", "device_id", "device_type"]).maybe_texts(&["asset_id"]);
+                c.texts(&["unit"]).ints(&["count"]).maybe_floats(&["min", "max", "mean", "last"]);
+                c.texts(&["source"])
+            }
+            Table::AnomalyEvents => {
+                c.texts(&["event_id"]).maybe_texts(&["asset_id", "device_id"]);
+                c.texts(&["model", "model_sha256", "severity"]).floats(&["score", "threshold"]);
+                c.instants(&["started_at"]).maybe_instants(&["ended_at"]).maybe_texts(&["reason"]);
+                c.texts(&["site", "gateway_id"]).ints(&["year", "month"])
+            }
+            Table::Assets => {
+                c.texts(&["site", "asset_id"]).maybe_texts(&["path", "class", "criticality"]);
+                c.maybe_floats(&["rated_power_kw", "rated_speed_rpm"]).maybe_texts(&["support", "time_zone"]);
+                c.texts(&["gateway_id"]).instants(&["updated_at"])
+            }
+            // `interval` in seconds; `labels` as a JSON object.
+            Table::Devices => {
+                c.texts(&["site", "device_id", "device_type", "asset_id", "unit", "kind"]);
+                c.maybe_floats(&["range_low", "range_high", "interval"]).maybe_texts(&["labels"]);
+                c.texts(&["gateway_id"]).instants(&["updated_at"])
+            }
+            Table::MaintenanceSchedule => {
+                c.texts(&["site", "asset_id"]).maybe_instants(&["due_by"]).texts(&["basis"]);
+                c.maybe_floats(&["running_hours"]).maybe_instants(&["last_done_at"]);
+                c.texts(&["action", "reason"]).instants(&["computed_at"]);
+                c.maybe_floats(&["rul_hours_p10", "rul_hours_p50", "rul_hours_p90"])
+            }
+            Table::QualityResults => {
+                c.ints(&["plan"]).texts(&["rule"]).ints(&["passed", "failed"]).maybe_texts(&["sample"]);
+                c.instants(&["received_at"])
+            }
+        };
+        columns.schema()
+    }
+}
+
+/// One row a message: what was received, and the identity that travelled outside of the payload.
+pub fn bronze_schema() -> SchemaRef {
+    let mut columns = Columns::default();
+    let c = &mut columns;
+    c.instants(&["received_at"]).texts(&["topic"]).add(&["payload"], DataType::Binary, false);
+    c.maybe_texts(&["content_type"]).ints(&["qos"]).bools(&["dup"]).maybe_texts(&["gateway"]);
+    c.maybe_ints(&["v"]).maybe_texts(&["epoch", "lane"]).maybe_ints(&[
+        "seq",
+        "rows",
+        "rows_before",
+        "oldest",
+    ]);
+    c.maybe_instants(&["sealed_at"]).maybe_texts(&["clock"]);
+    columns.schema()
+}
+
+/// Folder of all bronze segments.
+pub const BRONZE: &str = "bronze/sensor_data";
+
+/// A bronze object: its writer, a UUIDv7 made at every start, and the number that the writer gave it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct SegmentName {
+    /// The hour of `received_at` of all of its rows.
+    pub hour: Timestamp,
+    /// Who wrote it.
+    pub writer: Uuid,
+    /// Number within the writer, from 0.
+    pub number: u64,
+}
+
+impl SegmentName {
+    /// Path relative to the lake's root. Numbers are padded, so that a listing is in order.
+    pub fn path(&self) -> String {
+        format!("{}/{}-{:010}.parquet", bronze_hour(self.hour), self.writer, self.number)
+    }
+
+    /// Reads [`Self::path`]; `None` for any other object, such as the leavings of a crashed writer.
+    pub fn parse(path: &str) -> Option<SegmentName> {
+        let (folder, file) = path.strip_prefix(BRONZE)?.strip_prefix('/')?.rsplit_once('/')?;
+        let mut parts = folder.split('/');
+        let mut part =
+            |key: &str| -> Option<u32> { parts.next()?.strip_prefix(key)?.strip_prefix('=')?.parse().ok() };
+        let (year, month, day, hour) = (part("year")?, part("month")?, part("day")?, part("hour")?);
+        let at = chrono::NaiveDate::from_ymd_opt(i32::try_from(year).ok()?, month, day)?
+            .and_hms_opt(hour, 0, 0)?;
+        let (writer, number) = file.strip_suffix(".parquet")?.rsplit_once('-')?;
+        let name = SegmentName {
+            hour: Timestamp::from_micros(at.and_utc().timestamp_micros()),
+            writer: writer.parse().ok()?,
+            number: number.parse().ok()?,
+        };
+        (name.path() == path).then_some(name)
+    }
+}
+
+/// The folder of one hour of bronze.
+pub fn bronze_hour(hour: Timestamp) -> String {
+    let at = hour.to_utc();
+    let (y, m, d, h) = (at.year(), at.month(), at.day(), at.hour());
+    format!("{BRONZE}/year={y:04}/month={m:02}/day={d:02}/hour={h:02}")
+}
+
+/// Folder of the plans.
+pub const PLANS: &str = "ops/plan";
+
+/// Path of plan `n`, padded so that a listing is in order.
+pub fn plan(n: u64) -> String {
+    format!("{PLANS}/{n:012}.json")
+}
+
+/// Path of the quality rules with this SHA-256.
+pub fn rules(hash: &str) -> String {
+    format!("ops/rules/{hash}.toml")
+}
+
+/// Year and month of an instant in UTC, as the partition columns hold them.
+pub fn year_month(ts: Timestamp) -> (i64, i64) {
+    let at = ts.to_utc();
+    (i64::from(at.year()), i64::from(at.month()))
+}
+
+/// Collects fields in order.
+#[derive(Default)]
+struct Columns(Vec<Field>);
+
+impl Columns {
+    fn add(&mut self, names: &[&str], data_type: DataType, nullable: bool) -> &mut Self {
+        self.0.extend(names.iter().map(|name| Field::new(*name, data_type.clone(), nullable)));
+        self
+    }
+    fn instants(&mut self, names: &[&str]) -> &mut Self {
+        self.add(names, instant(), false)
+    }
+    fn maybe_instants(&mut self, names: &[&str]) -> &mut Self {
+        self.add(names, instant(), true)
+    }
+    fn texts(&mut self, names: &[&str]) -> &mut Self {
+        self.add(names, DataType::Utf8, false)
+    }
+    fn maybe_texts(&mut self, names: &[&str]) -> &mut Self {
+        self.add(names, DataType::Utf8, true)
+    }
+    fn ints(&mut self, names: &[&str]) -> &mut Self {
+        self.add(names, DataType::Int64, false)
+    }
+    fn maybe_ints(&mut self, names: &[&str]) -> &mut Self {
+        self.add(names, DataType::Int64, true)
+    }
+    fn floats(&mut self, names: &[&str]) -> &mut Self {
+        self.add(names, DataType::Float64, false)
+    }
+    fn maybe_floats(&mut self, names: &[&str]) -> &mut Self {
+        self.add(names, DataType::Float64, true)
+    }
+    fn bools(&mut self, names: &[&str]) -> &mut Self {
+        self.add(names, DataType::Boolean, false)
+    }
+    fn schema(self) -> SchemaRef {
+        Arc::new(Schema::new(self.0))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn segment_names_and_back() {
+        let name = SegmentName {
+            hour: "2026-03-01T06:00:00Z".parse().unwrap(),
+            writer: Uuid::from_u128(0x0197_0000_0000_7000_8000_0000_0000_0001),
+            number: 42,
+        };
+        let path = "bronze/sensor_data/year=2026/month=03/day=01/hour=06/\
+                    01970000-0000-7000-8000-000000000001-0000000042.parquet";
+        assert_eq!(name.path(), path);
+        assert_eq!(SegmentName::parse(path), Some(name));
+        for other in [
+            "bronze/sensor_data/year=2026/month=03/day=01/hour=06/x.parquet",
+            "bronze/sensor_data/year=2026/month=3/day=01/hour=06/01970000-0000-7000-8000-000000000001-0000000042.parquet",
+            "bronze/sensor_data/year=2026/month=03/day=01/hour=06/01970000-0000-7000-8000-000000000001-0000000042.parquet#1",
+            "silver/sensor_readings/part-0.parquet",
+        ] {
+            assert_eq!(SegmentName::parse(other), None, "{other}");
+        }
+    }
+
+    #[test]
+    fn every_partition_column_is_a_column() {
+        for table in Table::ALL {
+            let schema = table.schema();
+            for column in table.partitions() {
+                assert!(schema.field_with_name(column).is_ok(), "{column} of {}", table.path());
+            }
+        }
+    }
+}

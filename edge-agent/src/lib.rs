@@ -1,3 +1,7 @@
-//! The edge agent: reads sensors, filters, aggregates, scores and delivers.
+//! The edge agent: reads sensors, filters, aggregates, scores, and delivers every reading over MQTT.
+//!
+//! Start reading at `pipeline.rs`, which names the stages in the order in which data flows.
 
+pub mod census;
+pub mod seal;
 pub mod source;

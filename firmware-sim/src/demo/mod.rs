@@ -403,8 +403,8 @@ fn remember(options: &Options) -> anyhow::Result<Memory> {
             Ok(memory)
         }
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
-            // On a whole minute, so that windows and the plant's loop agree.
-            let anchor = (SystemClock.now() - options.backfill).floor(Duration::from_secs(60));
+            // On a quarter of an hour, as the plant asks (firmware-sim/data/README.md).
+            let anchor = (SystemClock.now() - options.backfill).floor(Duration::from_secs(900));
             let memory = Memory { anchor, gateways: options.gateways };
             fs::write(&path, serde_json::to_string_pretty(&memory)?)
                 .with_context(|| format!("writing {}", path.display()))?;

@@ -41,6 +41,7 @@ use self::{
     child::{Child, Event},
     screen::{Screen, Summary},
 };
+use crate::plant::Layout;
 
 pub use self::child::Order;
 
@@ -147,6 +148,7 @@ pub async fn run(options: Options) -> anyhow::Result<ExitCode> {
 struct Demo {
     options: Options,
     memory: Memory,
+    layout: Layout,
     /// Held so that no second demo writes to the same folder.
     _lock: fs::File,
     broker: Option<Child>,
@@ -181,6 +183,7 @@ impl Demo {
         let mut demo = Demo {
             screen: Screen::new(&options),
             memory,
+            layout: Layout::demo()?,
             _lock: lock,
             broker: None,
             cables: Vec::with_capacity(gateways),
@@ -199,7 +202,7 @@ impl Demo {
         demo.start_broker()?;
         demo.start_cloud().await?;
         for gateway in 0..gateways {
-            demo.start_agent(gateway)?;
+            demo.start_agent(gateway).await?;
         }
         Ok(demo)
     }
@@ -234,14 +237,20 @@ impl Demo {
         Ok(())
     }
 
-    fn start_agent(&mut self, gateway: usize) -> anyhow::Result<()> {
+    async fn start_agent(&mut self, gateway: usize) -> anyhow::Result<()> {
         let home = self.options.data_dir.join(format!("gateway-{}", gateway + 1));
         fs::create_dir_all(&home).with_context(|| format!("cannot write to {}", home.display()))?;
         let config = home.join("edge-agent.toml");
-        let text = configs::agent(gateway, &home, self.cables[gateway].near, self.agent_metrics[gateway])?;
+        agent::install_model(&home)?;
+        let (near, metrics) = (self.cables[gateway].near, self.agent_metrics[gateway]);
+        let text = configs::agent(&self.layout, gateway, &home, near, metrics)?;
         fs::write(&config, text).with_context(|| format!("writing {}", config.display()))?;
         let args = agent::Options { config, gateway, anchor: self.memory.anchor }.to_args();
-        self.agents[gateway] = Some(self.spawn(&agent_name(gateway), &args)?);
+        let mut agent = self.spawn(&agent_name(gateway), &args)?;
+        if self.broken {
+            agent.tell(&Order::Break).await;
+        }
+        self.agents[gateway] = Some(agent);
         Ok(())
     }
 
@@ -320,7 +329,7 @@ impl Demo {
         }
         for gateway in 0..self.agents.len() {
             if self.agents[gateway].is_none() {
-                self.start_agent(gateway)?;
+                self.start_agent(gateway).await?;
             }
         }
         if std::mem::take(&mut self.broken) {

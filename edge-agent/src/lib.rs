@@ -3,5 +3,8 @@
 //! Start reading at `pipeline.rs`, which names the stages in the order in which data flows.
 
 pub mod census;
+pub mod filter;
 pub mod seal;
+pub mod settings;
 pub mod source;
+pub mod window;

@@ -3,7 +3,9 @@
 //! Start reading at `pipeline.rs`, which names the stages in the order in which data flows.
 
 pub mod census;
+pub mod delivery;
 pub mod filter;
+pub mod outbox;
 pub mod seal;
 pub mod settings;
 pub mod source;

@@ -151,7 +151,7 @@ const fn device_type(name: &'static str, unit: &'static str, low: f64, high: f64
 pub static DEVICE_TYPES: &[DeviceType] = &[
     device_type("temperature", "Cel", -100.0, 500.0),
     device_type("pressure", "bar", -1.0, 1_000.0),
-    device_type("flow", "L/min", -1_000_000.0, 1_000_000.0),
+    device_type("flow", "L/min", -10_000_000.0, 10_000_000.0),
     device_type("mass_flow", "kg/h", -1_000_000.0, 1_000_000.0),
     device_type("level", "%", -5.0, 105.0),
     device_type("humidity", "%", 0.0, 100.0),

@@ -1,2 +1,41 @@
-//! placeholder
-fn main() {}
+//! Simulated plants for Tailrace, and the one-command demo.
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use firmware_sim::{chips, demo};
+
+/// Simulated chips and plants for Tailrace, and the one-command demo
+#[derive(Parser)]
+#[command(version, after_help = "Examples:
+  cargo demo                                   everything, live, until Ctrl-C
+  cargo demo -- --backfill 6h --for 60s        six hours of history, a minute live, then the ledger
+  firmware-sim chips                           which chips are simulated and what they show")]
+enum Command {
+    /// Run the whole pipeline on this machine, with nothing installed
+    Demo(demo::Options),
+    /// List the simulated chips and what they show
+    Chips,
+    /// A part of the demo, started by it
+    #[command(hide = true)]
+    Child {
+        #[command(subcommand)]
+        role: demo::Role,
+    },
+}
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    let command = Command::parse();
+    let filter = if matches!(command, Command::Child { .. }) { "info,rumqttd=warn" } else { "warn" };
+    common::telemetry::init_logs(filter);
+    let done = match command {
+        Command::Demo(options) => demo::run(options).await,
+        Command::Chips => chips::list().map(|()| ExitCode::SUCCESS),
+        Command::Child { role } => demo::run_child(role).await.map(|()| ExitCode::SUCCESS),
+    };
+    done.unwrap_or_else(|e| {
+        eprintln!("error: {e:#}");
+        ExitCode::FAILURE
+    })
+}

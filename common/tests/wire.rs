@@ -1,0 +1,228 @@
+//! The wire against its own past (golden bytes) and against bytes that nobody sends on purpose.
+
+use std::{path::PathBuf, sync::Arc};
+
+use arrow::{
+    array::{
+        ArrayRef, BooleanArray, DictionaryArray, Float64Array, Int32Array, Int64Array, RecordBatch,
+        StringArray, TimestampMicrosecondArray, UInt8Array,
+    },
+    datatypes::Int32Type,
+};
+use common::wire::{self, ClockState, Identity, Lane, Stream, Topic};
+use proptest::prelude::*;
+
+fn dict(values: &[&str]) -> ArrayRef {
+    Arc::new(values.iter().copied().collect::<DictionaryArray<Int32Type>>())
+}
+
+fn instants(values: impl IntoIterator<Item = Option<i64>>) -> ArrayRef {
+    Arc::new(values.into_iter().collect::<TimestampMicrosecondArray>().with_timezone("UTC"))
+}
+
+fn floats(values: &[Option<f64>]) -> ArrayRef {
+    Arc::new(values.iter().copied().collect::<Float64Array>())
+}
+
+const T0: i64 = 1_772_344_800_000_000; // 2026-03-01T06:00:00Z
+
+/// One small batch of every lane.
+fn sample(lane: Lane) -> RecordBatch {
+    let device = || {
+        [
+            dict(&["reactor/temp", "reactor/pressure"]),
+            dict(&["temperature", "pressure"]),
+            dict(&["reactor"; 2]),
+        ]
+    };
+    let two = |v: i64| Arc::new(Int64Array::from(vec![v, v])) as ArrayRef;
+    let columns: Vec<ArrayRef> = match lane {
+        Lane::Readings => [
+            vec![instants([Some(T0), Some(T0 + 5_000_000)])],
+            device().to_vec(),
+            vec![
+                dict(&["Cel", "kPa"]),
+                dict(&["gauge"; 2]),
+                floats(&[Some(120.4), None]),
+                Arc::new(UInt8Array::from(vec![0, 2])),
+            ],
+        ]
+        .concat(),
+        Lane::Aggregates => [
+            vec![instants([Some(T0); 2]), instants([Some(T0 + 60_000_000); 2])],
+            device().to_vec(),
+            vec![dict(&["Cel", "kPa"]), dict(&["gauge"; 2]), two(12), two(0)],
+            vec![floats(&[Some(1.5), None]); 6],
+            vec![
+                instants([Some(T0); 2]),
+                instants([Some(T0 + 60_000_000); 2]),
+                Arc::new(BooleanArray::from(vec![false, true])),
+                Arc::new(Int32Array::from(vec![0, 1])),
+            ],
+        ]
+        .concat(),
+        Lane::Anomalies => vec![
+            Arc::new(StringArray::from(vec!["0197a000-0000-7000-8000-000000000001"; 2])),
+            dict(&["raised", "cleared"]),
+            dict(&["reactor"; 2]),
+            dict(&["reactor/temp"; 2]),
+            dict(&["tep-process"; 2]),
+            dict(&["00ff"; 2]),
+            dict(&["warning"; 2]),
+            floats(&[Some(2.5), Some(0.5)]),
+            floats(&[Some(1.0); 2]),
+            instants([Some(T0); 2]),
+            instants([None, Some(T0 + 60_000_000)]),
+            Arc::new(StringArray::from(vec![None, Some("recovered")])),
+        ],
+        Lane::Control => vec![
+            dict(&["gap", "census"]),
+            instants([Some(T0); 2]),
+            Arc::new(StringArray::from(vec!["0197a000-0000-7000-8000-00000000000e"; 2])),
+            Arc::new(vec![Some("readings"), None].into_iter().collect::<DictionaryArray<Int32Type>>()),
+            Arc::new(Int64Array::from(vec![Some(3), None])),
+            Arc::new(Int64Array::from(vec![Some(9), None])),
+            two(700),
+            instants([Some(T0); 2]),
+            instants([Some(T0 + 3_600_000_000); 2]),
+            Arc::new(StringArray::from(vec!["full", "polled"])),
+        ],
+    };
+    RecordBatch::try_new(wire::schema(lane), columns).unwrap()
+}
+
+fn identity(lane: Lane) -> Identity {
+    Identity {
+        v: 1,
+        epoch: "0197a000-0000-7000-8000-00000000000e".parse().unwrap(),
+        lane,
+        seq: 41,
+        rows: 2,
+        rows_before: 82,
+        oldest: 40,
+        sealed_at: "2026-03-01T06:00:06.5Z".parse().unwrap(),
+        clock: ClockState::Synced,
+    }
+}
+
+/// `TAILRACE_WRITE_GOLDEN=1 cargo test -p tailrace-common` writes the files of a new wire version.
+#[test]
+fn golden_bytes_of_version_1_still_decode() {
+    for lane in Lane::ALL {
+        let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(format!("tests/golden/v1-{lane}.arrow"));
+        if std::env::var_os("TAILRACE_WRITE_GOLDEN").is_some() {
+            std::fs::write(&path, wire::encode(&sample(lane), &identity(lane)).unwrap()).unwrap();
+        }
+        let decoded = wire::decode(lane, &std::fs::read(&path).unwrap()).unwrap();
+        assert_eq!(decoded, sample(lane), "{lane}");
+    }
+}
+
+#[test]
+fn identity_travels_as_properties_and_in_the_schema() {
+    let identity = identity(Lane::Readings);
+    assert_eq!(Identity::from_properties(&identity.to_properties()).unwrap(), identity);
+    let bytes = wire::encode(&sample(Lane::Readings), &identity).unwrap();
+    let reader = arrow::ipc::reader::StreamReader::try_new(bytes.as_slice(), None).unwrap();
+    let metadata: Vec<_> = reader.schema().metadata().iter().map(|(k, v)| (k.clone(), v.clone())).collect();
+    assert_eq!(Identity::from_properties(&metadata).unwrap(), identity);
+}
+
+#[test]
+fn a_broken_property_is_named() {
+    let good = identity(Lane::Readings).to_properties();
+    for (key, wrong, part) in [
+        ("seq", "-1", "seq = \"-1\" is not an integer"),
+        ("seq", "9223372036854775808", "0 to 2^63 - 1"),
+        ("epoch", "today", "epoch = \"today\" is not a UUID"),
+        ("lane", "left", "lane = \"left\" is not readings"),
+        ("sealed_at", "noon", "RFC 3339"),
+        ("clock", "slow", "synced or unsynced"),
+    ] {
+        let changed: Vec<_> = good
+            .iter()
+            .map(|(k, v)| (k.clone(), if k == key { wrong.to_owned() } else { v.clone() }))
+            .collect();
+        let error = Identity::from_properties(&changed).unwrap_err().to_string();
+        assert!(error.contains(part), "{error}");
+        let without: Vec<_> = good.iter().filter(|(k, _)| k != key).cloned().collect();
+        let error = Identity::from_properties(&without).unwrap_err().to_string();
+        assert_eq!(error, format!("user property {key} is missing"));
+    }
+}
+
+#[test]
+fn another_lane_is_refused_by_its_columns() {
+    let bytes = wire::encode(&sample(Lane::Control), &identity(Lane::Control)).unwrap();
+    let error = wire::decode(Lane::Readings, &bytes).unwrap_err().to_string();
+    assert_eq!(error, "column device_id: is missing");
+}
+
+#[test]
+fn a_buffer_that_claims_to_decode_to_terabytes_is_refused() {
+    let thousand =
+        arrow::compute::concat_batches(&wire::schema(Lane::Readings), &vec![sample(Lane::Readings); 500]);
+    let mut bytes = wire::encode(&thousand.unwrap(), &identity(Lane::Readings)).unwrap();
+    // A compressed buffer begins with its decoded length: 8,000 for a thousand timestamps.
+    let at = bytes.windows(8).rposition(|w| w == 8_000i64.to_le_bytes()).unwrap();
+    bytes[at..at + 8].copy_from_slice(&(1i64 << 42).to_le_bytes());
+    let error = wire::decode(Lane::Readings, &bytes).unwrap_err().to_string();
+    assert!(error.contains("it decodes to"), "{error}");
+}
+
+#[test]
+fn topics() {
+    let root = "tailrace/v1";
+    for (text, stream) in [
+        ("tailrace/v1/plant-1/gw-1/readings", Stream::Lane(Lane::Readings)),
+        ("tailrace/v1/plant-1/gw-1/json", Stream::Json),
+        ("tailrace/v1/plant-1/gw-1/ack", Stream::Ack),
+        ("tailrace/v1/plant-1/gw-1/cmd/model", Stream::Cmd("model".into())),
+    ] {
+        let topic = Topic::parse(root, text).unwrap();
+        assert_eq!(topic.stream, stream);
+        assert_eq!(topic.under(root), text);
+    }
+    for other in [
+        "tailrace/v1/_cloud/status",
+        "tailrace/v1/plant-1/gw-1",
+        "tailrace/v1/plant-1/gw-1/rumours",
+        "tailrace/v1/plant 1/gw-1/readings",
+        "tailrace/v2/plant-1/gw-1/readings",
+        "tailrace/v1x/plant-1/gw-1/readings",
+        "tailrace/v1//gw-1/readings",
+    ] {
+        assert_eq!(Topic::parse(root, other), None, "{other}");
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(2_000))]
+
+    #[test]
+    fn no_bytes_panic_the_decoder(bytes in prop::collection::vec(any::<u8>(), 0..600), lane in 0usize..4) {
+        let _ = wire::decode(Lane::ALL[lane], &bytes);
+    }
+
+    #[test]
+    fn no_damage_panics_the_decoder(
+        lane in 0usize..4,
+        damage in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..8),
+        cut in any::<Option<prop::sample::Index>>(),
+    ) {
+        let lane = Lane::ALL[lane];
+        let mut bytes = wire::encode(&sample(lane), &identity(lane)).unwrap();
+        for (at, value) in damage {
+            let at = at.index(bytes.len());
+            bytes[at] = value;
+        }
+        if let Some(cut) = cut {
+            bytes.truncate(cut.index(bytes.len()));
+        }
+        // Whatever still decodes has the stream's columns and can be read to the last row.
+        if let Ok(batch) = wire::decode(lane, &bytes) {
+            prop_assert_eq!(batch.schema(), wire::schema(lane));
+            let _ = format!("{batch:?}");
+        }
+    }
+}

@@ -2,7 +2,7 @@
 //!
 //! The process is replayed from recorded runs of the Tennessee Eastman **simulator**, the press temperature from a
 //! **real** machine (NAB), humidity and vibration are **synthetic**; `data/plant.toml` says which is which and maps
-//! them to instruments.
+//! them to instruments; `data/README.md` has the formulas.
 //!
 //! # The loop
 //! Cycles follow each other for ever: recovery, normal operation, fault. Between two rows a value is interpolated;
@@ -36,7 +36,6 @@ use crate::{
 };
 
 const SECOND: i64 = 1_000_000;
-const DAY: i64 = 86_400 * SECOND;
 
 /// Something that is measured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -150,8 +149,7 @@ impl Plant {
     /// The radial acceleration from `t` on.
     pub fn vibration(&self, t: Timestamp) -> Waveform {
         let machine = &self.layout.vibration;
-        let wear = self.since_anchor(t) + i64::from(self.layout.cycles.start_s) * SECOND;
-        let wear = seconds(wear.rem_euclid(self.length())) / seconds(self.length());
+        let wear = self.part_of_loop(t);
         let turns = bpfo_per_turn(f64::from(machine.balls), machine.ball_mm, machine.pitch_mm);
         Waveform {
             origin_s: seconds(self.since_anchor(t)),
@@ -216,18 +214,21 @@ impl Plant {
         let channel = &self.layout.channels[index];
         let jumps = self.jumps.read().unwrap_or_else(PoisonError::into_inner);
         let jump = current(&jumps, t);
-        let shown = channel.hold_rows.map_or(t, |rows| self.last_analysis(&jumps[jump], t, rows));
+        let shown = match channel.hold_rows {
+            None => t,
+            // An intervention makes the analysers start anew.
+            Some(rows) if jump > 0 => self.last_analysis(&jumps[jump], t, rows).max(jumps[jump].at),
+            Some(rows) => self.last_analysis(&jumps[jump], t, rows),
+        };
         let noise = noise::gaussian(self.seed, noise::stream(&channel.device), shown);
         self.faded(&jumps[..=jump], index, shown) + channel.sigma * noise
     }
 
-    /// When the analysis that is shown at `t` was made: at a row whose number is a multiple of `hold`, or, when that
-    /// lies before it, at the start of the cycle or the intervention.
+    /// When the analysis that is shown at `t` was made: at a row whose number is a multiple of `hold`.
     fn last_analysis(&self, jump: &Jump, t: i64, hold: u32) -> i64 {
         let place = self.place(jump, t);
         let first = i64::from(place.spec.first_row) * self.row();
-        let since = (first + place.elapsed).rem_euclid(i64::from(hold) * self.row());
-        (t - since.min(place.elapsed)).max(jump.at)
+        t - (first + place.elapsed).rem_euclid(i64::from(hold) * self.row())
     }
 
     /// The value on the loop as last moved, fading in from where it was before.
@@ -254,15 +255,7 @@ impl Plant {
 
     /// The recorded value `elapsed` µs after row `row`.
     fn row_value(&self, index: usize, segment: usize, row: u32, elapsed: i64) -> f64 {
-        let series = &self.series[index][segment];
-        let at = f64::from(row) + elapsed as f64 / self.row() as f64;
-        match self.layout.channels[index].hold_rows {
-            None => interpolated(series, at),
-            Some(hold) => {
-                let made = at as usize / hold as usize * hold as usize;
-                series[made.min(series.len() - 1)]
-            }
-        }
+        interpolated(&self.series[index][segment], f64::from(row) + elapsed as f64 / self.row() as f64)
     }
 
     fn press_temperature(&self, t: Timestamp) -> f64 {
@@ -278,8 +271,7 @@ impl Plant {
 
     fn press_humidity(&self, t: Timestamp) -> f64 {
         let spec = &self.layout.press.humidity;
-        let day = seconds(self.since_anchor(t).rem_euclid(DAY)) / seconds(DAY);
-        spec.mean + spec.swing * (TAU * day).sin() + spec.sigma * self.noise(&spec.device, t)
+        spec.mean + spec.swing * (TAU * self.part_of_loop(t)).sin() + spec.sigma * self.noise(&spec.device, t)
     }
 
     fn noise(&self, device: &str, t: Timestamp) -> f64 {
@@ -302,6 +294,12 @@ impl Plant {
 
     fn since_anchor(&self, t: Timestamp) -> i64 {
         t.as_micros() - self.anchor.as_micros()
+    }
+
+    /// How much of the loop has passed at `t`, 0 to 1, were there no interventions.
+    fn part_of_loop(&self, t: Timestamp) -> f64 {
+        let position = self.since_anchor(t) + i64::from(self.layout.cycles.start_s) * SECOND;
+        seconds(position.rem_euclid(self.length())) / seconds(self.length())
     }
 
     fn length(&self) -> i64 {

@@ -151,7 +151,7 @@ pub struct Temperature {
     pub sigma: f64,
 }
 
-/// A synthetic humidity that swings over the day.
+/// A synthetic humidity that swings once in a loop.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Humidity {
@@ -164,9 +164,9 @@ pub struct Humidity {
     pub unit: String,
     /// What it measures.
     pub description: String,
-    /// Mean over the day.
+    /// Mean over the loop.
     pub mean: f64,
-    /// Amplitude over the day.
+    /// Amplitude over the loop.
     pub swing: f64,
     /// Standard deviation of its noise.
     pub sigma: f64,

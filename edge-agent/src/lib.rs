@@ -1,1 +1,3 @@
-//! placeholder
+//! The edge agent: reads sensors, filters, aggregates, scores and delivers.
+
+pub mod source;

@@ -1,8 +1,10 @@
-//! Simulated chips, plants and fleets, and the one-command demo.
+//! Simulated chips and a simulated plant, and the one-command demo.
 
 pub mod bus;
 pub mod chip;
+pub mod chips;
 pub mod clock;
+pub mod demo;
 pub mod faults;
 pub mod noise;
 pub mod plant;

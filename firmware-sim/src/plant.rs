@@ -104,7 +104,7 @@ struct Place<'a> {
 impl Plant {
     /// The plant that is built in, at the start of its loop at `anchor`. Each gateway shows its own noise.
     pub fn demo(anchor: Timestamp, gateway: u64) -> anyhow::Result<Self> {
-        Self::new(Layout::parse(record::PLANT)?, anchor, gateway)
+        Self::new(Layout::demo()?, anchor, gateway)
     }
 
     fn new(layout: Layout, anchor: Timestamp, gateway: u64) -> anyhow::Result<Self> {

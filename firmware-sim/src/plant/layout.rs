@@ -216,6 +216,14 @@ pub struct Vibration {
 }
 
 impl Layout {
+    /// The demo plant's.
+    ///
+    /// # Errors
+    /// Never, as long as the embedded file is the tested one.
+    pub fn demo() -> anyhow::Result<Self> {
+        Self::parse(super::record::PLANT)
+    }
+
     /// Reads the text of `plant.toml`.
     pub fn parse(text: &str) -> anyhow::Result<Self> {
         let layout: Self = toml::from_str(text).context("reading data/plant.toml")?;

@@ -4,6 +4,8 @@
 
 pub mod census;
 pub mod filter;
+pub mod metrics;
+pub mod model;
 pub mod seal;
 pub mod settings;
 pub mod source;

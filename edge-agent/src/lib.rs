@@ -5,6 +5,8 @@
 pub mod census;
 pub mod delivery;
 pub mod filter;
+pub mod metrics;
+pub mod model;
 pub mod outbox;
 pub mod seal;
 pub mod settings;

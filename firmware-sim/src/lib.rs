@@ -1,1 +1,11 @@
-//! placeholder
+//! Simulated chips and a simulated plant, and the one-command demo.
+
+pub mod bus;
+pub mod chip;
+pub mod chips;
+pub mod clock;
+pub mod demo;
+pub mod faults;
+pub mod noise;
+pub mod plant;
+pub mod waveform;

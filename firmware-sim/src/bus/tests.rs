@@ -1,0 +1,155 @@
+//! The agent's own drivers on the simulated plant: what goes in at the chip comes out of the driver.
+
+use std::{
+    sync::atomic::{AtomicI64, Ordering},
+    time::Duration,
+};
+
+use edge_agent::source::chip::{self, ChipError, Ne43, ads1115, ism330dhcx, loop_current, ne43};
+
+use super::*;
+use crate::faults::Rates;
+
+fn anchor() -> Timestamp {
+    "2026-03-01T00:00:00Z".parse().unwrap()
+}
+
+/// A plant, its gateway and the hands of its clock.
+fn gateway(rates: Rates) -> (Arc<Plant>, SimHardware, Arc<AtomicI64>) {
+    let plant = Arc::new(Plant::demo(anchor(), 0).unwrap());
+    let clock = Arc::new(AtomicI64::new(anchor().as_micros()));
+    let time = SimTime::new({
+        let clock = Arc::clone(&clock);
+        move || Timestamp::from_micros(clock.load(Ordering::Relaxed))
+    });
+    let hardware = SimHardware::of_plant(&plant, Faults::new(1, rates), time);
+    (plant, hardware, clock)
+}
+
+fn current(hardware: &SimHardware, channel: &Channel) -> Result<f64, ChipError> {
+    let mut i2c = hardware.i2c(&format!("/dev/{}", channel.bus)).unwrap();
+    let adc = chip::Ads1115::new(channel.address).unwrap();
+    let input = ads1115::Channel::new(channel.input).unwrap();
+    let volts = adc.read_volts(&mut i2c, &mut hardware.delay(), input)?;
+    Ok(loop_current(volts, 150.0))
+}
+
+#[test]
+fn all_loops_read_what_the_plant_shows() {
+    let (plant, hardware, clock) = gateway(Rates::default());
+    for hours in [0u32, 5, 7, 11, 17, 23] {
+        let t = anchor() + Duration::from_secs(3_600) * hours;
+        // A tick handled 20 ms late is still the tick.
+        clock.store(t.as_micros() + 20_000, Ordering::Relaxed);
+        for (index, channel) in plant.layout().channels.iter().enumerate() {
+            let current = current(&hardware, channel).unwrap();
+            assert_eq!(ne43(current), Ne43::Good, "{} at {hours} h: {current} A", channel.device);
+            let span = channel.at_20ma - channel.at_4ma;
+            let value = channel.at_4ma + span * (current - 0.004) / 0.016;
+            let error = (value - plant.value(Signal::Channel(index), t)).abs() / span;
+            // Half a step of the converter is 0.026 ‰ of the span.
+            assert!(error < 3e-5, "{} at {hours} h is off by {error} of its span", channel.device);
+        }
+    }
+}
+
+#[test]
+fn the_press_reads_what_the_plant_shows() {
+    let (plant, hardware, clock) = gateway(Rates::default());
+    let press = &plant.layout().press;
+    let sensor = chip::Sht4x::new(press.address).unwrap();
+    for hours in [0, 30, 700] {
+        let t = anchor() + Duration::from_secs(3_600 * hours);
+        clock.store(t.as_micros(), Ordering::Relaxed);
+        let mut i2c = hardware.i2c(&press.bus).unwrap();
+        let climate = sensor.measure(&mut i2c, &mut hardware.delay()).unwrap();
+        assert!((climate.temperature_c - plant.value(Signal::PressTemperature, t)).abs() < 2e-3);
+        assert!((climate.humidity_pct - plant.value(Signal::PressHumidity, t)).abs() < 2e-3);
+    }
+}
+
+#[test]
+fn a_burst_is_the_waveform() {
+    let (plant, hardware, clock) = gateway(Rates::default());
+    let settings = ism330dhcx::Settings::default();
+    let mut sensor = chip::Ism330dhcx::new(settings);
+    let mut spi = hardware.spi("/dev/spidev0.0").unwrap();
+    let mut impulsiveness = Vec::new();
+    for hours in [0, 22] {
+        let t = anchor() + Duration::from_secs(3_600 * hours);
+        clock.store(t.as_micros(), Ordering::Relaxed);
+        let burst = sensor.burst(&mut spi, &mut hardware.delay()).unwrap();
+        assert_eq!(burst.samples.len(), settings.samples);
+        let waveform = plant.vibration(t);
+        for (sample, n) in burst.samples.iter().zip(1..) {
+            let wanted = waveform.at(f64::from(n) / burst.rate_hz);
+            assert!((sample - wanted).abs() <= 0.0024, "sample {n}: {sample} for {wanted}");
+        }
+        impulsiveness.push(burst.peak() / burst.rms());
+    }
+    assert!(impulsiveness[1] > 1.3 * impulsiveness[0], "the bearing wears: {impulsiveness:?}");
+    assert_eq!(sensor.overruns(), 0);
+}
+
+#[test]
+fn a_late_reader_discards_the_burst() {
+    /// A driver that is held up for longer than it wants to wait.
+    #[derive(Clone)]
+    struct Late(SimDelay);
+    impl DelayNs for Late {
+        fn delay_ns(&mut self, ns: u32) {
+            self.0.delay_ns(ns);
+            self.0.delay_us(ns / 800);
+        }
+    }
+    let (_, hardware, _) = gateway(Rates::default());
+    let mut sensor = chip::Ism330dhcx::new(ism330dhcx::Settings::default());
+    let mut spi = hardware.spi("spidev0.0").unwrap();
+    let got = sensor.burst(&mut spi, &mut Late(hardware.delay()));
+    assert_eq!((got.err(), sensor.overruns()), (Some(ChipError::Overrun), 1));
+    assert!(sensor.burst(&mut spi, &mut hardware.delay()).is_ok(), "the next burst is whole");
+}
+
+#[test]
+fn absent_chips_and_buses() {
+    let (_, hardware, _) = gateway(Rates::default());
+    let mut i2c = hardware.i2c("/dev/i2c-2").unwrap();
+    let got = chip::Sht4x::new(0x45).unwrap().measure(&mut i2c, &mut hardware.delay());
+    assert_eq!(got, Err(ChipError::Nack));
+    let error = hardware.i2c("/dev/i2c-9").err().unwrap().to_string();
+    assert_eq!(error, "no simulated i2c bus at /dev/i2c-9; there are: /dev/i2c-1, /dev/i2c-2");
+    assert!(hardware.spi("/dev/spidev0.1").is_err());
+}
+
+#[test]
+fn a_driver_that_does_not_wait_meets_a_busy_chip() {
+    struct Hasty;
+    impl DelayNs for Hasty {
+        fn delay_ns(&mut self, _: u32) {}
+    }
+    let (plant, hardware, _) = gateway(Rates::default());
+    let mut i2c = hardware.i2c("i2c-1").unwrap();
+    let sensor = chip::Sht4x::new(plant.layout().press.address).unwrap();
+    assert_eq!(sensor.measure(&mut i2c, &mut Hasty), Err(ChipError::Nack));
+    let adc = chip::Ads1115::new(0x48).unwrap();
+    let got = adc.read_volts(&mut i2c, &mut Hasty, ads1115::Channel::A0);
+    assert!(matches!(got, Err(ChipError::Timeout { .. })), "{got:?}");
+}
+
+#[test]
+fn open_loops_are_bad_and_nacks_are_reported() {
+    let often = Rates { drop_out: 24.0, nack: 24.0, ..Rates::default() };
+    let (plant, hardware, clock) = gateway(often);
+    let (mut open, mut nacks) = (0, 0);
+    for tick in 0..720u32 {
+        let t = anchor() + Duration::from_secs(5) * tick;
+        clock.store(t.as_micros(), Ordering::Relaxed);
+        match current(&hardware, &plant.layout().channels[4]) {
+            Ok(current) => open += u32::from(ne43(current) == Ne43::Bad),
+            Err(ChipError::Nack) => nacks += 1,
+            Err(other) => panic!("{other}"),
+        }
+    }
+    // One drop-out of 30 s and one NACK of 10 s, polled every 5 s.
+    assert!((4..=6).contains(&open) && nacks == 2, "{open} open, {nacks} nacks");
+}

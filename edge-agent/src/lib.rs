@@ -11,4 +11,5 @@ pub mod outbox;
 pub mod seal;
 pub mod settings;
 pub mod source;
+pub mod uplink;
 pub mod window;

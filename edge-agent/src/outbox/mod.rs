@@ -44,7 +44,10 @@ use std::{
     fs, io,
     ops::Range,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -68,10 +71,14 @@ pub use self::{generation::Message, ranges::RangeSet};
 use crate::{
     census::{Census, Outcome},
     seal::Draft,
+    settings::OutboxSettings,
 };
 
 /// The order in which lanes give way when the outbox is full; `control` never does.
 const GIVE_WAY: [Lane; 3] = [Lane::Readings, Lane::Aggregates, Lane::Anomalies];
+
+/// Counts are declared this often, so that the ledger compares totals that are a minute old at most.
+const CENSUS_EVERY: Duration = Duration::from_secs(60);
 
 /// How much the outbox may hold.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -88,6 +95,19 @@ pub struct Limits {
     pub max_message_bytes: usize,
     /// Counts are declared this often, in real time.
     pub census_every: Duration,
+}
+
+impl From<&OutboxSettings> for Limits {
+    fn from(settings: &OutboxSettings) -> Self {
+        Self {
+            max_bytes: settings.max_bytes,
+            max_age: settings.max_age,
+            min_free_disk: settings.min_free_disk,
+            generation_bytes: settings.generation_bytes,
+            max_message_bytes: settings.max_message_bytes,
+            census_every: CENSUS_EVERY,
+        }
+    }
 }
 
 /// Why the outbox cannot go on.
@@ -166,6 +186,8 @@ struct Shared {
     epoch: Uuid,
     core: Mutex<Core>,
     appended: Notify,
+    /// Index of the next message per lane, readable without waiting for the disk.
+    heads: [AtomicU64; 4],
 }
 
 #[derive(Debug)]
@@ -190,7 +212,10 @@ impl Outbox {
     /// When the directory cannot be written or another process has it.
     pub fn open(dir: &Path, limits: Limits, now: Timestamp) -> Result<Outbox, OutboxError> {
         let core = Core::open(dir, limits, now)?;
-        Ok(Outbox(Arc::new(Shared { epoch: core.epoch, core: Mutex::new(core), appended: Notify::new() })))
+        let (epoch, appended, heads) = (core.epoch, Notify::new(), Default::default());
+        let outbox = Outbox(Arc::new(Shared { epoch, core: Mutex::new(core), appended, heads }));
+        outbox.announce(&outbox.core());
+        Ok(outbox)
     }
 
     /// The present run of the agent.
@@ -210,14 +235,27 @@ impl Outbox {
         drafts: Vec<Draft>,
         meta: &[(&str, Vec<u8>)],
     ) -> Result<(), OutboxError> {
-        self.core().append(now, &drafts, meta)?;
-        self.0.appended.notify_one();
+        let mut core = self.core();
+        core.append(now, &drafts, meta)?;
+        self.announce(&core);
         Ok(())
     }
 
     /// Ends once something was appended or declared since the last call; one waiter.
     pub async fn appended(&self) {
         self.0.appended.notified().await;
+    }
+
+    /// Index of the next message of every lane, in the order of [`Lane::ALL`]. Does not block.
+    pub fn heads(&self) -> [u64; 4] {
+        std::array::from_fn(|lane| self.0.heads[lane].load(Ordering::Acquire))
+    }
+
+    fn announce(&self, core: &Core) {
+        for (head, lane) in self.0.heads.iter().zip(&core.lanes) {
+            head.store(lane.state.next, Ordering::Release);
+        }
+        self.0.appended.notify_one();
     }
 
     /// Highest event time of all drafts so far, those of earlier runs included.
@@ -239,8 +277,9 @@ impl Outbox {
     /// # Errors
     /// When the disk refuses; the next open then closes the epoch.
     pub fn close(&self, now: Timestamp) -> Result<(), OutboxError> {
-        self.core().close(now)?;
-        self.0.appended.notify_one();
+        let mut core = self.core();
+        core.close(now)?;
+        self.announce(&core);
         Ok(())
     }
 
@@ -250,8 +289,9 @@ impl Outbox {
     /// # Errors
     /// When the disk refuses.
     pub fn upkeep(&self, now: Timestamp) -> Result<(), OutboxError> {
-        self.core().upkeep(now)?;
-        self.0.appended.notify_one();
+        let mut core = self.core();
+        core.upkeep(now)?;
+        self.announce(&core);
         Ok(())
     }
 

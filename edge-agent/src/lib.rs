@@ -3,11 +3,13 @@
 //! Start reading at `pipeline.rs`, which names the stages in the order in which data flows.
 
 pub mod census;
+pub mod cli;
 pub mod delivery;
 pub mod filter;
 pub mod metrics;
 pub mod model;
 pub mod outbox;
+pub mod pipeline;
 pub mod seal;
 pub mod settings;
 pub mod source;

@@ -267,12 +267,11 @@ mod tests {
         Reading { ts: at(second), device: DeviceIx(device), quality, value }
     }
 
-    /// Pushes (gateway's second, readings) and flushes: (start s, device, count, mean, partial, revision).
-    fn check(
-        polls: &[(i64, &[Reading])],
-        expected: &[(i64, u32, u64, Option<f64>, bool, i32)],
-        missed: Missed,
-    ) {
+    /// Start in s, device, count, mean, partial, revision.
+    type Row = (i64, u32, u64, Option<f64>, bool, i32);
+
+    /// Pushes (gateway's second, readings) and flushes.
+    fn check(polls: &[(i64, &[Reading])], expected: &[Row], missed: Missed) {
         let mut windows = Windows::new(SETTINGS, 2);
         let mut counted = Missed::default();
         let mut out = Vec::new();

@@ -142,6 +142,7 @@ pub(super) fn batch(records: &[Record], now: Timestamp) -> Result<RecordBatch, A
         Arc::new(values.collect::<TimestampMicrosecondArray>().with_timezone("UTC"))
     };
     let epochs: StringArray = records.iter().map(|r| Some(r.epoch.to_string())).collect();
+    let reasons: StringArray = records.iter().map(|r| r.reason.clone()).collect();
     RecordBatch::try_new(
         schema(Lane::Control),
         vec![
@@ -154,7 +155,7 @@ pub(super) fn batch(records: &[Record], now: Timestamp) -> Result<RecordBatch, A
             numbers(&|r| Some(r.readings)),
             instants(&|r| r.from),
             instants(&|r| r.to),
-            words(&|r| r.reason.clone()),
+            Arc::new(reasons),
         ],
     )
 }

@@ -145,7 +145,7 @@ fn a_device_has_one_source_and_one_name() {
         let report = load(&BASE.replacen(from, to, 1), &[]).unwrap_err().to_string();
         assert!(report.contains(expected), "{expected:?} not in {report}");
     };
-    check("rms = \"pump/vibration\"", "rms = \"pump/pressure\"", "the chip shows \"m/s2\"");
+    check("temperature = \"pump/temperature\"", "temperature = \"pump/vibration\"", "the chip shows \"Cel\"");
     check(
         "device = \"pump/pressure\"",
         "device = \"pump/vibration\"",

@@ -173,6 +173,7 @@ def judge_hours(report, db):
         CREATE OR REPLACE TEMP TABLE hours AS
         SELECT site, device_id, date_trunc('hour', ts) AS hour, count(*) {ok} AS count, min(value) {ok} AS min,
             max(value) {ok} AS max, favg(value) {gauge} AS mean, stddev_samp(value) {gauge} AS stddev,
+            quantile_cont(value, 0.5) {gauge} AS p50, quantile_cont(value, 0.95) {gauge} AS p95,
             arg_min(value, ts) {ok} AS first, arg_max(value, ts) {ok} AS last, count(*) - count(*) {ok} AS bad_count
         FROM silver_sensor_readings GROUP BY ALL""")
     # The demo's gateways send readings, so no hour may be made of aggregates.
@@ -185,7 +186,7 @@ def judge_hours(report, db):
     report.none(extra.fetchall(), "no hour of gold.hourly_aggregates is without readings in silver")
     compared = number(db, f"SELECT count(*) FROM gold_hours JOIN hours USING ({key}) WHERE hours.count > 0")
     report.check(compared > 0, f"{compared} device hours are compared")
-    for column in ("count", "bad_count", "min", "max", "mean", "stddev", "first", "last"):
+    for column in ("count", "bad_count", "min", "max", "mean", "stddev", "p50", "p95", "first", "last"):
         # A variance is a difference of large numbers: what one-pass formulas lose in it is no mistake.
         unequal = differs(f"g.{column}", f"h.{column}", 1e-6 if column == "stddev" else REL)
         rows = db.execute(f"""

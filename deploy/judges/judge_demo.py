@@ -163,7 +163,7 @@ def judge_http(report, demo):
     report.check(400 <= status < 500, "a mistake in SQL is the client's", f"{status} {text[:300]}")
 
 
-def judge_end(report, demo, process, seconds, resealed=False):
+def judge_end(report, demo, process, seconds):
     """A clean end within the time, and the equation as the last line."""
     try:
         status = process.wait(seconds)

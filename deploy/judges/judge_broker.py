@@ -9,6 +9,7 @@ Also: strangers are refused, sessions, queues and retained documents survive SIG
 import os
 import re
 import shutil
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -33,18 +34,23 @@ def password(user):
     return f"password of {user}"
 
 
-def configure(shipped, folder, port):
-    """The shipped files with nothing replaced but paths and the port."""
+def configure(shipped, folder, port, tls_port):
+    """The shipped files with nothing replaced but paths and ports, and certificates of its own."""
+    certificates = [shipped.parent / "certificates.sh", folder / "certs", "localhost"]
+    subprocess.run(certificates, check=True, stdout=subprocess.DEVNULL)
     text = (shipped / "mosquitto.conf").read_text()
     for old, new in [
-        (r"^listener 1883$", f"listener {port} 127.0.0.1"),
+        (r"^listener 1883 127.0.0.1$", f"listener {port} 127.0.0.1"),
+        (r"^listener 8883$", f"listener {tls_port} 127.0.0.1"),
+        (r"^(certfile|keyfile|cafile) /mosquitto/certs/", rf"\1 {folder}/certs/"),
         (r"^password_file .*$", f"password_file {folder}/passwords"),
         (r"^acl_file .*$", f"acl_file {folder}/acl"),
         (r"^persistence_location .*$", f"persistence_location {folder}/data/"),
     ]:
         text, n = re.subn(old, new, text, flags=re.M)
-        if n != 1:
-            sys.exit(f"mosquitto.conf: {n} lines match {old}, expected 1")
+        expected = 3 if "certfile" in old else 1
+        if n != expected:
+            sys.exit(f"mosquitto.conf: {n} lines match {old}, expected {expected}")
     (folder / "data").mkdir()
     (folder / "mosquitto.conf").write_text(text + f"pid_file {folder}/pid\n")
     shutil.copy(shipped / "acl", folder / "acl")
@@ -61,7 +67,7 @@ def configure(shipped, folder, port):
 class Client:
     """A connected MQTT 5 client that remembers what it got and what became of what it sent."""
 
-    def __init__(self, port, user, secret=None, client_id=None, clean=True, manual=False):
+    def __init__(self, port, user, secret=None, client_id=None, clean=True, manual=False, ca=None):
         self.messages, self.reasons, self.connack = [], {}, None
         c = self.mqtt = mqtt.Client(
             CallbackAPIVersion.VERSION2,
@@ -73,6 +79,8 @@ class Client:
         c.max_queued_messages_set(0)
         if user is not None:
             c.username_pw_set(user, password(user) if secret is None else secret)
+        if ca is not None:
+            c.tls_set(ca)
         c.on_connect = lambda _c, _u, _f, reason, _p: setattr(self, "connack", reason)
         c.on_message = lambda _c, _u, message: self.messages.append(message)
         c.on_publish = lambda _c, _u, mid, reason, _p: self.reasons.__setitem__(mid, reason)
@@ -80,7 +88,7 @@ class Client:
         properties = Properties(PacketTypes.CONNECT)
         if not clean:
             properties.SessionExpiryInterval = 3600
-        c.connect("127.0.0.1", port, clean_start=clean, properties=properties)
+        c.connect("127.0.0.1" if ca is None else "localhost", port, clean_start=clean, properties=properties)
         c.loop_start()
         wait(lambda: self.connack is not None)
 
@@ -121,6 +129,19 @@ def judge_entry(report, port):
         refused = client.connack is not None and client.connack.is_failure
         report.check(refused, f"{what} is refused", f"CONNACK {client.connack}")
         client.close()
+
+
+def judge_tls(report, tls_port, folder):
+    client = Client(tls_port, GATEWAY, ca=folder / "certs/ca.crt")
+    entered = client.connack is not None and not client.connack.is_failure
+    report.check(entered, "a gateway enters by TLS", f"CONNACK {client.connack}")
+    client.close()
+    try:
+        client = Client(tls_port, GATEWAY, ca="/etc/ssl/certs/ca-certificates.crt")
+        report.check(False, "another authority's certificate is not believed", f"CONNACK {client.connack}")
+        client.close()
+    except ssl.SSLCertVerificationError:
+        report.check(True, "another authority's certificate is not believed")
 
 
 def judge_topics(report, port):
@@ -200,14 +221,15 @@ def main():
     shipped = Path(sys.argv[1])
     report = Report("judge_broker")
     with tempfile.TemporaryDirectory(prefix="tailrace-broker-") as name:
-        folder, port = Path(name), free_port()
-        configure(shipped, folder, port)
+        folder, port, tls_port = Path(name), free_port(), free_port()
+        configure(shipped, folder, port, tls_port)
         log = folder / "log"
         command = ["mosquitto", "-c", str(folder / "mosquitto.conf")]
         with running(command, log) as process:
             if not report.check(wait_for_port(port, 10, process), "mosquitto accepts the configuration", log.read_text()):
                 return report.finish()
             judge_entry(report, port)
+            judge_tls(report, tls_port, folder)
             judge_topics(report, port)
             judge_durability(report, command, log, port, process)
     return report.finish()

@@ -129,14 +129,17 @@ step_judges() {
   "$venv/bin/python" deploy/judges/test_judge_lake.py
 }
 
+# With the flags of the unit tests, so that nothing is compiled twice for other features.
+build_demo() { cargo build --profile demo --locked --workspace --all-targets; }
+
 step_demo() {
-  cargo build --profile demo --locked -p firmware-sim
+  build_demo
   "$venv/bin/python" deploy/judges/judge_demo.py whole "$CARGO_TARGET_DIR/demo/firmware-sim" \
     --data-dir "$scratch/demo" --backfill "$backfill" --for "$live"
 }
 
 step_sigkill() {
-  cargo build --profile demo --locked -p firmware-sim
+  build_demo
   "$venv/bin/python" deploy/judges/judge_demo.py sigkill "$CARGO_TARGET_DIR/demo/firmware-sim" \
     --data-dir "$scratch/sigkill" --backfill 2h --for 15s
 }

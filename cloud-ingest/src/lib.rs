@@ -1,3 +1,5 @@
 //! The cloud side of Tailrace: subscribe → bronze → silver → gold → serve.
 
 pub mod lake;
+pub mod store;
+pub mod tables;

@@ -1,5 +1,8 @@
 //! The cloud side of Tailrace: subscribe → bronze → silver → gold → serve.
 
+pub mod bronze;
+pub mod decode;
 pub mod lake;
+pub mod quality;
 pub mod store;
 pub mod tables;

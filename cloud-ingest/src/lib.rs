@@ -3,6 +3,9 @@
 pub mod bronze;
 pub mod decode;
 pub mod lake;
+pub mod plan;
 pub mod quality;
+pub mod ranges;
+pub mod silver;
 pub mod store;
 pub mod tables;

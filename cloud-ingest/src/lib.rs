@@ -3,9 +3,12 @@
 pub mod bronze;
 pub mod decode;
 pub mod lake;
+pub mod metrics;
 pub mod plan;
 pub mod quality;
 pub mod ranges;
+pub mod refine;
+pub mod settings;
 pub mod silver;
 pub mod store;
 pub mod tables;

@@ -19,7 +19,10 @@
 mod messages;
 mod rows;
 
-use std::collections::{BTreeMap, HashMap};
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
+};
 
 use arrow::array::RecordBatch;
 use common::time::Timestamp;
@@ -133,8 +136,8 @@ pub struct Counts {
 }
 
 /// A plan that is being carried out.
-pub struct Step<'a> {
-    rules: &'a Rules,
+pub struct Step {
+    rules: Arc<Rules>,
     plan: i64,
     places: Places,
     candidates: Candidates,
@@ -144,20 +147,20 @@ pub struct Step<'a> {
     maintenance: Vec<(MaintenanceRecord, usize)>,
 }
 
-impl<'a> Step<'a> {
+impl Step {
     /// Reads the plan's segments. `committed` holds the payload hashes of those of its messages that earlier
     /// plans have committed.
     ///
     /// # Errors
     /// When a segment does not have bronze's columns.
     pub fn read(
-        rules: &'a Rules,
+        rules: &Arc<Rules>,
         plan: i64,
         segments: &[Segment],
         committed: &HashMap<Name, String>,
-    ) -> anyhow::Result<Step<'a>> {
+    ) -> anyhow::Result<Step> {
         let mut step = Step {
-            rules,
+            rules: Arc::clone(rules),
             plan,
             places: Places::default(),
             candidates: Candidates::default(),

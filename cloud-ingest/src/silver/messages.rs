@@ -85,7 +85,7 @@ pub(super) struct Places {
     pub(super) segments: Vec<String>,
 }
 
-impl Step<'_> {
+impl Step {
     pub(super) fn read_segment(
         &mut self,
         segment: &Segment,
@@ -139,7 +139,7 @@ impl Step<'_> {
             Ok(Content::Lane(Lane::Readings, batch)) => {
                 self.delivered[at].readings = rows;
                 let message = &mut self.delivered[at];
-                self.candidates.wire(self.rules, at, message, &batch, &mut self.quarantine);
+                self.candidates.wire(&self.rules, at, message, &batch, &mut self.quarantine);
             }
             Ok(Content::Lane(lane, batch)) => {
                 let (table, rows_of_lane) = self.lane(at, lane, &batch)?;
@@ -182,7 +182,7 @@ impl Step<'_> {
                 ..Quarantined::message(at, 1, bad.reject)
             });
         }
-        self.candidates.json(self.rules, at, message, samples, &mut self.quarantine);
+        self.candidates.json(&self.rules, at, message, samples, &mut self.quarantine);
     }
 
     /// The rows of a lane other than readings, in the lake's columns.
@@ -223,7 +223,7 @@ impl Step<'_> {
             columns.push(column);
         }
         let rows = RecordBatch::try_new(schema, columns)?;
-        Ok((table, if lane == Lane::Aggregates { canonical(self.rules, rows)? } else { rows }))
+        Ok((table, if lane == Lane::Aggregates { canonical(&self.rules, rows)? } else { rows }))
     }
 
     /// One row for each lane that the document names; one with a null lane when it names none.

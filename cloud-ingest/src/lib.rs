@@ -2,6 +2,7 @@
 
 pub mod bronze;
 pub mod decode;
+pub mod ingest;
 pub mod lake;
 pub mod metrics;
 pub mod plan;
@@ -11,4 +12,5 @@ pub mod refine;
 pub mod settings;
 pub mod silver;
 pub mod store;
+pub mod subscribe;
 pub mod tables;

@@ -1,3 +1,4 @@
 //! The cloud side of Tailrace: subscribe → bronze → silver → gold → serve.
 
 pub mod lake;
+pub mod serve;

@@ -2,3 +2,5 @@
 
 pub mod lake;
 pub mod serve;
+pub mod store;
+pub mod tables;

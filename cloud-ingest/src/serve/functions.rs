@@ -24,12 +24,14 @@ use datafusion::{
     scalar::ScalarValue,
 };
 
+use super::catalog::DEFAULT_SCHEMA;
+
 /// The version of PostgreSQL that clients may take this for.
 pub const POSTGRES_VERSION: &str = "16.6";
 /// [`POSTGRES_VERSION`] as `server_version_num` has it.
 const POSTGRES_VERSION_NUM: &str = "160006";
-/// 2000-01-03T00:00:00Z in microseconds: TimescaleDB's origin of buckets.
-const BUCKET_ORIGIN: i64 = 946_857_600_000_000;
+/// 2000-01-03T00:00:00Z in nanoseconds, which `date_bin` insists on: TimescaleDB's origin of buckets.
+const BUCKET_ORIGIN: i64 = 946_857_600_000_000_000;
 
 /// Makes the functions known to a session.
 pub fn register(context: &SessionContext) {
@@ -39,6 +41,8 @@ pub fn register(context: &SessionContext) {
         let version = env!("CARGO_PKG_VERSION");
         format!("PostgreSQL {POSTGRES_VERSION} (Tailrace {version})")
     }));
+    // As the session's default, whatever the catalogue's own function says.
+    context.register_udf(constant("current_schema", || DEFAULT_SCHEMA.to_owned()));
     context.register_udf(create_udf(
         "pg_is_in_recovery",
         vec![],
@@ -110,7 +114,7 @@ impl ScalarUDFImpl for TimeBucket {
         let DataType::Timestamp(_, zone) = &micros else {
             return plan_err!("time_bucket needs a timestamp");
         };
-        let origin = lit(ScalarValue::TimestampMicrosecond(Some(BUCKET_ORIGIN), zone.clone()));
+        let origin = lit(ScalarValue::TimestampNanosecond(Some(BUCKET_ORIGIN), zone.clone()));
         let time = if info.get_data_type(&time)? == micros { time } else { cast(time, micros.clone()) };
         Ok(ExprSimplifyResult::Simplified(date_bin(width, time, origin)))
     }
@@ -146,12 +150,12 @@ impl CurrentSetting {
     }
 }
 
-/// What [`CurrentSetting`] knows.
-fn setting(name: &str) -> Option<&'static str> {
+/// What PostgreSQL's parameter of this name is here, when it is always the same.
+pub(super) fn setting(name: &str) -> Option<&'static str> {
     Some(match name.to_ascii_lowercase().as_str() {
         "server_version" => POSTGRES_VERSION,
         "server_version_num" => POSTGRES_VERSION_NUM,
-        "search_path" => super::catalog::DEFAULT_SCHEMA,
+        "search_path" => DEFAULT_SCHEMA,
         "timezone" => "UTC",
         "server_encoding" | "client_encoding" => "UTF8",
         "standard_conforming_strings"

@@ -26,7 +26,7 @@ use datafusion_postgres::{
     hooks::{HookClient, set_show::SetShowHook, transactions::TransactionStatementHook},
     pgwire::{
         api::{
-            ClientInfo, ClientPortalStore, ConnectionManager, ErrorHandler, PgWireServerHandlers,
+            ClientInfo, ClientPortalStore, ConnectionManager, ErrorHandler, PgWireServerHandlers, Type,
             auth::{
                 AuthSource, DefaultServerParameterProvider, LoginInfo, Password, StartupHandler,
                 noop::NoopStartupHandler,
@@ -38,7 +38,7 @@ use datafusion_postgres::{
             cancel::{CancelHandler, DefaultCancelHandler},
             portal::{Format, Portal},
             query::{ExtendedQueryHandler, SimpleQueryHandler},
-            results::{QueryResponse, Response, Tag},
+            results::{DataRowEncoder, FieldFormat, FieldInfo, QueryResponse, Response, Tag},
             store::PortalStore,
         },
         error::{ErrorInfo, PgWireError, PgWireResult},
@@ -59,7 +59,7 @@ use tracing::{debug, warn};
 
 use super::{
     catalog::DATABASE,
-    functions::POSTGRES_VERSION,
+    functions::{self, POSTGRES_VERSION},
     sql::{self, Limits, Purpose, Queries, SqlError},
 };
 
@@ -375,6 +375,13 @@ impl Gate {
         if let Err(refused) = sql::allow(statement) {
             return Some(Err(info(&refused)));
         }
+        if let Statement::ShowVariable { variable } = statement
+            && let [name] = variable.as_slice()
+            && let Some(value) = functions::setting(&name.value)
+            && !client.metadata().contains_key(&name.value.to_ascii_lowercase())
+        {
+            return Some(one_text(&name.value, value));
+        }
         let tag = match statement {
             Statement::Savepoint { .. } => "SAVEPOINT",
             Statement::ReleaseSavepoint { .. } => "RELEASE",
@@ -400,6 +407,16 @@ impl Gate {
         };
         Some(Ok(Response::Execution(Tag::new(tag))))
     }
+}
+
+/// An answer of one row and one column.
+fn one_text(name: &str, value: &str) -> PgWireResult<Response> {
+    let field = FieldInfo::new(name.to_owned(), None, None, Type::VARCHAR, FieldFormat::Text);
+    let fields = Arc::new(vec![field]);
+    let mut row = DataRowEncoder::new(Arc::clone(&fields));
+    row.encode_field(&Some(value))?;
+    let rows = stream::iter([Ok(row.take_row())]);
+    Ok(Response::Query(QueryResponse::new(fields, boxed(rows))))
 }
 
 /// Variables that a client's session keeps; others are taken note of only by answering `SET`.

@@ -113,6 +113,11 @@ impl Refiner {
         self.before_commit = Some(hook);
     }
 
+    /// Number of the newest plan that is known here; 0 for none.
+    pub fn newest(&self) -> u64 {
+        self.state.as_ref().and_then(|state| state.newest.as_ref()).map_or(0, |plan| plan.n)
+    }
+
     /// Carries out the newest plan if it is not done; otherwise makes and carries out the next. `everything`
     /// lists all of bronze instead of the last two hours.
     ///
@@ -461,19 +466,24 @@ impl Refiner {
 }
 
 /// Steps until `bronze` closes and everything in it is refined. `bronze` changes whenever a segment becomes
-/// durable in this process; segments of others are found every `interval`.
+/// durable in this process; segments of others are found every `interval`. `refined` has the newest plan that
+/// is in silver, and closes at the end.
 pub async fn run(
     mut refiner: Refiner,
     clock: Arc<dyn Clock>,
     mut bronze: watch::Receiver<u64>,
     interval: Duration,
+    refined: watch::Sender<u64>,
 ) {
     const FIRST_RETRY: Duration = Duration::from_millis(500);
     let mut retry = FIRST_RETRY;
     let mut ended = false;
     loop {
         match refiner.step(clock.now(), ended).await {
-            Ok(Outcome::Refined(_)) => retry = FIRST_RETRY,
+            Ok(Outcome::Refined(_)) => {
+                retry = FIRST_RETRY;
+                refined.send_replace(refiner.newest());
+            }
             Ok(Outcome::Idle) if ended => return,
             Ok(Outcome::Idle) => {
                 retry = FIRST_RETRY;

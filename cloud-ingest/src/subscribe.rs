@@ -257,7 +257,7 @@ impl Receiver {
                         Err(e) => break e.to_string(),
                     },
                     () = self.pass_on(), if !self.held.is_empty() => {}
-                    _ = stop.wait_for(|stop| *stop), if self.inbound.is_some() => self.close(),
+                    () = stopped(&mut stop), if self.inbound.is_some() => self.close(),
                     _ = &mut finished => return farewell(events).await,
                 }
             };
@@ -270,7 +270,7 @@ impl Receiver {
             tracing::warn!(reason = ended, retry_in = ?wait, "no connection to the broker");
             tokio::select! {
                 () = tokio::time::sleep(wait) => {}
-                _ = stop.wait_for(|stop| *stop), if self.inbound.is_some() => self.close(),
+                () = stopped(&mut stop), if self.inbound.is_some() => self.close(),
                 _ = &mut finished => return,
             }
             retry = (retry * 2).min(self.subscription.max_backoff);
@@ -370,6 +370,10 @@ impl Receiver {
     }
 }
 
+async fn stopped(stop: &mut watch::Receiver<bool>) {
+    let _ = stop.wait_for(|stop| *stop).await;
+}
+
 /// Lets what is queued, which ends with the disconnect, out onto the wire.
 async fn farewell(mut events: EventLoop) {
     let _ = tokio::time::timeout(FAREWELL, async { while events.poll().await.is_ok() {} }).await;
@@ -415,11 +419,8 @@ impl Acknowledger {
     async fn acknowledge(&mut self, durable: Durable) {
         let stopping = *self.stop.borrow();
         let patience = if stopping { Duration::ZERO } else { ACK_PATIENCE };
-        let connected = tokio::time::timeout(patience, self.current.wait_for(Option::is_some)).await;
-        let current = match connected {
-            Ok(Ok(current)) => current.clone(),
-            _ => None,
-        };
+        let connected = async { self.current.wait_for(Option::is_some).await.ok().and_then(|c| c.clone()) };
+        let current = tokio::time::timeout(patience, connected).await.ok().flatten();
         let mut acknowledged = 0;
         for token in durable.tokens {
             match (token, &current) {

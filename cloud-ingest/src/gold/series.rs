@@ -157,10 +157,9 @@ impl DeviceSeries {
                 }
             }
         }
-        let windows = self
-            .windows
+        let from = self.windows.partition_point(|w| w.start < hour);
+        let windows = self.windows[from..]
             .iter()
-            .skip_while(|w| w.start < hour)
             .take_while(|w| w.start < hour + HOUR_MICROS)
             .filter(|w| !speaking.contains(&metas[w.meta as usize].gateway.as_str()))
             .collect();

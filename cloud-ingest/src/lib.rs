@@ -2,6 +2,7 @@
 
 pub mod bronze;
 pub mod decode;
+pub mod gold;
 pub mod lake;
 pub mod quality;
 pub mod store;

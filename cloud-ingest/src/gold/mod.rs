@@ -10,7 +10,7 @@
 //! | `hourly_aggregates`, `timeseries_1m` | `silver/sensor_readings`, `silver/aggregates` | `silver/sensor_readings` |
 //! | `anomaly_events` | `silver/anomalies` | `silver/anomalies` |
 //! | `assets`, `devices` | `silver/registry` | `silver/registry` |
-//! | `maintenance_schedule` | `silver/registry`, `silver/maintenance`, gold's hours and minutes | – |
+//! | `maintenance_schedule` | `silver/registry`, `silver/maintenance`, gold's hours and minutes | – (the hour and what was said by then) |
 
 pub mod anomalies;
 mod changes;

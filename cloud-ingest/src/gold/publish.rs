@@ -53,19 +53,21 @@ pub(super) enum Progress {
     Complete(i64),
     /// Another part of the step follows.
     Partly(i64),
+    /// Complete, and worth a commit even when no row changed.
+    Always(i64),
 }
 
 impl Progress {
     fn txn(self) -> (&'static str, i64) {
         match self {
-            Progress::Complete(version) => (SILVER, version),
+            Progress::Complete(version) | Progress::Always(version) => (SILVER, version),
             Progress::Partly(version) => (PARTLY, version),
         }
     }
 
     fn version(self) -> i64 {
         match self {
-            Progress::Complete(version) | Progress::Partly(version) => version,
+            Progress::Complete(version) | Progress::Partly(version) | Progress::Always(version) => version,
         }
     }
 }
@@ -114,16 +116,18 @@ pub(super) async fn publish(
     Ok(difference.changed)
 }
 
-/// Commits the progress alone when it lags far behind.
+/// Commits the progress alone when it lags far behind, or when it always is to be.
 async fn mark(
     tables: &Tables,
     table: Table,
     base: Option<DeltaTable>,
     progress: Progress,
 ) -> anyhow::Result<()> {
-    let (Some(base), Progress::Complete(version)) = (base, progress) else { return Ok(()) };
+    let (Some(base), false) = (base, matches!(progress, Progress::Partly(_))) else { return Ok(()) };
+    let version = progress.version();
+    let lag = if matches!(progress, Progress::Always(_)) { 1 } else { LAG };
     let known = Tables::progress(&base, SILVER).await?;
-    if known.is_none_or(|known| version < known || version - known >= LAG) {
+    if known.is_none_or(|known| version < known || version - known >= lag) {
         tables.append(table, Some(base), Vec::new(), (SILVER, version)).await?;
     }
     Ok(())

@@ -3,6 +3,7 @@
 pub mod bronze;
 pub mod cli;
 pub mod decode;
+pub mod gold;
 pub mod ingest;
 pub mod lake;
 pub mod metrics;

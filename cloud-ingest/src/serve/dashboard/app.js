@@ -123,7 +123,7 @@ function showLedger() {
 
 function showNotice() {
   const lines = overview.gateways.filter(g => g.unknown_since).map(g =>
-    `${g.gateway_id} (${g.site}): unknown since ${at(g.unknown_since)}. What it has read since then is not counted here; it is in its outbox.`);
+    `${g.gateway_id} (${g.site}): unknown since ${at(g.unknown_since)}. What it reads meanwhile is counted when it is heard again.`);
   lines.push(...overview.problems);
   $("notice").hidden = !lines.length;
   $("notice").textContent = lines.join(" ");

@@ -6,6 +6,7 @@ pub mod decode;
 pub mod gold;
 pub mod ingest;
 pub mod lake;
+pub mod ledger;
 pub mod metrics;
 pub mod pipeline;
 pub mod plan;

@@ -1,3 +1,14 @@
-//! The edge agent: reads sensors, filters, aggregates, scores and delivers.
+//! The edge agent: reads sensors, filters, aggregates, scores, and delivers every reading over MQTT.
+//!
+//! Start reading at `pipeline.rs`, which names the stages in the order in which data flows.
 
+pub mod census;
+pub mod delivery;
+pub mod filter;
+pub mod metrics;
+pub mod model;
+pub mod outbox;
+pub mod seal;
+pub mod settings;
 pub mod source;
+pub mod window;

@@ -1,0 +1,192 @@
+//! What became of every reading, counted by the hour of its event time.
+//!
+//! `polled = sealed + held + rejected + skipped`, for every hour, at every durable point: counts travel with the
+//! batches that they count ([`crate::pipeline`]) and are written in the transaction that makes those batches
+//! durable, so a crash loses a batch and its counts together. A reading that was due and never read counts as
+//! `polled` and as `skipped`.
+//!
+//! Serialised as a list of `[hour in µs, outcome, count]`, sorted.
+
+use std::{collections::BTreeMap, fmt, str::FromStr};
+
+use common::time::Timestamp;
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
+
+/// What became of a reading.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Outcome {
+    /// It was due at a source.
+    Polled,
+    /// It is in a sealed message of the readings lane.
+    Sealed,
+    /// The deadband kept it back; windows and models saw it.
+    Held,
+    /// It was due and not read: the pipe was full or the bus too slow.
+    Skipped,
+    /// It was read and cannot be a reading.
+    Rejected(Reason),
+}
+
+/// Why a reading was rejected.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Reason {
+    /// A recorded row names no device of this gateway.
+    UnknownDevice,
+    /// A recorded row cannot be parsed.
+    Malformed,
+}
+
+impl Reason {
+    /// The word on the wire and in metrics.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::UnknownDevice => "unknown_device",
+            Self::Malformed => "malformed",
+        }
+    }
+}
+
+impl Outcome {
+    /// Every outcome, as metrics list them.
+    pub const ALL: [Outcome; 6] = [
+        Self::Polled,
+        Self::Sealed,
+        Self::Held,
+        Self::Skipped,
+        Self::Rejected(Reason::UnknownDevice),
+        Self::Rejected(Reason::Malformed),
+    ];
+
+    /// The word on the wire: `polled`, `sealed`, `held`, `skipped`, `rejected:<why>`.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Polled => "polled",
+            Self::Sealed => "sealed",
+            Self::Held => "held",
+            Self::Skipped => "skipped",
+            Self::Rejected(Reason::UnknownDevice) => "rejected:unknown_device",
+            Self::Rejected(Reason::Malformed) => "rejected:malformed",
+        }
+    }
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+impl FromStr for Outcome {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        let found = Self::ALL.into_iter().find(|outcome| outcome.as_str() == text);
+        found.ok_or_else(|| format!("{text:?} is no outcome of a reading"))
+    }
+}
+
+/// Counts of readings by hour and outcome.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Census(BTreeMap<(Timestamp, Outcome), u64>);
+
+impl Census {
+    /// Counts `n` readings of the hour that contains `at`.
+    pub fn add(&mut self, at: Timestamp, outcome: Outcome, n: u64) {
+        if n > 0 {
+            *self.0.entry((at.hour(), outcome)).or_default() += n;
+        }
+    }
+
+    /// Adds the counts of `other`.
+    pub fn merge(&mut self, other: &Census) {
+        for (hour, outcome, n) in other.iter() {
+            self.add(hour, outcome, n);
+        }
+    }
+
+    /// (start of the hour, outcome, count), sorted; counts are above 0.
+    pub fn iter(&self) -> impl Iterator<Item = (Timestamp, Outcome, u64)> + '_ {
+        self.0.iter().map(|((hour, outcome), n)| (*hour, *outcome, *n))
+    }
+
+    /// Whether nothing was counted.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// The count of an outcome over all hours.
+    pub fn total(&self, wanted: Outcome) -> u64 {
+        self.iter().filter(|(_, outcome, _)| *outcome == wanted).map(|(_, _, n)| n).sum()
+    }
+
+    /// Whether every hour's polled readings are accounted for.
+    pub fn balances(&self) -> bool {
+        let mut open: BTreeMap<Timestamp, i128> = BTreeMap::new();
+        for (hour, outcome, n) in self.iter() {
+            *open.entry(hour).or_default() +=
+                if outcome == Outcome::Polled { i128::from(n) } else { -i128::from(n) };
+        }
+        open.values().all(|rest| *rest == 0)
+    }
+}
+
+impl Serialize for Census {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_seq(self.iter().map(|(hour, outcome, n)| (hour.as_micros(), outcome.as_str(), n)))
+    }
+}
+
+impl<'de> Deserialize<'de> for Census {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let mut census = Census::default();
+        for (hour, outcome, n) in Vec::<(i64, String, u64)>::deserialize(deserializer)? {
+            census.add(Timestamp::from_micros(hour), outcome.parse().map_err(de::Error::custom)?, n);
+        }
+        Ok(census)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use common::time::HOUR_MICROS;
+
+    fn at(hours: i64) -> Timestamp {
+        Timestamp::from_micros(hours * HOUR_MICROS + 1)
+    }
+
+    #[test]
+    fn counts_merge_by_hour_and_survive_json() {
+        let mut census = Census::default();
+        census.add(at(1), Outcome::Polled, 3);
+        census.add(at(2), Outcome::Polled, 1);
+        census.add(at(1), Outcome::Sealed, 0);
+        let mut other = Census::default();
+        other.add(at(1), Outcome::Sealed, 2);
+        other.add(at(1), Outcome::Held, 1);
+        other.add(at(2), Outcome::Rejected(Reason::Malformed), 1);
+        assert!(!census.balances());
+        census.merge(&other);
+        assert!(census.balances());
+        assert_eq!((census.total(Outcome::Polled), census.total(Outcome::Held)), (4, 1));
+
+        let json = serde_json::to_string(&census).unwrap();
+        assert_eq!(serde_json::from_str::<Census>(&json).unwrap(), census);
+        assert!(json.starts_with(r#"[[3600000000,"polled",3],"#), "{json}");
+        assert!(serde_json::from_str::<Census>(r#"[[0,"eaten",1]]"#).is_err());
+    }
+
+    #[test]
+    fn one_hour_does_not_pay_for_another() {
+        let mut census = Census::default();
+        census.add(at(1), Outcome::Polled, 1);
+        census.add(at(2), Outcome::Sealed, 1);
+        assert!(!census.balances());
+    }
+
+    #[test]
+    fn words() {
+        for outcome in Outcome::ALL {
+            assert_eq!(outcome.as_str().parse::<Outcome>(), Ok(outcome));
+        }
+    }
+}

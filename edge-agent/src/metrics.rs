@@ -1,0 +1,192 @@
+//! What the agent tells Prometheus, and where: `/metrics` and `/healthz`.
+//!
+//! `tailrace_edge_readings_total{stage, outcome}` shows conservation: for every stage, in = the sum of its outcomes.
+//! Labels come from enumerations and configuration, never from data.
+
+use std::{
+    net::SocketAddr,
+    sync::{Arc, Mutex, PoisonError, atomic::AtomicU64},
+};
+
+use anyhow::Context as _;
+use axum::{Router, http::header, routing::get};
+use common::telemetry;
+use prometheus_client::{
+    encoding::EncodeLabelSet,
+    metrics::{counter::Counter, family::Family, gauge::Gauge},
+    registry::Registry,
+};
+use tokio::net::TcpListener;
+
+use crate::{
+    census::{Census, Outcome},
+    filter::Mark,
+    window::Missed,
+};
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Readings {
+    stage: &'static str,
+    outcome: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Marked {
+    mark: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Why {
+    reason: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Model {
+    model: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Scored {
+    outcome: &'static str,
+}
+
+/// Counts of the stages up to the outbox; delivery has its own.
+#[derive(Clone, Debug, Default)]
+pub struct Metrics {
+    readings: Family<Readings, Counter>,
+    marks: Family<Marked, Counter>,
+    faults: Family<Why, Counter>,
+    aggregates: Counter,
+    windows_scored: Family<Scored, Counter>,
+    models: Family<Model, Gauge>,
+    scores: Family<Model, Gauge<f64, AtomicU64>>,
+    events: Counter,
+    seals: Counter,
+}
+
+impl Metrics {
+    /// Metrics that stand in `registry`.
+    pub fn register(registry: &mut Registry) -> Self {
+        let own = Self::default();
+        registry.register(
+            "edge_readings",
+            "Readings by stage and what became of them there",
+            own.readings.clone(),
+        );
+        registry.register("edge_marks", "Findings of the filter", own.marks.clone());
+        registry.register("edge_source_faults", "Polls of a chip that gave no value", own.faults.clone());
+        registry.register(
+            "edge_aggregates",
+            "Aggregates emitted, revisions included",
+            own.aggregates.clone(),
+        );
+        registry.register(
+            "edge_model_windows",
+            "Windows by whether they were scored",
+            own.windows_scored.clone(),
+        );
+        registry.register(
+            "edge_model_active",
+            "1 where a model scores, 0 where it cannot be used",
+            own.models.clone(),
+        );
+        registry.register("edge_model_score", "Score of the latest window", own.scores.clone());
+        registry.register("edge_anomaly_records", "Anomalies raised and cleared", own.events.clone());
+        registry.register("edge_seals", "Batches made durable in the outbox", own.seals.clone());
+        own
+    }
+
+    /// A chip gave no value.
+    pub fn source_fault(&self, reason: &'static str) {
+        self.faults.get_or_create(&Why { reason }).inc();
+    }
+
+    /// What a source sent.
+    pub fn polled(&self, census: &Census) {
+        self.count("source", census);
+    }
+
+    /// Findings of the filter, by [`Mark::ALL`], and what it held and passed on.
+    pub fn filtered(&self, marks: [u64; Mark::ALL.len()], held: u64, passed: u64) {
+        for (mark, n) in Mark::ALL.into_iter().zip(marks).filter(|(_, n)| *n > 0) {
+            self.marks.get_or_create(&Marked { mark: mark.as_str() }).inc_by(n);
+        }
+        self.add("filter", "held", held);
+        self.add("filter", "passed", passed);
+    }
+
+    /// Readings that joined a window and those that did not, and the aggregates that came of it.
+    pub fn windowed(&self, readings: u64, missed: Missed, aggregates: u64) {
+        self.add("window", "joined", readings - missed.late - missed.early);
+        self.add("window", "late", missed.late);
+        self.add("window", "early", missed.early);
+        self.aggregates.inc_by(aggregates);
+    }
+
+    /// Whether a model is in use.
+    pub fn model(&self, name: &str, active: bool) {
+        self.models.get_or_create(&Model { model: name.to_owned() }).set(active.into());
+    }
+
+    /// The score of a window, or none where an input was missing.
+    pub fn scored(&self, model: &str, score: Option<f64>) {
+        let outcome = if score.is_some() { "scored" } else { "unscored" };
+        self.windows_scored.get_or_create(&Scored { outcome }).inc();
+        if let Some(score) = score {
+            self.scores.get_or_create(&Model { model: model.to_owned() }).set(score);
+        }
+    }
+
+    /// Anomalies raised or cleared.
+    pub fn events(&self, n: u64) {
+        self.events.inc_by(n);
+    }
+
+    /// A seal, with what it made durable.
+    pub fn sealed(&self, census: &Census) {
+        self.seals.inc();
+        self.add("seal", "sealed", census.total(Outcome::Sealed));
+    }
+
+    fn count(&self, stage: &'static str, census: &Census) {
+        for outcome in Outcome::ALL {
+            self.add(stage, outcome.as_str(), census.total(outcome));
+        }
+    }
+
+    fn add(&self, stage: &'static str, outcome: &'static str, n: u64) {
+        if n > 0 {
+            self.readings.get_or_create(&Readings { stage, outcome }).inc_by(n);
+        }
+    }
+}
+
+/// A registry that stages fill and the server reads.
+pub type Shared = Arc<Mutex<Registry>>;
+
+/// Listens at `address`.
+///
+/// # Errors
+/// When the port is taken.
+pub async fn listen(address: SocketAddr) -> anyhow::Result<TcpListener> {
+    TcpListener::bind(address).await.with_context(|| {
+        format!(
+            "metrics.listen = {address} cannot be used; free the port or choose another, or \"\" for none"
+        )
+    })
+}
+
+/// Answers until the task is dropped.
+pub async fn serve(listener: TcpListener, registry: Shared) {
+    let metrics = move || {
+        let registry = Arc::clone(&registry);
+        async move {
+            let text = telemetry::exposition(&registry.lock().unwrap_or_else(PoisonError::into_inner));
+            ([(header::CONTENT_TYPE, telemetry::EXPOSITION_TYPE)], text)
+        }
+    };
+    let app = Router::new().route("/metrics", get(metrics)).route("/healthz", get(|| async { "ok\n" }));
+    if let Err(error) = axum::serve(listener, app).await {
+        tracing::error!(%error, "metrics are no longer served; restart the agent");
+    }
+}

@@ -1,0 +1,633 @@
+//! The outbox: sealed messages on disk until their next owner has them, and what the agent counted.
+//!
+//! # Layout
+//!
+//! ```text
+//! {dir}/control/ anomalies/ aggregates/ readings/    a lane each, made of generations (generation.rs)
+//! {dir}/quarantine/{lane}-{number}/                   generations that could not be read
+//! {dir}/trash/                                        generations on their way out; emptied at open
+//! ```
+//!
+//! Every lane numbers its messages by an index without holes over all epochs; seq is counted per epoch, and a
+//! lane's state maps one to the other. Messages are never rewritten and never removed singly: a generation is
+//! closed at `generation_bytes` and leaves as a directory once all of its messages are forgotten, so disk is
+//! given back.
+//!
+//! # Invariants
+//!
+//! * **Durable on return.** [`Outbox::append`] makes one sled transaction and one fsync per lane that it touches:
+//!   one for readings alone. Messages, their census, and the lane's state are one transaction; the caller's
+//!   metadata goes into the last one, so it is never ahead of the messages.
+//! * **Declared once.** Counts wait in the state of the lane that they came with, under a number. The control
+//!   message that declares them and the number that it declares are one transaction in the control lane; after a
+//!   crash, counts with a declared number are not declared again. Counts are declared every `census_every` of
+//!   real time, at [`Outbox::close`], and for the epoch before at [`Outbox::open`].
+//! * **`sealed` is counted here**, per hour of event time, from the rows of the readings lane.
+//! * **Forgetting is lazy.** It is noted in memory at once and on the disk with the lane's next write or once a
+//!   minute. A crash may send a message again, never lose one.
+//! * **Dropped means declared.** A gap is durable in the control lane before the data of its messages goes. The
+//!   control lane itself does not count towards `max_bytes` and is never dropped.
+//! * **A damaged generation costs only itself**: it is set aside and declared as a gap from its manifest. The
+//!   manifest of the generation that is written is renewed once a minute; what was sealed after that is covered
+//!   by the `interruption` of the epoch.
+//! * **The backlog is never in memory**: per lane two open databases with small caches, and the state.
+
+mod control;
+mod generation;
+mod lane;
+mod ranges;
+#[cfg(test)]
+mod tests;
+
+use std::{
+    collections::BTreeMap,
+    fs, io,
+    ops::Range,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+
+use arrow::{
+    array::{Array, RecordBatch, TimestampMicrosecondArray},
+    error::ArrowError,
+};
+use common::{
+    documents::{AckRange, LaneStatus},
+    time::Timestamp,
+    wire::Lane,
+};
+use tokio::sync::Notify;
+use uuid::Uuid;
+
+use self::{
+    control::{Record, closing_record, interruption_record, merge_gaps},
+    lane::{EpochState, LaneStore, Write},
+};
+pub use self::{generation::Message, ranges::RangeSet};
+use crate::{
+    census::{Census, Outcome},
+    seal::Draft,
+};
+
+/// The order in which lanes give way when the outbox is full; `control` never does.
+const GIVE_WAY: [Lane; 3] = [Lane::Readings, Lane::Aggregates, Lane::Anomalies];
+
+/// How much the outbox may hold.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Most bytes on disk, control lane not counted.
+    pub max_bytes: u64,
+    /// Generations whose newest message is older give way.
+    pub max_age: Duration,
+    /// Bytes that stay free on the disk.
+    pub min_free_disk: u64,
+    /// A generation is closed at so many bytes of messages.
+    pub generation_bytes: u64,
+    /// A batch that encodes to more is cut into several messages.
+    pub max_message_bytes: usize,
+    /// Counts are declared this often, in real time.
+    pub census_every: Duration,
+}
+
+/// Why the outbox cannot go on.
+#[derive(Debug, thiserror::Error)]
+pub enum OutboxError {
+    /// The disk or the file system refuses. Nothing that was accepted is lost; stop and start again.
+    #[error("outbox at {path}: {source}; see that the disk is mounted, writable and not full", path = path.display())]
+    Io {
+        /// Where.
+        path: PathBuf,
+        /// What the system says.
+        source: io::Error,
+    },
+    /// A generation cannot be read. [`Outbox::open`] sets it aside and declares what was in it.
+    #[error("outbox generation {path}: {problem}; start the agent again to set it aside", path = path.display())]
+    Corrupt {
+        /// Which one.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// Another process has this outbox open.
+    #[error("outbox at {path} is in use by another process; stop that agent first", path = .0.display())]
+    Locked(PathBuf),
+    /// A batch has columns that cannot be written.
+    #[error("encoding a message: {0}")]
+    Encode(#[from] ArrowError),
+    /// It was closed; a new epoch needs a new [`Outbox::open`].
+    #[error("the outbox is closed; nothing can be appended to an epoch that has ended")]
+    Closed,
+}
+
+impl OutboxError {
+    fn io(path: &Path) -> impl FnOnce(io::Error) -> Self + '_ {
+        move |source| Self::Io { path: path.to_owned(), source }
+    }
+
+    fn corrupt(path: &Path, problem: &str) -> Self {
+        Self::Corrupt { path: path.to_owned(), problem: problem.to_owned() }
+    }
+}
+
+/// Where a lane stands, for `status`, metrics and people.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LaneView {
+    /// The queue.
+    pub lane: Lane,
+    /// Bytes on disk.
+    pub bytes: u64,
+    /// Messages held.
+    pub messages: u64,
+    /// Index of the next message.
+    pub next: u64,
+    /// When the oldest generation that still holds something was begun.
+    pub oldest_sealed: Option<Timestamp>,
+    /// The present epoch and those of which something is held.
+    pub epochs: Vec<LaneStatus>,
+}
+
+/// What an `ack` document means here.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Located {
+    /// Indices by lane that this outbox sealed.
+    pub ranges: Vec<(Lane, Range<u64>)>,
+    /// Ranges, or parts of them, that it never sealed or knows no more.
+    pub unknown: u64,
+}
+
+/// A cheap handle; all methods block on the disk or on each other, so async code calls them from
+/// `spawn_blocking`.
+#[derive(Clone, Debug)]
+pub struct Outbox(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    epoch: Uuid,
+    core: Mutex<Core>,
+    appended: Notify,
+}
+
+#[derive(Debug)]
+struct Core {
+    dir: PathBuf,
+    limits: Limits,
+    epoch: Uuid,
+    /// In the order of [`Lane::ALL`].
+    lanes: Vec<LaneStore>,
+    meta: BTreeMap<String, (u64, Vec<u8>)>,
+    stamp: u64,
+    declared_at: Instant,
+    closed: bool,
+}
+
+impl Outbox {
+    /// Opens the outbox in `dir`, begins a new epoch and closes the one before: counts that were not declared,
+    /// its `closing` records and, when it did not stop cleanly, an `interruption`. Generations that cannot be
+    /// opened are set aside and declared.
+    ///
+    /// # Errors
+    /// When the directory cannot be written or another process has it.
+    pub fn open(dir: &Path, limits: Limits, now: Timestamp) -> Result<Outbox, OutboxError> {
+        let core = Core::open(dir, limits, now)?;
+        Ok(Outbox(Arc::new(Shared { epoch: core.epoch, core: Mutex::new(core), appended: Notify::new() })))
+    }
+
+    /// The present run of the agent.
+    pub fn epoch(&self) -> Uuid {
+        self.0.epoch
+    }
+
+    /// Seals the drafts into messages, with their census and the caller's metadata. Durable on return. A draft
+    /// without rows only brings its census.
+    ///
+    /// # Errors
+    /// Nothing, or a part that is whole in itself (drafts of some lanes with their census), was accepted; the
+    /// caller stops and starts again.
+    pub fn append(
+        &self,
+        now: Timestamp,
+        drafts: Vec<Draft>,
+        meta: &[(&str, Vec<u8>)],
+    ) -> Result<(), OutboxError> {
+        self.core().append(now, &drafts, meta)?;
+        self.0.appended.notify_one();
+        Ok(())
+    }
+
+    /// Ends once something was appended or declared since the last call; one waiter.
+    pub async fn appended(&self) {
+        self.0.appended.notified().await;
+    }
+
+    /// Highest event time of all drafts so far, those of earlier runs included.
+    pub fn last_event_time(&self) -> Option<Timestamp> {
+        self.core().lanes.iter().filter_map(|lane| lane.state.last_event).max()
+    }
+
+    /// What was last appended under `key`.
+    ///
+    /// # Errors
+    /// None at present; the caller treats one as it treats those of [`Self::append`].
+    pub fn get_meta(&self, key: &str) -> Result<Option<Vec<u8>>, OutboxError> {
+        Ok(self.core().meta.get(key).map(|(_, value)| value.clone()))
+    }
+
+    /// Ends the epoch: declares its last counts and its `closing` records. Delivery may go on; a second call
+    /// does nothing.
+    ///
+    /// # Errors
+    /// When the disk refuses; the next open then closes the epoch.
+    pub fn close(&self, now: Timestamp) -> Result<(), OutboxError> {
+        self.core().close(now)?;
+        self.0.appended.notify_one();
+        Ok(())
+    }
+
+    /// What is due with time: declares counts, drops what is too old, renews manifests, notes what was
+    /// forgotten. To be called about once a minute, and after the last [`Self::forget`].
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    pub fn upkeep(&self, now: Timestamp) -> Result<(), OutboxError> {
+        self.core().upkeep(now)?;
+        self.0.appended.notify_one();
+        Ok(())
+    }
+
+    /// Held messages of a lane from index `from` on, ascending: at most `max`, and about `max_bytes` of payload.
+    /// Empty when none is held from there on.
+    ///
+    /// # Errors
+    /// When the disk refuses. A damaged generation is set aside, declared, and skipped.
+    pub fn page(
+        &self,
+        lane: Lane,
+        from: u64,
+        max: usize,
+        max_bytes: usize,
+        now: Timestamp,
+    ) -> Result<Vec<Message>, OutboxError> {
+        self.core().page(lane, from, max, max_bytes, now)
+    }
+
+    /// Forgets messages that are durable elsewhere.
+    ///
+    /// # Errors
+    /// When a generation that is no longer needed cannot be removed.
+    pub fn forget(&self, lane: Lane, range: Range<u64>) -> Result<(), OutboxError> {
+        self.core().lane(lane).forget(range)
+    }
+
+    /// The indices that are held no more.
+    pub fn forgotten(&self, lane: Lane) -> RangeSet {
+        self.core().lane(lane).state.forgotten.clone()
+    }
+
+    /// Finds what an acknowledgement names.
+    pub fn locate(&self, ranges: &[AckRange]) -> Located {
+        let mut core = self.core();
+        let mut located = Located::default();
+        for range in ranges {
+            let state = &core.lane(range.lane).state;
+            let known = state.epochs.iter().find(|e| e.epoch == range.epoch).map(EpochState::range);
+            let indices = known.as_ref().map_or(0..0, |known| {
+                let at = |seq: u64| known.start.saturating_add(seq).min(known.end);
+                at(range.from)..at(range.to.saturating_add(1))
+            });
+            let asked = range.to.saturating_add(1).saturating_sub(range.from);
+            if indices.end.saturating_sub(indices.start) < asked {
+                located.unknown += 1;
+            }
+            if !indices.is_empty() {
+                located.ranges.push((range.lane, indices));
+            }
+        }
+        located
+    }
+
+    /// Every lane, in the order of [`Lane::ALL`].
+    pub fn lanes(&self) -> Vec<LaneView> {
+        let core = self.core();
+        let view = |(lane, store): (&Lane, &LaneStore)| {
+            let state = &store.state;
+            let status = |e: &EpochState| LaneStatus {
+                epoch: e.epoch,
+                lane: *lane,
+                head: e.head,
+                rows: e.rows,
+                oldest: store.oldest(e),
+            };
+            let present = store.present().epoch;
+            let open = state.epochs.iter().filter(|e| e.epoch == present || store.oldest(e) < e.head);
+            LaneView {
+                lane: *lane,
+                bytes: store.disk_bytes(),
+                messages: state.forgotten.absent(0..state.next).iter().map(|r| r.end - r.start).sum(),
+                next: state.next,
+                oldest_sealed: store.oldest_sealed(),
+                epochs: open.map(status).collect(),
+            }
+        };
+        Lane::ALL.iter().zip(&core.lanes).map(view).collect()
+    }
+
+    fn core(&self) -> MutexGuard<'_, Core> {
+        // Memory follows the disk only after a commit, so it is sound even if a holder panicked.
+        self.0.core.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Core {
+    fn open(dir: &Path, limits: Limits, now: Timestamp) -> Result<Self, OutboxError> {
+        fs::create_dir_all(dir).map_err(OutboxError::io(dir))?;
+        let trash = dir.join("trash");
+        match fs::remove_dir_all(&trash) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(OutboxError::io(&trash)(e)),
+            _ => {}
+        }
+        let epoch = Uuid::now_v7();
+        let (mut lanes, mut damaged) = (Vec::new(), Vec::new());
+        for lane in Lane::ALL {
+            let (mut store, numbers) = LaneStore::open(dir, lane)?;
+            store.begin(epoch);
+            damaged.extend(numbers.into_iter().map(|number| (lane, number)));
+            lanes.push(store);
+        }
+        let mut meta = BTreeMap::<String, (u64, Vec<u8>)>::new();
+        for store in &lanes {
+            for (name, stamp, value) in store.meta()? {
+                if meta.get(&name).is_none_or(|(known, _)| *known < stamp) {
+                    meta.insert(name, (stamp, value));
+                }
+            }
+        }
+        let stamp = meta.values().map(|(stamp, _)| *stamp).max().unwrap_or(0);
+        let dir = dir.to_owned();
+        let mut core =
+            Core { dir, limits, epoch, lanes, meta, stamp, declared_at: Instant::now(), closed: false };
+        core.end_previous(now)?;
+        for (lane, number) in damaged {
+            core.set_aside(lane, number, now)?;
+        }
+        core.upkeep(now)?;
+        Ok(core)
+    }
+
+    /// Closes the epoch before, and makes the present one durable.
+    fn end_previous(&mut self, now: Timestamp) -> Result<(), OutboxError> {
+        let declared = self.lane(Lane::Control).state.declared;
+        for (lane, declared) in self.lanes.iter_mut().zip(declared) {
+            if declared > lane.state.census_no {
+                lane.state.census = Census::default();
+                lane.state.census_no = declared;
+            }
+        }
+        let control = &self.lane(Lane::Control).state;
+        let previous = control.epoch.filter(|_| !control.clean);
+        let mut records = Vec::new();
+        if let Some(previous) = previous {
+            let ended = |store: &LaneStore| {
+                let state = store.state.epochs.iter().find(|e| e.epoch == previous);
+                state.map_or((0, 0), |e| (e.head, e.rows))
+            };
+            for (lane, store) in Lane::ALL.iter().zip(&self.lanes) {
+                let (head, rows) = ended(store);
+                records.push(closing_record(previous, *lane, head, rows));
+            }
+            let last = |pick: fn(&LaneStore) -> Option<Timestamp>| self.lanes.iter().filter_map(pick).max();
+            let from = last(|l| l.state.last_event).or(last(|l| l.state.at)).unwrap_or(now);
+            records.push(interruption_record(previous, from.min(now), now));
+        }
+        self.declare(now, previous.unwrap_or(self.epoch), records, true)
+    }
+
+    fn lane(&mut self, lane: Lane) -> &mut LaneStore {
+        &mut self.lanes[lane as usize]
+    }
+
+    fn append(
+        &mut self,
+        now: Timestamp,
+        drafts: &[Draft],
+        meta: &[(&str, Vec<u8>)],
+    ) -> Result<(), OutboxError> {
+        if self.closed {
+            return Err(OutboxError::Closed);
+        }
+        self.make_room(now)?;
+        let carries = |lane: Lane| drafts.iter().any(|d| d.lane == lane && d.batch.num_rows() > 0);
+        // Metadata and the census of empty drafts go with the lane that is written last.
+        let home = [Lane::Readings, Lane::Aggregates, Lane::Anomalies]
+            .into_iter()
+            .find(|lane| carries(*lane))
+            .unwrap_or(Lane::Readings);
+        let order = GIVE_WAY.into_iter().rev().filter(|lane| *lane != home && carries(*lane)).chain([home]);
+        for lane in order.collect::<Vec<_>>() {
+            let mut write = Write::default();
+            for draft in drafts {
+                let has_rows = draft.batch.num_rows() > 0;
+                if !(draft.lane == lane && has_rows || lane == home && !has_rows) {
+                    continue;
+                }
+                count(&mut write.census, draft);
+                write.last_event = write.last_event.max(Some(draft.last_event));
+                if has_rows {
+                    write.batches.push(&draft.batch);
+                }
+            }
+            if lane == home {
+                write.meta =
+                    meta.iter().map(|(name, value)| (*name, self.stamp + 1, value.as_slice())).collect();
+            }
+            self.lanes[lane as usize].write(now, &write, &self.limits)?;
+        }
+        self.stamp += 1;
+        for (name, value) in meta {
+            self.meta.insert((*name).to_owned(), (self.stamp, value.clone()));
+        }
+        if self.declared_at.elapsed() >= self.limits.census_every {
+            self.declare(now, self.epoch, Vec::new(), false)?;
+        }
+        Ok(())
+    }
+
+    /// Writes `records` and all counts that wait into the control lane; with `always` also when there are none.
+    fn declare(
+        &mut self,
+        now: Timestamp,
+        counted_in: Uuid,
+        records: Vec<Record>,
+        always: bool,
+    ) -> Result<(), OutboxError> {
+        self.declared_at = Instant::now();
+        let mut census = Census::default();
+        let mut declared = [0; 4];
+        for (store, declared) in self.lanes.iter().zip(&mut declared) {
+            census.merge(&store.state.census);
+            *declared = store.state.census_no + 1;
+        }
+        let records: Vec<Record> = control::census_records(counted_in, &census).chain(records).collect();
+        if records.is_empty() && !always {
+            return Ok(());
+        }
+        self.write_control(now, &records, Some(declared), false)?;
+        for (store, declared) in self.lanes.iter_mut().zip(declared) {
+            store.state.census = Census::default();
+            store.state.census_no = declared;
+        }
+        Ok(())
+    }
+
+    fn write_control(
+        &mut self,
+        now: Timestamp,
+        records: &[Record],
+        declared: Option<[u64; 4]>,
+        clean: bool,
+    ) -> Result<(), OutboxError> {
+        let batch = control::batch(records, now)?;
+        let batches: Vec<&RecordBatch> = if records.is_empty() { Vec::new() } else { vec![&batch] };
+        let write = Write { batches, declared, clean, ..Write::default() };
+        self.lanes[Lane::Control as usize].write(now, &write, &self.limits)
+    }
+
+    fn close(&mut self, now: Timestamp) -> Result<(), OutboxError> {
+        if self.closed {
+            return Ok(());
+        }
+        self.declare(now, self.epoch, Vec::new(), false)?;
+        let epoch = self.epoch;
+        let ends = Lane::ALL.iter().zip(&self.lanes).map(|(lane, store)| {
+            let end = store.present();
+            match lane {
+                // The message that says so is the control lane's last one.
+                Lane::Control => {
+                    closing_record(epoch, *lane, end.head + 1, end.rows + Lane::ALL.len() as u64)
+                }
+                _ => closing_record(epoch, *lane, end.head, end.rows),
+            }
+        });
+        let records: Vec<Record> = ends.collect();
+        self.write_control(now, &records, None, true)?;
+        self.closed = true;
+        self.lanes.iter_mut().try_for_each(LaneStore::note)
+    }
+
+    fn upkeep(&mut self, now: Timestamp) -> Result<(), OutboxError> {
+        if !self.closed {
+            if self.declared_at.elapsed() >= self.limits.census_every {
+                self.declare(now, self.epoch, Vec::new(), false)?;
+            }
+            self.make_room(now)?;
+        }
+        self.lanes.iter_mut().try_for_each(LaneStore::note)
+    }
+
+    /// Drops generations that are too old, and the oldest ones while there are too many bytes.
+    fn make_room(&mut self, now: Timestamp) -> Result<(), OutboxError> {
+        let limit = now - self.limits.max_age;
+        for lane in GIVE_WAY {
+            while let Some(number) = self.lane(lane).older_than(limit) {
+                self.drop_generation(lane, number, "age", now)?;
+            }
+        }
+        while let Some(reason) = self.shortage()? {
+            let mut oldest = None;
+            for lane in GIVE_WAY {
+                if oldest.is_none() && self.lane(lane).holds_messages() {
+                    oldest = self.lane(lane).oldest_generation()?.map(|number| (lane, number));
+                }
+            }
+            let Some((lane, number)) = oldest else { break };
+            self.drop_generation(lane, number, reason, now)?;
+        }
+        Ok(())
+    }
+
+    fn shortage(&self) -> Result<Option<&'static str>, OutboxError> {
+        let used: u64 = GIVE_WAY.iter().map(|lane| self.lanes[*lane as usize].disk_bytes()).sum();
+        if used > self.limits.max_bytes {
+            return Ok(Some("full"));
+        }
+        let free = fs2::available_space(&self.dir).map_err(OutboxError::io(&self.dir))?;
+        Ok((free < self.limits.min_free_disk).then_some("disk"))
+    }
+
+    fn drop_generation(
+        &mut self,
+        lane: Lane,
+        number: u64,
+        reason: &'static str,
+        now: Timestamp,
+    ) -> Result<(), OutboxError> {
+        let readings = self.declare_gaps(lane, number, reason, now)?;
+        tracing::warn!(%lane, number, reason, readings, "the outbox dropped its oldest messages and declared them");
+        self.lane(lane).discard(number)
+    }
+
+    /// Declares what is held of a generation that cannot be read, and moves it to `quarantine/`.
+    fn set_aside(&mut self, lane: Lane, number: u64, now: Timestamp) -> Result<(), OutboxError> {
+        if self.lane(lane).is_active(number) {
+            self.lane(lane).abandon_active()?;
+        }
+        let readings = self.declare_gaps(lane, number, "corrupt", now)?;
+        tracing::error!(%lane, number, readings, "a damaged generation of the outbox was set aside and declared");
+        self.lane(lane).quarantine(number)
+    }
+
+    fn declare_gaps(
+        &mut self,
+        lane: Lane,
+        number: u64,
+        reason: &'static str,
+        now: Timestamp,
+    ) -> Result<u64, OutboxError> {
+        let gaps = merge_gaps(self.lane(lane).gaps(number, reason)?);
+        let readings = gaps.iter().map(|g| g.readings).sum();
+        let records: Vec<Record> = gaps.into_iter().map(Record::from).collect();
+        if !records.is_empty() {
+            let clean = self.lane(Lane::Control).state.clean;
+            self.write_control(now, &records, None, clean)?;
+        }
+        Ok(readings)
+    }
+
+    fn page(
+        &mut self,
+        lane: Lane,
+        from: u64,
+        max: usize,
+        max_bytes: usize,
+        now: Timestamp,
+    ) -> Result<Vec<Message>, OutboxError> {
+        loop {
+            match self.lane(lane).page(from, max, max_bytes) {
+                Ok(messages) => return Ok(messages),
+                Err((number, OutboxError::Corrupt { problem, .. })) => {
+                    tracing::error!(%lane, number, problem, "a generation of the outbox cannot be read");
+                    self.set_aside(lane, number, now)?;
+                }
+                Err((_, e)) => return Err(e),
+            }
+        }
+    }
+}
+
+/// Adds a draft's counts; `sealed` is counted from its rows.
+fn count(census: &mut Census, draft: &Draft) {
+    for (hour, outcome, n) in draft.census.iter() {
+        if outcome != Outcome::Sealed {
+            census.add(hour, outcome, n);
+        }
+    }
+    if draft.lane != Lane::Readings || draft.batch.num_rows() == 0 {
+        return;
+    }
+    let times = draft.batch.column_by_name("ts");
+    if let Some(times) = times.and_then(|c| c.as_any().downcast_ref::<TimestampMicrosecondArray>()) {
+        for micros in times.values() {
+            census.add(Timestamp::from_micros(*micros), Outcome::Sealed, 1);
+        }
+    }
+}

@@ -1,0 +1,259 @@
+//! What a gateway is configured to do: `default.toml` is the manual.
+//!
+//! Parsed twice. [`file`] mirrors the TOML; [`Settings`] is what the stages use: devices are indices, chips are
+//! drivers, every value has been checked. All mistakes of a file are reported together.
+
+mod check;
+pub mod file;
+
+use std::{
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use common::{
+    config::{self, Layers, Mistakes, SecretRef},
+    reading::{DeviceIx, Registry},
+};
+use sha2::{Digest, Sha256};
+
+use crate::source::chip::{Ads1115, Sht4x, ads1115, ism330dhcx};
+
+/// `default.toml`, compiled in.
+pub const DEFAULTS: &str = include_str!("../default.toml");
+
+/// A checked configuration.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// The plant.
+    pub site: String,
+    /// This agent.
+    pub gateway: String,
+    /// Where the outbox lives.
+    pub data_dir: PathBuf,
+    /// SHA-256 of the effective configuration in hex; it holds references to secrets only.
+    pub sha256: String,
+    /// Assets and devices.
+    pub registry: Arc<Registry>,
+    /// What the filter does with each device, by [`DeviceIx`].
+    pub checks: Vec<Checks>,
+    /// What is read.
+    pub sources: Vec<Source>,
+    /// A bus whose transfers take longer is given up and opened again.
+    pub source_timeout: Duration,
+    /// The broker.
+    pub mqtt: MqttSettings,
+    /// Delivery.
+    pub uplink: UplinkSettings,
+    /// The disk buffer, and when batches are sealed for it.
+    pub outbox: OutboxSettings,
+    /// Tumbling windows.
+    pub window: WindowSettings,
+    /// Folder of model bundles.
+    pub models: Option<PathBuf>,
+    /// Where `/metrics` and `/healthz` answer.
+    pub listen: Option<SocketAddr>,
+}
+
+impl Settings {
+    /// Reads the defaults, the file and the environment.
+    ///
+    /// # Errors
+    /// Everything that is wrong, each with its fix.
+    pub fn load(path: Option<&Path>) -> Result<Self, Mistakes> {
+        Self::read(&Layers { defaults: DEFAULTS, file: path, env_prefix: "TAILRACE_EDGE" }, std::env::vars())
+    }
+
+    fn read(layers: &Layers<'_>, env: impl IntoIterator<Item = (String, String)>) -> Result<Self, Mistakes> {
+        let table: toml::Table = config::load_with_env(layers, env)?;
+        let origin = layers.file.map_or_else(|| "the environment".to_owned(), |p| p.display().to_string());
+        let sha256 = format!("{:x}", Sha256::digest(table.to_string()));
+        match table.try_into::<file::File>() {
+            Ok(file) => check::check(file, sha256, origin),
+            Err(e) => {
+                let mut mistakes = Mistakes::of(origin);
+                mistakes.add("value", e.to_string().trim_end().replace('\n', " "), "see default.toml");
+                Err(mistakes)
+            }
+        }
+    }
+}
+
+/// What the filter does with the readings of a device. All off by default, except for the device's range.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Checks {
+    /// Inclusive limits in the device's unit; a reading outside is bad.
+    pub range: Option<[f64; 2]>,
+    /// Unchanged for this long is uncertain.
+    pub stuck_after: Option<Duration>,
+    /// Unit per second; a faster change is uncertain.
+    pub rate_limit: Option<f64>,
+    /// Report by exception on the readings lane.
+    pub deadband: Option<Deadband>,
+}
+
+/// Report by exception.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Deadband {
+    /// Changes up to this much are held, in the device's unit.
+    pub width: f64,
+    /// One reading at least this often.
+    pub heartbeat: Duration,
+}
+
+/// Something that is read by one task.
+#[derive(Clone, Debug)]
+pub enum Source {
+    /// An I2C bus with its chips.
+    I2c {
+        /// Such as `/dev/i2c-1`.
+        path: String,
+        /// What is read on it, in this order.
+        probes: Vec<I2cProbe>,
+    },
+    /// An accelerometer on SPI.
+    Spi {
+        /// Such as `/dev/spidev0.0`.
+        path: String,
+        /// How often a burst is taken.
+        period: Duration,
+        /// What a burst is.
+        burst: ism330dhcx::Settings,
+        /// Device of the burst's RMS in m/s², with the factor into its unit.
+        rms: Option<(DeviceIx, f64)>,
+        /// Device of the burst's peak in m/s², with the factor into its unit.
+        peak: Option<(DeviceIx, f64)>,
+    },
+    /// A recorded file.
+    Replay {
+        /// CSV with the header `ts,device_id,value[,quality]`.
+        file: PathBuf,
+    },
+}
+
+impl Source {
+    /// The path of the bus or file.
+    pub fn name(&self) -> String {
+        match self {
+            Self::I2c { path, .. } | Self::Spi { path, .. } => path.clone(),
+            Self::Replay { file } => file.display().to_string(),
+        }
+    }
+}
+
+/// One thing that is read on an I2C bus, by its own period.
+#[derive(Clone, Debug)]
+pub struct I2cProbe {
+    /// How often.
+    pub period: Duration,
+    /// What.
+    pub chip: I2cChip,
+}
+
+/// A chip, or one input of it.
+#[derive(Clone, Debug)]
+pub enum I2cChip {
+    /// A 4–20 mA loop.
+    Loop {
+        /// The converter.
+        adc: Ads1115,
+        /// Its input.
+        channel: ads1115::Channel,
+        /// Burden in Ω.
+        burden_ohm: f64,
+        /// The device.
+        device: DeviceIx,
+        /// The device's unit at 4 mA.
+        low: f64,
+        /// The device's unit at 20 mA.
+        high: f64,
+    },
+    /// Air temperature and humidity, each as (device, scale, shift) from °C and % into the device's unit.
+    Climate {
+        /// The chip.
+        chip: Sht4x,
+        /// Device of the temperature.
+        temperature: Option<(DeviceIx, f64, f64)>,
+        /// Device of the humidity.
+        humidity: Option<(DeviceIx, f64, f64)>,
+    },
+}
+
+/// The broker.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MqttSettings {
+    /// Host name or address.
+    pub host: String,
+    /// Port.
+    pub port: u16,
+    /// Whether to speak TLS (`mqtts://`).
+    pub tls: bool,
+    /// Root of all topics.
+    pub root: String,
+    /// Empty for none.
+    pub username: String,
+    /// Reference to the password.
+    pub password: SecretRef,
+    /// PEM file of the authorities.
+    pub ca: Option<PathBuf>,
+    /// A dead connection is noticed after one and a half of these.
+    pub keep_alive: Duration,
+    /// First pause before connecting again.
+    pub backoff: Duration,
+    /// Longest pause before connecting again.
+    pub max_backoff: Duration,
+}
+
+/// When a message may be forgotten.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum UplinkMode {
+    /// On the cloud's acknowledgement.
+    Cloud,
+    /// On the broker's.
+    Broker,
+}
+
+/// Delivery; the units and reasons stand in `default.toml`.
+#[derive(Clone, Debug, PartialEq)]
+#[expect(missing_docs, reason = "default.toml documents the keys of the same names")]
+pub struct UplinkSettings {
+    pub mode: UplinkMode,
+    pub inflight: u16,
+    pub unacked: usize,
+    pub resend_after: Duration,
+    pub max_resend_after: Duration,
+    pub backlog_share: f64,
+    pub max_bytes_per_s: Option<u64>,
+    pub status_every: Duration,
+    pub drain: Duration,
+}
+
+/// The disk buffer, and when batches are sealed for it; the units and reasons stand in `default.toml`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "default.toml documents the keys of the same names")]
+pub struct OutboxSettings {
+    pub dir: PathBuf,
+    pub linger: Duration,
+    pub max_linger: Duration,
+    pub linger_rows: usize,
+    pub max_rows: usize,
+    pub max_message_bytes: usize,
+    pub max_bytes: u64,
+    pub max_age: Duration,
+    pub min_free_disk: u64,
+    pub generation_bytes: u64,
+}
+
+/// Tumbling windows in event time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WindowSettings {
+    /// Width; windows are aligned to the Unix epoch.
+    pub width: Duration,
+    /// A window closes when the gateway's time has passed its end by this.
+    pub lateness: Duration,
+    /// How long a closed window is kept for late readings.
+    pub revise_for: Duration,
+}

@@ -1,0 +1,403 @@
+//! From the configuration as typed to the one that is used: every mistake is noted, none ends the checking.
+
+use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
+
+use common::{
+    config::Mistakes,
+    reading::{Asset, Device, DeviceIx, Registry},
+    time::duration,
+    units::{DeviceType, Unit},
+    wire,
+};
+
+use super::{
+    Checks, Deadband, I2cChip, I2cProbe, MqttSettings, OutboxSettings, Settings, Source, UplinkSettings,
+    WindowSettings,
+    file::{self, File},
+};
+use crate::source::chip::{Ads1115, Sht4x, ads1115, ism330dhcx};
+
+/// NE 43's highest meaningful current with some room, which the converter's range must hold.
+const MAX_LOOP_A: f64 = 0.0215;
+/// The converter's range in V.
+const ADC_FULL_SCALE_V: f64 = 4.096;
+
+pub(super) fn check(file: File, sha256: String, origin: String) -> Result<Settings, Mistakes> {
+    let mut m = Mistakes::of(origin);
+    for (key, name) in [("site", &file.site), ("gateway", &file.gateway)] {
+        m.require(
+            wire::is_name(name),
+            key,
+            format!("{name:?} is no name"),
+            "write 1 to 64 of A-Z a-z 0-9 - _ . , not starting with _ or .",
+        );
+    }
+    let no_dir = file.data_dir.as_os_str().is_empty();
+    m.require(!no_dir, "data_dir", "it is empty", "name a folder on a local disk");
+    check_assets(&file.asset, &file.device, &mut m);
+    let checks = check_devices(&file.device, &file.asset, &mut m);
+    let registry =
+        Registry { assets: file.asset, devices: file.device.into_iter().map(|entry| entry.device).collect() };
+    let mut bind = Binding { registry: &registry, bound: BTreeMap::new() };
+    let mut sources = Vec::new();
+    for bus in file.i2c {
+        sources.push(check_i2c(bus, &mut bind, &mut m));
+    }
+    for spi in file.spi {
+        sources.extend(check_spi(spi, &mut bind, &mut m));
+    }
+    sources.extend(file.replay.into_iter().map(|replay| Source::Replay { file: replay.file }));
+    check_paths(&sources, &mut m);
+    let settings = Settings {
+        mqtt: check_mqtt(file.mqtt, &mut m),
+        uplink: check_uplink(file.uplink, &mut m),
+        outbox: check_outbox(file.outbox, file.data_dir.join("outbox"), &mut m),
+        window: check_window(&file.window, &mut m),
+        models: (!file.models.dir.as_os_str().is_empty()).then_some(file.models.dir),
+        listen: check_listen(&file.metrics.listen, &mut m),
+        source_timeout: at_least("source.timeout", file.source.timeout, Duration::from_millis(100), &mut m),
+        site: file.site,
+        gateway: file.gateway,
+        data_dir: file.data_dir,
+        sha256,
+        registry: Arc::new(registry),
+        checks,
+        sources,
+    };
+    m.into_result(settings)
+}
+
+fn check_assets(assets: &[Asset], devices: &[file::DeviceEntry], m: &mut Mistakes) {
+    for (i, asset) in assets.iter().enumerate() {
+        let key = format!("asset {:?}", asset.id);
+        m.require(!asset.id.is_empty(), &key, "its id is empty", "give it a name of its own");
+        let twice = assets[..i].iter().any(|a| a.id == asset.id);
+        m.require(!twice, &key, "the id stands twice", "give each asset a name of its own");
+        if let Some(when) = &asset.running_when {
+            let known = devices.iter().any(|d| d.device.id == when.device);
+            let key = format!("{key} running_when");
+            m.require(known, &key, format!("no device {:?}", when.device), "name a [[device]] of this file");
+        }
+    }
+}
+
+fn check_devices(entries: &[file::DeviceEntry], assets: &[Asset], m: &mut Mistakes) -> Vec<Checks> {
+    let mut all = Vec::with_capacity(entries.len());
+    for (i, file::DeviceEntry { device, filter }) in entries.iter().enumerate() {
+        let key = format!("device {:?}", device.id);
+        m.require(!device.id.is_empty(), &key, "its id is empty", "name it, such as \"pump-01/speed\"");
+        let twice = entries[..i].iter().any(|e| e.device.id == device.id);
+        m.require(!twice, &key, "the id stands twice", "give each device a name of its own");
+        let known = assets.iter().any(|a| a.id == device.asset);
+        m.require(known, &key, format!("no asset {:?}", device.asset), "add an [[asset]] with this id");
+        check_unit(&key, device, m);
+        if let Some([low, high]) = device.range {
+            m.require(low < high, &key, format!("range [{low}, {high}] is empty"), "write [low, high]");
+        }
+        for (name, value) in [("rate_limit", filter.rate_limit), ("deadband", filter.deadband)] {
+            let positive = value.is_none_or(|v| v.is_finite() && v > 0.0);
+            m.require(positive, &key, format!("{name} is not above 0"), "leave it out to switch it off");
+        }
+        let deadband = match (filter.deadband, filter.heartbeat) {
+            (Some(width), Some(heartbeat)) => Some(Deadband { width, heartbeat: heartbeat.0 }),
+            (None, None) => None,
+            _ => {
+                m.add(&key, "deadband and heartbeat need each other", "write both or neither");
+                None
+            }
+        };
+        all.push(Checks {
+            range: device.range,
+            stuck_after: filter.stuck_after.map(|span| span.0),
+            rate_limit: filter.rate_limit,
+            deadband,
+        });
+    }
+    all
+}
+
+fn check_unit(key: &str, device: &Device, m: &mut Mistakes) {
+    let Some(unit) = Unit::parse(&device.unit) else {
+        let fix = "write a UCUM code such as Cel, bar, L/min, mm/s, %, or 1";
+        return m.add(key, format!("unknown unit {:?}", device.unit), fix);
+    };
+    if let Some(shipped) = DeviceType::parse(&device.device_type) {
+        m.require(
+            unit.into_unit(shipped.canonical()).is_some(),
+            key,
+            format!("unit {:?} does not measure {}", device.unit, shipped.name),
+            &format!("write one that converts to {:?}, or another type", shipped.unit),
+        );
+    }
+}
+
+/// Finds the devices that sources name, and sees to it that each has one source.
+struct Binding<'a> {
+    registry: &'a Registry,
+    bound: BTreeMap<DeviceIx, String>,
+}
+
+impl Binding<'_> {
+    fn device(&mut self, key: &str, id: &str, m: &mut Mistakes) -> Option<DeviceIx> {
+        let Some(ix) = self.registry.find(id) else {
+            m.add(key, format!("no device {id:?}"), "add a [[device]] with this id");
+            return None;
+        };
+        match self.bound.insert(ix, key.to_owned()) {
+            None => Some(ix),
+            Some(other) => {
+                m.add(key, format!("device {id:?} is already read by {other}"), "read a device once");
+                None
+            }
+        }
+    }
+
+    /// The device and the affine map from `unit` into its own.
+    fn convert(
+        &mut self,
+        key: &str,
+        id: Option<&String>,
+        unit: &str,
+        m: &mut Mistakes,
+    ) -> Option<(DeviceIx, f64, f64)> {
+        let ix = self.device(key, id?, m)?;
+        let device = self.registry.device(ix);
+        // An unknown unit has been noted with the device.
+        let own = Unit::parse(&device.unit)?;
+        let Some((scale, shift)) = Unit::parse(unit).and_then(|from| from.into_unit(own)) else {
+            let fix = format!("give the device a unit that converts from {unit:?}");
+            m.add(key, format!("the chip shows {unit:?}, device {:?} has {:?}", device.id, device.unit), fix);
+            return None;
+        };
+        Some((ix, scale, shift))
+    }
+}
+
+fn check_i2c(bus: file::I2cBus, bind: &mut Binding<'_>, m: &mut Mistakes) -> Source {
+    let mut probes = Vec::new();
+    let mut addresses = Vec::new();
+    let mut once = |key: &str, address: u8, m: &mut Mistakes| {
+        m.require(
+            !addresses.contains(&address),
+            key,
+            "the address stands twice",
+            "set one chip's address pin",
+        );
+        addresses.push(address);
+    };
+    for chip in bus.ads1115 {
+        let key = format!("i2c {:?} ads1115 {:#04x}", bus.path, chip.address);
+        once(&key, chip.address, m);
+        let adc = Ads1115::new(chip.address);
+        m.require(adc.is_some(), &key, "the chip has no such address", "write 0x48 to 0x4b");
+        let period = check_period(&key, chip.period, m);
+        let fits = chip.burden_ohm >= 1.0 && chip.burden_ohm * MAX_LOOP_A <= ADC_FULL_SCALE_V;
+        let problem =
+            format!("burden_ohm = {} does not suit a range of {ADC_FULL_SCALE_V} V", chip.burden_ohm);
+        m.require(fits, &key, problem, "write 1 to 190");
+        let mut used = Vec::new();
+        for entry in chip.loops {
+            let key = format!("{key} channel {}", entry.channel);
+            let channel = ads1115::Channel::new(entry.channel);
+            m.require(channel.is_some(), &key, "the chip has no such channel", "write 0 to 3");
+            m.require(!used.contains(&entry.channel), &key, "it stands twice", "read a channel once");
+            used.push(entry.channel);
+            let spans = entry.low.is_finite() && entry.high.is_finite() && entry.low != entry.high;
+            m.require(spans, &key, "low and high span nothing", "write the values at 4 mA and 20 mA");
+            let period = entry.period.map_or(period, |span| check_period(&key, span.0, m));
+            let device = bind.device(&key, &entry.device, m);
+            if let (Some(adc), Some(channel), Some(device)) = (adc.clone(), channel, device) {
+                let (burden_ohm, low, high) = (chip.burden_ohm, entry.low, entry.high);
+                let chip = I2cChip::Loop { adc, channel, burden_ohm, device, low, high };
+                probes.push(I2cProbe { period, chip });
+            }
+        }
+    }
+    for entry in bus.sht4x {
+        let key = format!("i2c {:?} sht4x {:#04x}", bus.path, entry.address);
+        once(&key, entry.address, m);
+        let chip = Sht4x::new(entry.address);
+        m.require(chip.is_some(), &key, "the chip has no such address", "write 0x44 to 0x46");
+        let some = entry.temperature.is_some() || entry.humidity.is_some();
+        m.require(some, &key, "it feeds no device", "name the device of temperature or of humidity");
+        let period = check_period(&key, entry.period, m);
+        let temperature = bind.convert(&key, entry.temperature.as_ref(), "Cel", m);
+        let humidity = bind.convert(&key, entry.humidity.as_ref(), "%", m);
+        if let Some(chip) = chip {
+            probes.push(I2cProbe { period, chip: I2cChip::Climate { chip, temperature, humidity } });
+        }
+    }
+    m.require(!probes.is_empty(), &format!("i2c {:?}", bus.path), "nothing is read on it", "add a chip");
+    Source::I2c { path: bus.path, probes }
+}
+
+fn check_spi(entry: file::SpiDevice, bind: &mut Binding<'_>, m: &mut Mistakes) -> Option<Source> {
+    let key = format!("spi {:?} ism330dhcx", entry.path);
+    let chip = entry.ism330dhcx;
+    let rate = match chip.rate_hz {
+        833 => Some(ism330dhcx::DataRate::Hz833),
+        1667 => Some(ism330dhcx::DataRate::Hz1667),
+        3333 => Some(ism330dhcx::DataRate::Hz3333),
+        6667 => Some(ism330dhcx::DataRate::Hz6667),
+        _ => None,
+    };
+    let problem = format!("rate_hz = {} is none of the chip's", chip.rate_hz);
+    m.require(rate.is_some(), &key, problem, "write 833, 1667, 3333 or 6667");
+    let range = match chip.range_g {
+        2 => Some(ism330dhcx::Range::G2),
+        4 => Some(ism330dhcx::Range::G4),
+        8 => Some(ism330dhcx::Range::G8),
+        16 => Some(ism330dhcx::Range::G16),
+        _ => None,
+    };
+    let problem = format!("range_g = {} is none of the chip's", chip.range_g);
+    m.require(range.is_some(), &key, problem, "write 2, 4, 8 or 16");
+    let axis = match chip.axis.as_str() {
+        "x" => Some(ism330dhcx::Axis::X),
+        "y" => Some(ism330dhcx::Axis::Y),
+        "z" => Some(ism330dhcx::Axis::Z),
+        _ => None,
+    };
+    m.require(axis.is_some(), &key, format!("axis {:?} is unknown", chip.axis), "write x, y or z");
+    let sane = (16..=65_536).contains(&chip.samples);
+    m.require(sane, &key, format!("samples = {} is no burst", chip.samples), "write 16 to 65536");
+    let some = chip.rms.is_some() || chip.peak.is_some();
+    m.require(some, &key, "it feeds no device", "name the device of rms or of peak");
+    let period = check_period(&key, chip.period, m);
+    let rms = bind.convert(&key, chip.rms.as_ref(), "m/s2", m).map(|(ix, scale, _)| (ix, scale));
+    let peak = bind.convert(&key, chip.peak.as_ref(), "m/s2", m).map(|(ix, scale, _)| (ix, scale));
+    let burst = ism330dhcx::Settings { rate: rate?, range: range?, axis: axis?, samples: chip.samples };
+    let lasts = Duration::from_secs_f64(burst.samples as f64 / burst.rate.hz());
+    let problem = format!("a burst of {:.1} s does not fit into its period", lasts.as_secs_f64());
+    m.require(lasts < period, &key, problem, "take fewer samples, or take them less often");
+    Some(Source::Spi { path: entry.path, period, burst, rms, peak })
+}
+
+fn check_paths(sources: &[Source], m: &mut Mistakes) {
+    for (i, source) in sources.iter().enumerate() {
+        let name = source.name();
+        let twice = sources[..i].iter().any(|s| s.name() == name);
+        m.require(!twice, &name, "the path stands twice", "put all chips of a bus under one table");
+    }
+}
+
+fn check_period(key: &str, period: Duration, m: &mut Mistakes) -> Duration {
+    at_least(&format!("{key} period"), period, Duration::from_millis(10), m)
+}
+
+fn at_least(key: &str, value: Duration, least: Duration, m: &mut Mistakes) -> Duration {
+    let problem = format!("{} is below {}", duration::format(value), duration::format(least));
+    m.require(value >= least, key, problem, "raise it");
+    value.max(least)
+}
+
+fn check_mqtt(mqtt: file::Mqtt, m: &mut Mistakes) -> MqttSettings {
+    let (tls, rest) = match (mqtt.url.strip_prefix("mqtts://"), mqtt.url.strip_prefix("mqtt://")) {
+        (Some(rest), _) => (true, rest),
+        (_, Some(rest)) => (false, rest),
+        _ => (false, ""),
+    };
+    let parts = rest.trim_end_matches('/').rsplit_once(':');
+    let address = parts.and_then(|(host, port)| Some((host, port.parse::<u16>().ok()?)));
+    let address = address.filter(|(host, _)| !host.is_empty() && !host.contains(['@', '/']));
+    let problem = format!("{:?} is no broker's address", mqtt.url);
+    m.require(address.is_some(), "mqtt.url", problem, "write mqtt://HOST:PORT or mqtts://HOST:PORT");
+    let (host, port) = address.unwrap_or(("", 0));
+    let host = host.trim_start_matches('[').trim_end_matches(']').to_owned();
+    let loopback = host == "localhost" || host.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback());
+    m.require(
+        tls || loopback || !mqtt.password.is_set() || host.is_empty(),
+        "mqtt.password",
+        format!("it would travel in plain text to {host}"),
+        "use mqtts://",
+    );
+    let no_ca = mqtt.ca.as_os_str().is_empty();
+    m.require(!tls || !no_ca, "mqtt.ca", "mqtts:// needs it", "name the PEM file of the broker's authority");
+    let root_ok = !mqtt.root.is_empty()
+        && !mqtt.root.starts_with('/')
+        && !mqtt.root.ends_with('/')
+        && !mqtt.root.contains(['#', '+', '$']);
+    m.require(root_ok, "mqtt.root", format!("{:?} is no root", mqtt.root), "write it as tailrace/v1");
+    MqttSettings {
+        keep_alive: at_least("mqtt.keep_alive", mqtt.keep_alive, Duration::from_secs(5), m),
+        backoff: at_least("mqtt.backoff", mqtt.backoff, Duration::from_millis(10), m),
+        max_backoff: at_least("mqtt.max_backoff", mqtt.max_backoff, mqtt.backoff, m),
+        ca: (!no_ca).then_some(mqtt.ca),
+        root: mqtt.root,
+        username: mqtt.username,
+        password: mqtt.password,
+        host,
+        port,
+        tls,
+    }
+}
+
+fn check_uplink(uplink: file::Uplink, m: &mut Mistakes) -> UplinkSettings {
+    let problem = format!("{} is outside of 1 to 1000", uplink.inflight);
+    m.require((1..=1000).contains(&uplink.inflight), "uplink.inflight", problem, "32 suits most brokers");
+    let problem = format!("{} is below uplink.inflight = {}", uplink.unacked, uplink.inflight);
+    m.require(uplink.unacked >= usize::from(uplink.inflight), "uplink.unacked", problem, "raise it");
+    let problem = format!("{} is outside of 0.05 to 0.95", uplink.backlog_share);
+    m.require((0.05..=0.95).contains(&uplink.backlog_share), "uplink.backlog_share", problem, "write 0.5");
+    let second = Duration::from_secs(1);
+    UplinkSettings {
+        mode: uplink.mode,
+        inflight: uplink.inflight,
+        unacked: uplink.unacked,
+        resend_after: at_least("uplink.resend_after", uplink.resend_after, second, m),
+        max_resend_after: at_least(
+            "uplink.max_resend_after",
+            uplink.max_resend_after,
+            uplink.resend_after,
+            m,
+        ),
+        backlog_share: uplink.backlog_share,
+        max_bytes_per_s: (uplink.max_bytes_per_s > 0).then_some(uplink.max_bytes_per_s),
+        status_every: at_least("uplink.status_every", uplink.status_every, second, m),
+        drain: uplink.drain,
+    }
+}
+
+fn check_outbox(outbox: file::Outbox, dir: PathBuf, m: &mut Mistakes) -> OutboxSettings {
+    for (key, value, least) in [
+        ("outbox.max_rows", outbox.max_rows as u64, 1),
+        ("outbox.max_message_bytes", outbox.max_message_bytes as u64, 16 << 10),
+        ("outbox.max_bytes", outbox.max_bytes, 64 << 20),
+        ("outbox.generation_bytes", outbox.generation_bytes, 1 << 20),
+    ] {
+        m.require(value >= least, key, format!("{value} is below {least}"), "raise it");
+    }
+    OutboxSettings {
+        dir,
+        linger: at_least("outbox.linger", outbox.linger, Duration::from_millis(1), m),
+        max_linger: at_least("outbox.max_linger", outbox.max_linger, outbox.linger, m),
+        linger_rows: outbox.linger_rows,
+        max_rows: outbox.max_rows,
+        max_message_bytes: outbox.max_message_bytes,
+        max_bytes: outbox.max_bytes,
+        max_age: at_least("outbox.max_age", outbox.max_age, Duration::from_secs(3_600), m),
+        min_free_disk: outbox.min_free_disk,
+        generation_bytes: outbox.generation_bytes,
+    }
+}
+
+fn check_window(window: &file::Window, m: &mut Mistakes) -> WindowSettings {
+    let width = at_least("window.width", window.width, Duration::from_secs(1), m);
+    let kept = window.revise_for <= width.saturating_mul(1_000);
+    let problem = format!("{} is more than 1000 windows", duration::format(window.revise_for));
+    m.require(kept, "window.revise_for", problem, "lower it; older readings still reach the lake");
+    WindowSettings { width, lateness: window.lateness, revise_for: window.revise_for }
+}
+
+fn check_listen(listen: &str, m: &mut Mistakes) -> Option<SocketAddr> {
+    if listen.is_empty() {
+        return None;
+    }
+    let Ok(address) = listen.parse::<SocketAddr>() else {
+        m.add("metrics.listen", format!("{listen:?} is no address"), "write it as 127.0.0.1:9464");
+        return None;
+    };
+    let problem = format!("{address} is beyond loopback and asks for no password");
+    m.require(address.ip().is_loopback(), "metrics.listen", problem, "listen on 127.0.0.1, or use a proxy");
+    Some(address)
+}

@@ -1,0 +1,216 @@
+//! The configuration as it is typed: structs that mirror `default.toml`, where the keys are documented.
+#![expect(missing_docs, reason = "default.toml documents the keys of the same names")]
+
+use std::{path::PathBuf, time::Duration};
+
+use common::{
+    config::SecretRef,
+    reading::{Asset, Device},
+    time::duration,
+};
+use serde::Deserialize;
+
+use super::UplinkMode;
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct File {
+    pub site: String,
+    pub gateway: String,
+    pub data_dir: PathBuf,
+    pub asset: Vec<Asset>,
+    pub device: Vec<DeviceEntry>,
+    pub i2c: Vec<I2cBus>,
+    pub spi: Vec<SpiDevice>,
+    pub replay: Vec<Replay>,
+    pub mqtt: Mqtt,
+    pub uplink: Uplink,
+    pub outbox: Outbox,
+    pub window: Window,
+    pub models: Models,
+    pub metrics: Metrics,
+    pub source: Source,
+}
+
+/// A device and, in the same table, what the filter does with it.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(try_from = "toml::Table")]
+pub struct DeviceEntry {
+    pub device: Device,
+    pub filter: DeviceFilter,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DeviceFilter {
+    pub stuck_after: Option<Span>,
+    pub rate_limit: Option<f64>,
+    pub deadband: Option<f64>,
+    pub heartbeat: Option<Span>,
+}
+
+impl TryFrom<toml::Table> for DeviceEntry {
+    type Error = toml::de::Error;
+
+    /// The filter's keys are taken out; what remains is a [`Device`], which refuses keys that it does not know.
+    fn try_from(mut table: toml::Table) -> Result<Self, Self::Error> {
+        let mut filter = toml::Table::new();
+        for key in ["stuck_after", "rate_limit", "deadband", "heartbeat"] {
+            filter.extend(table.remove_entry(key));
+        }
+        Ok(Self { device: table.try_into()?, filter: filter.try_into()? })
+    }
+}
+
+/// A duration where there may be none.
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(transparent)]
+pub struct Span(#[serde(with = "duration")] pub Duration);
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct I2cBus {
+    pub path: String,
+    #[serde(default)]
+    pub ads1115: Vec<Ads1115>,
+    #[serde(default)]
+    pub sht4x: Vec<Sht4x>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Ads1115 {
+    pub address: u8,
+    #[serde(with = "duration")]
+    pub period: Duration,
+    pub burden_ohm: f64,
+    #[serde(default, rename = "loop")]
+    pub loops: Vec<Loop>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Loop {
+    pub channel: u8,
+    pub device: String,
+    pub low: f64,
+    pub high: f64,
+    pub period: Option<Span>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Sht4x {
+    pub address: u8,
+    #[serde(with = "duration")]
+    pub period: Duration,
+    pub temperature: Option<String>,
+    pub humidity: Option<String>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SpiDevice {
+    pub path: String,
+    pub ism330dhcx: Ism330dhcx,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Ism330dhcx {
+    #[serde(with = "duration")]
+    pub period: Duration,
+    pub samples: usize,
+    pub rate_hz: u32,
+    pub range_g: u32,
+    pub axis: String,
+    pub rms: Option<String>,
+    pub peak: Option<String>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Replay {
+    pub file: PathBuf,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Mqtt {
+    pub url: String,
+    pub root: String,
+    pub username: String,
+    pub password: SecretRef,
+    pub ca: PathBuf,
+    #[serde(with = "duration")]
+    pub keep_alive: Duration,
+    #[serde(with = "duration")]
+    pub backoff: Duration,
+    #[serde(with = "duration")]
+    pub max_backoff: Duration,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Uplink {
+    pub mode: UplinkMode,
+    pub inflight: u16,
+    pub unacked: usize,
+    #[serde(with = "duration")]
+    pub resend_after: Duration,
+    #[serde(with = "duration")]
+    pub max_resend_after: Duration,
+    pub backlog_share: f64,
+    pub max_bytes_per_s: u64,
+    #[serde(with = "duration")]
+    pub status_every: Duration,
+    #[serde(with = "duration")]
+    pub drain: Duration,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Outbox {
+    #[serde(with = "duration")]
+    pub linger: Duration,
+    #[serde(with = "duration")]
+    pub max_linger: Duration,
+    pub linger_rows: usize,
+    pub max_rows: usize,
+    pub max_message_bytes: usize,
+    pub max_bytes: u64,
+    #[serde(with = "duration")]
+    pub max_age: Duration,
+    pub min_free_disk: u64,
+    pub generation_bytes: u64,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Window {
+    #[serde(with = "duration")]
+    pub width: Duration,
+    #[serde(with = "duration")]
+    pub lateness: Duration,
+    #[serde(with = "duration")]
+    pub revise_for: Duration,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Models {
+    pub dir: PathBuf,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Metrics {
+    pub listen: String,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Source {
+    #[serde(with = "duration")]
+    pub timeout: Duration,
+}

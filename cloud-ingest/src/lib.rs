@@ -4,6 +4,7 @@ pub mod bronze;
 pub mod decode;
 pub mod gold;
 pub mod lake;
+pub mod ledger;
 pub mod quality;
 pub mod store;
 pub mod tables;

@@ -137,11 +137,6 @@ fn range(add: &Add, time: &str) -> Option<(i64, i64)> {
 }
 
 impl Changes {
-    /// Whether no file came.
-    pub(super) fn is_empty(&self) -> bool {
-        self.active.is_empty() && self.gone.is_empty()
-    }
-
     /// The hours that the files touch; a value may hold for `hold` into the next.
     pub(super) async fn hours(
         &self,
@@ -182,7 +177,7 @@ pub(super) async fn hours_in(
 }
 
 /// A session over these snapshots, or some files of them. A table that does not exist is not registered.
-pub(super) async fn context(
+pub(crate) async fn context(
     tables: &[(&str, Option<&DeltaTable>, Option<&[String]>)],
 ) -> anyhow::Result<SessionContext> {
     let mut config = SessionConfig::new()

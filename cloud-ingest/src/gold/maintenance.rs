@@ -16,7 +16,7 @@ use std::{
 };
 
 use arrow::{
-    array::{Array, ArrayRef, Float64Array, RecordBatch, StringArray, TimestampMicrosecondArray},
+    array::{ArrayRef, Float64Array, RecordBatch, StringArray, TimestampMicrosecondArray},
     error::ArrowError,
 };
 use common::{

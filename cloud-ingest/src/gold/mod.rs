@@ -13,7 +13,7 @@
 //! | `maintenance_schedule` | `silver/registry`, `silver/maintenance`, gold's hours and minutes | – (the hour and what was said by then) |
 
 pub mod anomalies;
-mod changes;
+pub(crate) mod changes;
 pub mod hourly;
 pub mod maintenance;
 pub mod minutes;

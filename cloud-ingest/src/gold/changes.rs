@@ -165,12 +165,15 @@ pub(super) async fn hours_in(
     hold: Duration,
 ) -> anyhow::Result<BTreeSet<Timestamp>> {
     let context = context(&[("t", Some(table), files)]).await?;
-    let sql = format!("SELECT cast({time} AS bigint) / {HOUR_MICROS} AS hour, max({time}) AS last FROM t GROUP BY 1");
+    let sql = format!(
+        "SELECT cast({time} AS bigint) / {HOUR_MICROS} AS hour, max({time}) AS last FROM t GROUP BY 1"
+    );
     let mut hours = BTreeSet::new();
     for batch in context.sql(&sql).await?.collect().await? {
         let starts = ints(&batch, "hour")?;
         let lasts = micros(&batch, "last")?;
-        let times = starts.values().iter().map(|hour| hour * HOUR_MICROS).chain(lasts.values().iter().copied());
+        let times =
+            starts.values().iter().map(|hour| hour * HOUR_MICROS).chain(lasts.values().iter().copied());
         hours.extend(hourly::touched(times, hold));
     }
     Ok(hours)

@@ -7,7 +7,7 @@ use common::time::Timestamp;
 use datafusion::prelude::SessionContext;
 use futures::TryStreamExt;
 
-use super::account::{GatewayInput, Gap, Inputs, LaneInput, LaneKey, LaneState, Refined};
+use super::account::{Gap, GatewayInput, Inputs, LaneInput, LaneKey, LaneState, Refined};
 use crate::{
     gold::{
         changes::context,
@@ -148,7 +148,8 @@ async fn read_census(context: &SessionContext, inputs: &mut Inputs) -> anyhow::R
     let sql = "SELECT site, gateway_id, epoch, reason, sum(readings) AS readings FROM control \
                WHERE record = 'census' GROUP BY site, gateway_id, epoch, reason";
     for batch in rows(context, sql).await? {
-        let (site, name, epoch) = (text(&batch, "site")?, text(&batch, "gateway_id")?, text(&batch, "epoch")?);
+        let (site, name, epoch) =
+            (text(&batch, "site")?, text(&batch, "gateway_id")?, text(&batch, "epoch")?);
         let (reason, readings) = (text(&batch, "reason")?, ints(&batch, "readings")?);
         for row in 0..batch.num_rows() {
             let gateway = gateway(inputs, site.value(row), name.value(row));
@@ -202,12 +203,15 @@ async fn read_lanes(context: &SessionContext, inputs: &mut Inputs) -> anyhow::Re
         let (keys, at) = (Keys::of(&batch)?, micros(&batch, "at")?);
         let (head, count, oldest) = (ints(&batch, "head")?, ints(&batch, "rows")?, ints(&batch, "oldest")?);
         for row in 0..batch.num_rows() {
-            states.insert(keys.key(row), LaneState {
-                head: head.value(row),
-                rows: count.value(row),
-                oldest: oldest.value(row),
-                at: Timestamp::from_micros(at.value(row)),
-            });
+            states.insert(
+                keys.key(row),
+                LaneState {
+                    head: head.value(row),
+                    rows: count.value(row),
+                    oldest: oldest.value(row),
+                    at: Timestamp::from_micros(at.value(row)),
+                },
+            );
         }
     }
     for (key, state) in states {
@@ -221,7 +225,12 @@ struct Keys([StringArray; 4]);
 
 impl Keys {
     fn of(batch: &RecordBatch) -> anyhow::Result<Self> {
-        Ok(Self([text(batch, "site")?, text(batch, "gateway_id")?, text(batch, "epoch")?, text(batch, "lane")?]))
+        Ok(Self([
+            text(batch, "site")?,
+            text(batch, "gateway_id")?,
+            text(batch, "epoch")?,
+            text(batch, "lane")?,
+        ]))
     }
 
     fn name(&self, row: usize, name: &mut String) {
@@ -233,7 +242,8 @@ impl Keys {
     }
 
     fn key(&self, row: usize) -> LaneKey {
-        let at = |i: usize| if self.0[i].is_null(row) { String::new() } else { self.0[i].value(row).to_owned() };
+        let at =
+            |i: usize| if self.0[i].is_null(row) { String::new() } else { self.0[i].value(row).to_owned() };
         LaneKey { site: at(0), gateway: at(1), epoch: at(2), lane: at(3) }
     }
 }

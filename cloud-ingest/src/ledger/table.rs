@@ -1,10 +1,6 @@
 //! `ops.delivery_ledger`: the ledger as a table that is computed when it is asked for.
 
-use std::{
-    fmt,
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{fmt, sync::Arc, time::Duration};
 
 use arrow::{
     array::{ArrayRef, Int64Array, RecordBatch, StringArray, TimestampMicrosecondArray},
@@ -20,7 +16,7 @@ use datafusion::{
     logical_expr::Expr,
     physical_plan::ExecutionPlan,
 };
-use tokio::sync::Mutex;
+use tokio::{sync::Mutex, time::Instant};
 
 use super::{Audit, LedgerRow, audit};
 use crate::{lake, tables::Tables};
@@ -45,24 +41,27 @@ pub fn delivery_ledger(audit: &Audit) -> Result<RecordBatch, ArrowError> {
         Arc::new(times.collect::<TimestampMicrosecondArray>().with_timezone("UTC"))
     };
     let seqs = rows.iter().map(|r| (!r.missing_seqs.is_empty()).then_some(r.missing_seqs.as_str()));
-    RecordBatch::try_new(lake::delivery_ledger_schema(), vec![
-        texts(&|r| &r.site),
-        texts(&|r| &r.gateway_id),
-        texts(&|r| &r.epoch),
-        texts(&|r| &r.lane),
-        times(&|r| Some(r.hour)),
-        ints(&|r| r.expected),
-        ints(&|r| r.stored),
-        ints(&|r| r.duplicates),
-        ints(&|r| r.quarantined),
-        ints(&|r| r.erased),
-        ints(&|r| r.declared),
-        ints(&|r| r.pending),
-        ints(&|r| r.missing),
-        ints(&|r| r.redelivered),
-        Arc::new(seqs.collect::<StringArray>()),
-        times(&|r| r.unknown_since),
-    ])
+    RecordBatch::try_new(
+        lake::delivery_ledger_schema(),
+        vec![
+            texts(&|r| &r.site),
+            texts(&|r| &r.gateway_id),
+            texts(&|r| &r.epoch),
+            texts(&|r| &r.lane),
+            times(&|r| Some(r.hour)),
+            ints(&|r| r.expected),
+            ints(&|r| r.stored),
+            ints(&|r| r.duplicates),
+            ints(&|r| r.quarantined),
+            ints(&|r| r.erased),
+            ints(&|r| r.declared),
+            ints(&|r| r.pending),
+            ints(&|r| r.missing),
+            ints(&|r| r.redelivered),
+            Arc::new(seqs.collect::<StringArray>()),
+            times(&|r| r.unknown_since),
+        ],
+    )
 }
 
 /// The table; an audit is made at most every three seconds.

@@ -160,6 +160,8 @@ pub struct Sender {
     pub site: Option<String>,
     /// The edge agent, or what stands for it.
     pub gateway: Option<String>,
+    /// Whether its messages are made of readings that have no name of their own.
+    pub nameless_readings: bool,
 }
 
 /// What a message says of itself that matters here: version, lane, rows.
@@ -187,10 +189,18 @@ pub fn decode(
     if topic == maintenance_topic(root) {
         let record = serde_json::from_slice::<MaintenanceRecord>(payload).map_err(not_json);
         let site = record.as_ref().ok().map(|r| r.site.clone());
-        return (Sender { site, gateway: None }, record.map(Content::Maintenance));
+        return (Sender { site, ..Sender::default() }, record.map(Content::Maintenance));
     }
     if let Some(topic) = Topic::parse(root, topic) {
-        let sender = Sender { site: Some(topic.site.clone()), gateway: Some(topic.gateway.clone()) };
+        let sender = Sender {
+            site: Some(topic.site.clone()),
+            gateway: Some(topic.gateway.clone()),
+            nameless_readings: match topic.stream {
+                Stream::Json => true,
+                Stream::Lane(Lane::Readings) => claim.is_none(),
+                _ => false,
+            },
+        };
         let content = match topic.stream {
             Stream::Lane(lane) => read_lane(lane, claim, payload),
             Stream::Json => json(&JsonSource::standard(topic.site, topic.gateway), payload),
@@ -204,7 +214,11 @@ pub fn decode(
     }
     match sources.iter().find(|source| matches(&source.filter, topic)) {
         Some(source) => {
-            let sender = Sender { site: Some(source.site.clone()), gateway: Some(source.gateway.clone()) };
+            let sender = Sender {
+                site: Some(source.site.clone()),
+                gateway: Some(source.gateway.clone()),
+                nameless_readings: true,
+            };
             (sender, json(source, payload))
         }
         None => {

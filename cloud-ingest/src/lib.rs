@@ -1,11 +1,21 @@
 //! The cloud side of Tailrace: subscribe → bronze → silver → gold → serve.
 
 pub mod bronze;
+pub mod cli;
 pub mod decode;
 pub mod gold;
+pub mod ingest;
 pub mod lake;
 pub mod ledger;
+pub mod metrics;
+pub mod pipeline;
+pub mod plan;
 pub mod quality;
+pub mod ranges;
+pub mod refine;
 pub mod serve;
+pub mod settings;
+pub mod silver;
 pub mod store;
+pub mod subscribe;
 pub mod tables;

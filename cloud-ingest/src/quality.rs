@@ -40,14 +40,14 @@ pub struct Rules {
     pub version: u32,
     /// Root of our topics.
     pub root: String,
-    /// Other people's topics, first match first.
-    pub json: Vec<JsonSource>,
     /// A reading may be this far ahead of the cloud's clock, in seconds.
     pub future_tolerance_s: u64,
     /// Canonical unit and range of each device type.
     pub types: BTreeMap<String, TypeRule>,
     /// Ranges of single devices, in the canonical unit of their type, by device id.
     pub devices: BTreeMap<String, [f64; 2]>,
+    /// Other people's topics, first match first.
+    pub json: Vec<JsonSource>,
 }
 
 /// What is expected of a device type.

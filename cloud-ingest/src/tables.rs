@@ -280,6 +280,21 @@ impl Tables {
     /// # Errors
     /// When a log cannot be read.
     pub async fn session(&self) -> anyhow::Result<SessionContext> {
+        let mut snapshots = Vec::with_capacity(Table::ALL.len());
+        for table in Table::ALL {
+            snapshots.push((table, self.snapshot(table).await?));
+        }
+        self.session_of(snapshots).await
+    }
+
+    /// A session with these tables at these snapshots.
+    ///
+    /// # Errors
+    /// When a snapshot cannot be read.
+    pub async fn session_of(
+        &self,
+        snapshots: Vec<(Table, Option<DeltaTable>)>,
+    ) -> anyhow::Result<SessionContext> {
         let mut config = SessionConfig::new()
             .with_default_catalog_and_schema(CATALOG, "public")
             .with_information_schema(true)
@@ -292,9 +307,9 @@ impl Tables {
         for layer in ["silver", "gold", "ops"] {
             catalog.register_schema(layer, Arc::new(MemorySchemaProvider::new()))?;
         }
-        for table in Table::ALL {
+        for (table, snapshot) in snapshots {
             let name = TableRef::partial(table.layer(), table.name());
-            match self.snapshot(table).await? {
+            match snapshot {
                 Some(snapshot) => {
                     snapshot.update_datafusion_session(state.as_ref())?;
                     let provider = snapshot.table_provider().with_session(Arc::clone(&state)).await?;

@@ -3,8 +3,10 @@
 pub mod bronze;
 pub mod cli;
 pub mod decode;
+pub mod gold;
 pub mod ingest;
 pub mod lake;
+pub mod ledger;
 pub mod metrics;
 pub mod pipeline;
 pub mod plan;

@@ -489,15 +489,19 @@ fn text(column: &ArrayRef, row: usize) -> &str {
     }
 }
 
-/// Means of `steps` equal stretches up to the newest point.
+/// Means of `steps` equal stretches up to the newest point; the points themselves when they are fewer.
 fn course(points: &VecDeque<Point>, keep: Duration, steps: usize) -> Vec<Option<f64>> {
+    let usable = |point: &Point| point.value.filter(|_| point.quality != Quality::Bad);
     let (Some(first), Some(last)) = (points.front(), points.back()) else { return Vec::new() };
+    if points.len() <= steps {
+        return points.iter().map(usable).collect();
+    }
     let span = last.ts.since(first.ts).min(keep).as_micros().max(1);
     let mut sums = vec![(0.0, 0u32); steps.max(1)];
     for point in points {
         let at = point.ts.since(first.ts).as_micros() * (sums.len() as u128 - 1) / span;
         let slot = usize::try_from(at).unwrap_or(usize::MAX).min(sums.len() - 1);
-        if let Some(value) = point.value.filter(|_| point.quality != Quality::Bad) {
+        if let Some(value) = usable(point) {
             sums[slot] = (sums[slot].0 + value, sums[slot].1 + 1);
         }
     }

@@ -18,6 +18,8 @@ pub mod live;
 mod overview;
 pub mod pg;
 pub mod sql;
+#[cfg(test)]
+mod tests;
 
 use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 

@@ -27,7 +27,7 @@ const COURSE: usize = 48;
 
 const ASSETS: &str =
     "SELECT site, asset_id, path, class, criticality FROM gold.assets ORDER BY site, asset_id";
-const DEVICES: &str = "SELECT site, device_id, device_type, asset_id, unit, kind, range_low, range_high, interval \
+const DEVICES: &str = "SELECT site, device_id, device_type, asset_id, unit, kind, range_low, range_high, \"interval\" \
                        FROM gold.devices ORDER BY site, device_id";
 const LAST_VALUES: &str = "SELECT site, device_id, max(time) AS ts, last_value(last ORDER BY time) AS value \
                            FROM gold.timeseries_1m GROUP BY site, device_id";

@@ -59,7 +59,7 @@ pub enum SqlError {
     Timeout(Duration),
     /// Its answer is larger than allowed. SQLSTATE 54000.
     #[error(
-        "the answer has more than {0} rows; aggregate, narrow the time range, add LIMIT, or raise serve.max_rows"
+        "the answer has more than {0} rows; aggregate, narrow the time range, add LIMIT, or raise serve.row_cap"
     )]
     TooManyRows(u64),
     /// It needs more memory than there is for all queries. SQLSTATE 53200.

@@ -109,8 +109,9 @@ function showLedger() {
   $("missing").textContent = count(missing);
   const term = (value, name) => element("span", { className: Number(value) ? "term" : "term zero" }, element("b", { text: count(value) }), element("span", { text: name }));
   const sign = text => element("span", { text, className: "sign" });
-  const parts = [term(ledger.polled, "polled"), sign("=")];
-  OUTCOMES.forEach(([key, name], i) => parts.push(...(i ? [sign("+")] : []), term(ledger[key], name)));
+  // A sign stays with the term it stands before, also where the line breaks.
+  const signed = (text, node) => element("span", { className: "signed" }, sign(text), node);
+  const parts = [term(ledger.polled, "polled"), ...OUTCOMES.map(([key, name], i) => signed(i ? "+" : "=", term(ledger[key], name)))];
   $("equation").replaceChildren(...parts);
   const bar = [...OUTCOMES.map(([key]) => [key, Number(ledger[key] ?? 0)]), ["lost", missing]].filter(([, n]) => n > 0);
   $("ledger-bar").replaceChildren(...bar.map(([key, n]) => {
@@ -123,7 +124,7 @@ function showLedger() {
 
 function showNotice() {
   const lines = overview.gateways.filter(g => g.unknown_since).map(g =>
-    `${g.gateway_id} (${g.site}): unknown since ${at(g.unknown_since)}. What it has read since then is not counted here; it is in its outbox.`);
+    `${g.gateway_id} (${g.site}): unknown since ${at(g.unknown_since)}. What it reads meanwhile is counted when it is heard again.`);
   lines.push(...overview.problems);
   $("notice").hidden = !lines.length;
   $("notice").textContent = lines.join(" ");

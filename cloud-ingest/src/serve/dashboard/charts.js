@@ -62,7 +62,7 @@ function chart(place, { points, shades = [], from, to, gap, unit, label }) {
   const y = value => height - margin.bottom - (value - low) / (high - low) * (height - margin.top - margin.bottom);
   const root = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": label });
 
-  for (const value of ticks(low, high, Math.max(3, Math.round(height / 55)))) {
+  for (const value of ticks(low, high, Math.max(3, Math.round(height / 40)))) {
     root.append(svg("line", { class: "grid", x1: margin.left, x2: width - margin.right, y1: y(value), y2: y(value) }));
     root.append(svg("text", { class: "axis", x: margin.left - 8, y: y(value) + 4, "text-anchor": "end" }, value.toLocaleString("en-GB", { maximumFractionDigits: 6 })));
   }

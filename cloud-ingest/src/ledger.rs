@@ -33,6 +33,8 @@
 mod account;
 mod read;
 mod table;
+#[cfg(test)]
+mod tests;
 
 use std::{fmt, time::Duration};
 
@@ -104,7 +106,8 @@ impl LedgerRow {
 
     /// Whether the parts make up what was expected and nothing is missing.
     pub fn balances(&self) -> bool {
-        let parts = self.stored + self.duplicates + self.quarantined + self.erased + self.declared + self.pending;
+        let parts =
+            self.stored + self.duplicates + self.quarantined + self.erased + self.declared + self.pending;
         self.missing == 0 && self.expected == parts
     }
 }
@@ -175,9 +178,13 @@ impl Totals {
 impl fmt::Display for Totals {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Totals { polled, stored, held, rejected, skipped, quarantined, declared, missing, .. } = self;
-        write!(f, "polled {polled} = stored {stored} + held {held} + rejected {rejected} + skipped {skipped}")?;
+        write!(
+            f,
+            "polled {polled} = stored {stored} + held {held} + rejected {rejected} + skipped {skipped}"
+        )?;
         write!(f, " + quarantined {quarantined} + declared {declared}")?;
-        for (name, n) in [("duplicates", self.duplicates), ("erased", self.erased), ("pending", self.pending)] {
+        for (name, n) in [("duplicates", self.duplicates), ("erased", self.erased), ("pending", self.pending)]
+        {
             if n != 0 {
                 write!(f, " + {name} {n}")?;
             }
@@ -257,8 +264,17 @@ impl fmt::Display for Audit {
         writeln!(
             f,
             "{:width$}  {:8}  {:10}  {:>10}  {:>10}  {:>8}  {:>8}  {:>8}  {:>8}  {:>8}  {:>8}",
-            "gateway", "epoch", "lane", "expected", "stored", "duplic.", "quarant.", "declared", "pending",
-            "missing", "redeliv."
+            "gateway",
+            "epoch",
+            "lane",
+            "expected",
+            "stored",
+            "duplic.",
+            "quarant.",
+            "declared",
+            "pending",
+            "missing",
+            "redeliv."
         )?;
         for r in &rows {
             // The last digits of a UUIDv7 are its random ones.
@@ -266,8 +282,16 @@ impl fmt::Display for Audit {
             writeln!(
                 f,
                 "{:width$}  {epoch:8}  {:10}  {:>10}  {:>10}  {:>8}  {:>8}  {:>8}  {:>8}  {:>8}  {:>8}",
-                name(r), r.lane, r.expected, r.stored, r.duplicates, r.quarantined, r.declared, r.pending,
-                r.missing, r.redelivered
+                name(r),
+                r.lane,
+                r.expected,
+                r.stored,
+                r.duplicates,
+                r.quarantined,
+                r.declared,
+                r.pending,
+                r.missing,
+                r.redelivered
             )?;
         }
         for row in rows.iter().filter(|r| !r.missing_seqs.is_empty()) {

@@ -6,9 +6,7 @@
 use std::{collections::BTreeMap, sync::Arc};
 
 use arrow::{
-    array::{
-        Array, ArrayRef, Float64Array, Int64Array, RecordBatch, StringArray, TimestampMicrosecondArray,
-    },
+    array::{Array, ArrayRef, Float64Array, Int64Array, RecordBatch, StringArray, TimestampMicrosecondArray},
     error::ArrowError,
 };
 use common::time::{HOUR_MICROS, Timestamp};
@@ -102,7 +100,7 @@ pub(super) async fn step(tables: &Tables, now: Timestamp) -> anyhow::Result<usiz
     let (Some(first), Some(last)) = (times.iter().min(), times.iter().max()) else { return Ok(0) };
     let end = Timestamp::from_micros(floor_hour(last.as_micros()) + HOUR_MICROS);
     let spans = std::slice::from_ref(&(first.hour()..end)).to_vec();
-    publish::publish(tables, EVENTS, &spans, batch(&events)?, Progress::Complete(version), now).await
+    publish::publish(tables, EVENTS, &spans, batch(&events)?, Progress::Always(version), now).await
 }
 
 fn read(batch: &RecordBatch) -> anyhow::Result<Vec<Event>> {
@@ -138,26 +136,30 @@ fn batch(events: &[Event]) -> Result<RecordBatch, ArrowError> {
     let texts = |of: &dyn Fn(&Event) -> Option<String>| -> ArrayRef {
         Arc::new(events.iter().map(of).collect::<StringArray>())
     };
-    let started = TimestampMicrosecondArray::from_iter_values(events.iter().map(|e| e.started_at.as_micros()));
+    let started =
+        TimestampMicrosecondArray::from_iter_values(events.iter().map(|e| e.started_at.as_micros()));
     let ended: TimestampMicrosecondArray =
         events.iter().map(|e| e.ended_at.map(Timestamp::as_micros)).collect();
-    RecordBatch::try_new(EVENTS.table.schema(), vec![
-        texts(&|e| Some(e.event_id.clone())),
-        texts(&|e| e.asset_id.clone()),
-        texts(&|e| e.device_id.clone()),
-        texts(&|e| Some(e.model.clone())),
-        texts(&|e| Some(e.model_sha256.clone())),
-        texts(&|e| Some(e.severity.clone())),
-        Arc::new(Float64Array::from_iter_values(events.iter().map(|e| e.score))),
-        Arc::new(Float64Array::from_iter_values(events.iter().map(|e| e.threshold))),
-        Arc::new(started.with_timezone("UTC")),
-        Arc::new(ended.with_timezone("UTC")),
-        texts(&|e| e.reason.clone()),
-        texts(&|e| Some(e.site.clone())),
-        texts(&|e| Some(e.gateway_id.clone())),
-        Arc::new(Int64Array::from_iter_values(events.iter().map(|e| year_month(e.started_at).0))),
-        Arc::new(Int64Array::from_iter_values(events.iter().map(|e| year_month(e.started_at).1))),
-    ])
+    RecordBatch::try_new(
+        EVENTS.table.schema(),
+        vec![
+            texts(&|e| Some(e.event_id.clone())),
+            texts(&|e| e.asset_id.clone()),
+            texts(&|e| e.device_id.clone()),
+            texts(&|e| Some(e.model.clone())),
+            texts(&|e| Some(e.model_sha256.clone())),
+            texts(&|e| Some(e.severity.clone())),
+            Arc::new(Float64Array::from_iter_values(events.iter().map(|e| e.score))),
+            Arc::new(Float64Array::from_iter_values(events.iter().map(|e| e.threshold))),
+            Arc::new(started.with_timezone("UTC")),
+            Arc::new(ended.with_timezone("UTC")),
+            texts(&|e| e.reason.clone()),
+            texts(&|e| Some(e.site.clone())),
+            texts(&|e| Some(e.gateway_id.clone())),
+            Arc::new(Int64Array::from_iter_values(events.iter().map(|e| year_month(e.started_at).0))),
+            Arc::new(Int64Array::from_iter_values(events.iter().map(|e| year_month(e.started_at).1))),
+        ],
+    )
 }
 
 #[cfg(test)]

@@ -137,11 +137,6 @@ fn range(add: &Add, time: &str) -> Option<(i64, i64)> {
 }
 
 impl Changes {
-    /// Whether no file came.
-    pub(super) fn is_empty(&self) -> bool {
-        self.active.is_empty() && self.gone.is_empty()
-    }
-
     /// The hours that the files touch; a value may hold for `hold` into the next.
     pub(super) async fn hours(
         &self,
@@ -170,19 +165,22 @@ pub(super) async fn hours_in(
     hold: Duration,
 ) -> anyhow::Result<BTreeSet<Timestamp>> {
     let context = context(&[("t", Some(table), files)]).await?;
-    let sql = format!("SELECT cast({time} AS bigint) / {HOUR_MICROS} AS hour, max({time}) AS last FROM t GROUP BY 1");
+    let sql = format!(
+        "SELECT cast({time} AS bigint) / {HOUR_MICROS} AS hour, max({time}) AS last FROM t GROUP BY 1"
+    );
     let mut hours = BTreeSet::new();
     for batch in context.sql(&sql).await?.collect().await? {
         let starts = ints(&batch, "hour")?;
         let lasts = micros(&batch, "last")?;
-        let times = starts.values().iter().map(|hour| hour * HOUR_MICROS).chain(lasts.values().iter().copied());
+        let times =
+            starts.values().iter().map(|hour| hour * HOUR_MICROS).chain(lasts.values().iter().copied());
         hours.extend(hourly::touched(times, hold));
     }
     Ok(hours)
 }
 
 /// A session over these snapshots, or some files of them. A table that does not exist is not registered.
-pub(super) async fn context(
+pub(crate) async fn context(
     tables: &[(&str, Option<&DeltaTable>, Option<&[String]>)],
 ) -> anyhow::Result<SessionContext> {
     let mut config = SessionConfig::new()

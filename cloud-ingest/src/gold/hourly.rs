@@ -70,9 +70,10 @@ pub fn hours(series: &Series, within: &Range<Timestamp>, hold: Duration) -> Vec<
     }
     rows.sort_by(|a, b| {
         let key = |r: &'_ HourRow| r.hour;
-        key(a).cmp(&key(b)).then_with(|| a.meta.site.cmp(&b.meta.site)).then_with(|| {
-            a.meta.device.cmp(&b.meta.device)
-        })
+        key(a)
+            .cmp(&key(b))
+            .then_with(|| a.meta.site.cmp(&b.meta.site))
+            .then_with(|| a.meta.device.cmp(&b.meta.device))
     });
     rows
 }
@@ -182,7 +183,8 @@ pub(super) struct Moments {
 impl Moments {
     pub(super) fn of(values: &[f64], windows: &[&Window]) -> Moments {
         let windows: Vec<&&Window> = windows.iter().filter(|w| w.count > 0).collect();
-        let count = i64::try_from(values.len()).unwrap_or(i64::MAX) + windows.iter().map(|w| w.count).sum::<i64>();
+        let count =
+            i64::try_from(values.len()).unwrap_or(i64::MAX) + windows.iter().map(|w| w.count).sum::<i64>();
         let weighted = windows.iter().filter_map(|w| Some((w.count as f64, w.mean?)));
         let weight = values.len() as f64 + weighted.clone().map(|(n, _)| n).sum::<f64>();
         let sum = Sum::of(values.iter().copied().chain(weighted.clone().map(|(n, mean)| n * mean)));
@@ -312,40 +314,188 @@ pub fn batch(rows: &[HourRow], now: Timestamp) -> Result<RecordBatch, ArrowError
     let ints = |of: &dyn Fn(&HourRow) -> Option<i64>| -> ArrayRef {
         Arc::new(rows.iter().map(of).collect::<Int64Array>())
     };
-    RecordBatch::try_new(Table::HourlyAggregates.schema(), vec![
-        instants(&|r| r.hour.as_micros()),
-        texts(&|r| Some(r.meta.device.clone())),
-        texts(&|r| Some(r.meta.device_type.clone())),
-        texts(&|r| r.meta.asset.clone()),
-        texts(&|r| Some(r.meta.site.clone())),
-        texts(&|r| Some(r.meta.unit.clone())),
-        ints(&|r| Some(r.count)),
-        floats(&|r| r.min),
-        floats(&|r| r.max),
-        floats(&|r| r.mean),
-        floats(&|r| r.time_weighted_mean),
-        floats(&|r| r.stddev),
-        floats(&|r| r.first),
-        floats(&|r| r.last),
-        floats(&|r| r.p50),
-        floats(&|r| r.p95),
-        ints(&|r| Some(r.bad_count)),
-        floats(&|r| Some(r.good_ratio)),
-        floats(&|r| r.delta),
-        ints(&|r| r.transitions),
-        texts(&|r| Some(r.source.as_str().to_owned())),
-        ints(&|_| Some(0)),
-        instants(&|_| now.as_micros()),
-        ints(&|r| Some(year_month(r.hour).0)),
-        ints(&|r| Some(year_month(r.hour).1)),
-    ])
+    RecordBatch::try_new(
+        Table::HourlyAggregates.schema(),
+        vec![
+            instants(&|r| r.hour.as_micros()),
+            texts(&|r| Some(r.meta.device.clone())),
+            texts(&|r| Some(r.meta.device_type.clone())),
+            texts(&|r| r.meta.asset.clone()),
+            texts(&|r| Some(r.meta.site.clone())),
+            texts(&|r| Some(r.meta.unit.clone())),
+            ints(&|r| Some(r.count)),
+            floats(&|r| r.min),
+            floats(&|r| r.max),
+            floats(&|r| r.mean),
+            floats(&|r| r.time_weighted_mean),
+            floats(&|r| r.stddev),
+            floats(&|r| r.first),
+            floats(&|r| r.last),
+            floats(&|r| r.p50),
+            floats(&|r| r.p95),
+            ints(&|r| Some(r.bad_count)),
+            floats(&|r| Some(r.good_ratio)),
+            floats(&|r| r.delta),
+            ints(&|r| r.transitions),
+            texts(&|r| Some(r.source.as_str().to_owned())),
+            ints(&|_| Some(0)),
+            instants(&|_| now.as_micros()),
+            ints(&|r| Some(year_month(r.hour).0)),
+            ints(&|r| Some(year_month(r.hour).1)),
+        ],
+    )
 }
 
 /// The hours that change with readings at `times` (µs): their own, and the next when a value holds into it.
 pub fn touched(times: impl IntoIterator<Item = i64>, hold: Duration) -> BTreeSet<Timestamp> {
-    times
-        .into_iter()
-        .map(Timestamp::from_micros)
-        .flat_map(|ts| [ts.hour(), (ts + hold).hour()])
-        .collect()
+    times.into_iter().map(Timestamp::from_micros).flat_map(|ts| [ts.hour(), (ts + hold).hour()]).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::gold::series::SeriesBuilder;
+
+    const MINUTE: i64 = 60_000_000;
+    const HOLD: Duration = Duration::from_secs(15 * 60);
+
+    /// Of one device; hour 1 is the one looked at, and minutes count from its start.
+    fn hour_of(kind: Kind, readings: &[(i64, f64, Quality)]) -> Option<HourRow> {
+        let meta = Meta {
+            site: "s".into(),
+            gateway: "g".into(),
+            device: "d".into(),
+            device_type: "flow".into(),
+            asset: None,
+            unit: "L/min".into(),
+            kind,
+        };
+        let samples = readings.iter().map(|(minute, value, quality)| Sample {
+            ts: HOUR_MICROS + minute * MINUTE,
+            value: *value,
+            meta: 0,
+            quality: *quality,
+        });
+        let device = DeviceSeries { samples: samples.collect(), windows: vec![] };
+        let devices = [(("s".to_owned(), "d".to_owned()), device)].into();
+        let start = Timestamp::from_micros(HOUR_MICROS);
+        let within = start..start + Duration::from_secs(3600);
+        let mut rows = hours(&Series { metas: vec![meta], devices }, &within, HOLD);
+        assert!(rows.len() <= 1);
+        rows.pop()
+    }
+
+    use Quality::{Bad, Good, Uncertain};
+
+    #[test]
+    fn values_weigh_by_the_time_that_they_hold() {
+        // Readings (minute, value, quality); time-weighted mean; minutes of good value in the hour.
+        for (readings, mean, good) in [
+            // One value to the end of the hour, and one cut off by the hold.
+            (vec![(50, 4.0, Good)], Some(4.0), 10),
+            (vec![(10, 4.0, Good)], Some(4.0), 15),
+            // A value until the next one: 10 min of 1, 15 min of 3.
+            (vec![(0, 1.0, Good), (10, 3.0, Good)], Some(55.0 / 25.0), 25),
+            // Uncovered time between does not weigh.
+            (vec![(0, 1.0, Good), (30, 3.0, Good)], Some(2.0), 30),
+            // A bad reading ends what held before it, and holds nothing itself.
+            (vec![(0, 1.0, Good), (5, f64::NAN, Bad), (50, 2.0, Good)], Some(25.0 / 15.0), 15),
+            // Uncertain values weigh, but are not good.
+            (vec![(0, 1.0, Uncertain), (15, 2.0, Good)], Some(1.5), 15),
+            // What came before the hour holds into it, for what is left of its 15 min.
+            (vec![(-5, 6.0, Good), (10, 3.0, Good)], Some((60.0 + 45.0) / 25.0), 25),
+            (vec![(-5, 6.0, Good), (20, 3.0, Good)], Some((60.0 + 45.0) / 25.0), 25),
+            (vec![(-15, 6.0, Good), (50, 3.0, Good)], Some(3.0), 10),
+            (vec![(-5, f64::NAN, Bad), (50, 3.0, Good)], Some(3.0), 10),
+            // A reading of the next hour ends nothing in this one.
+            (vec![(50, 3.0, Good), (61, 9.0, Good)], Some(3.0), 10),
+            // Two at the ends of a minute of the hour.
+            (vec![(59, 3.0, Good)], Some(3.0), 1),
+            (vec![(5, f64::NAN, Bad)], None, 0),
+        ] {
+            let row = hour_of(Kind::Gauge, &readings).unwrap();
+            match (row.time_weighted_mean, mean) {
+                (Some(got), Some(mean)) => assert!((got - mean).abs() < 1e-12, "{readings:?}: {got} {mean}"),
+                (got, mean) => assert_eq!(got, mean, "{readings:?}"),
+            }
+            assert!((row.good_ratio - good as f64 / 60.0).abs() < 1e-12, "{readings:?}: {}", row.good_ratio);
+        }
+    }
+
+    #[test]
+    fn counts_are_of_what_is_not_bad() {
+        let row = hour_of(
+            Kind::Gauge,
+            &[
+                (-1, 100.0, Good),
+                (0, 4.0, Good),
+                (1, f64::NAN, Bad),
+                (2, 1.0, Uncertain),
+                (3, 2.0, Good),
+                (4, 9.0, Good),
+                (60, 100.0, Good),
+            ],
+        )
+        .unwrap();
+        assert_eq!((row.count, row.bad_count), (4, 1));
+        assert_eq!((row.min, row.max, row.mean), (Some(1.0), Some(9.0), Some(4.0)));
+        assert_eq!((row.first, row.last), (Some(4.0), Some(9.0)));
+        assert_eq!((row.p50, row.p95), (Some(3.0), Some(4.0 + 5.0 * 0.85)));
+        assert!((row.stddev.unwrap() - (38.0_f64 / 3.0).sqrt()).abs() < 1e-12);
+        let one = hour_of(Kind::Gauge, &[(0, 4.0, Good)]).unwrap();
+        assert_eq!((one.stddev, one.p50, one.p95), (None, Some(4.0), Some(4.0)));
+        let bad = hour_of(Kind::Gauge, &[(0, f64::NAN, Bad)]).unwrap();
+        assert_eq!((bad.count, bad.bad_count, bad.min, bad.mean, bad.last), (0, 1, None, None, None));
+        assert_eq!(hour_of(Kind::Gauge, &[(-1, 1.0, Good), (60, 1.0, Good)]), None);
+    }
+
+    #[test]
+    fn counters_rise_and_states_change() {
+        // Readings (minute, value); how far a counter went; how often a state changed.
+        for (readings, delta, transitions) in [
+            (vec![(0, 5.0)], 0.0, 0),
+            (vec![(0, 5.0), (1, 7.0), (2, 7.0), (3, 10.0)], 5.0, 2),
+            // From before the hour, unless that is too long ago.
+            (vec![(-10, 1.0), (0, 5.0)], 4.0, 1),
+            (vec![(-16, 1.0), (0, 5.0)], 0.0, 0),
+            // A reset begins at zero; 16 and 32 bits roll over.
+            (vec![(0, 90.0), (1, 3.0), (2, 5.0)], 5.0, 2),
+            (vec![(0, 65_530.0), (1, 4.0)], 10.0, 1),
+            (vec![(0, 4_294_967_290.0), (1, 4.0)], 10.0, 1),
+            (vec![(0, 60_000.0), (1, 4.0)], 4.0, 1),
+        ] {
+            let readings: Vec<_> =
+                readings.into_iter().map(|(minute, value)| (minute, value, Good)).collect();
+            let counter = hour_of(Kind::Counter, &readings).unwrap();
+            assert_eq!((counter.delta, counter.transitions), (Some(delta), None), "{readings:?}");
+            assert_eq!((counter.mean, counter.stddev, counter.p50, counter.p95), (None, None, None, None));
+            let state = hour_of(Kind::State, &readings).unwrap();
+            assert_eq!((state.delta, state.transitions), (None, Some(transitions)), "{readings:?}");
+            assert_eq!((state.mean, state.stddev, state.p50, state.p95), (None, None, None, None));
+            assert_eq!(state.last, readings.last().map(|r| r.1));
+        }
+        let with_bad = [(0, 5.0, Good), (1, f64::NAN, Bad), (2, 7.0, Good)];
+        assert_eq!(hour_of(Kind::Counter, &with_bad).unwrap().delta, Some(2.0));
+    }
+
+    #[test]
+    fn a_reading_touches_its_hour_and_that_into_which_it_holds() {
+        let touched = |minute: i64| {
+            let hours = touched([HOUR_MICROS + minute * MINUTE], HOLD);
+            hours.into_iter().map(|hour| hour.as_micros() / HOUR_MICROS).collect::<Vec<_>>()
+        };
+        assert_eq!(touched(0), [1]);
+        assert_eq!(touched(44), [1]);
+        assert_eq!(touched(45), [1, 2]);
+        assert_eq!(touched(59), [1, 2]);
+        assert_eq!(touched(-1), [0, 1]);
+    }
+
+    #[test]
+    fn rows_fit_the_table() {
+        let row = hour_of(Kind::Gauge, &[(0, 4.0, Good)]).unwrap();
+        let batch = batch(&[row], Timestamp::from_micros(7)).unwrap();
+        assert_eq!(batch.num_rows(), 1);
+        assert!(SeriesBuilder::default().finish().devices.is_empty());
+    }
 }

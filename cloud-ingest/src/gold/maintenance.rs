@@ -16,7 +16,7 @@ use std::{
 };
 
 use arrow::{
-    array::{Array, ArrayRef, Float64Array, RecordBatch, StringArray, TimestampMicrosecondArray},
+    array::{ArrayRef, Float64Array, RecordBatch, StringArray, TimestampMicrosecondArray},
     error::ArrowError,
 };
 use common::{
@@ -70,20 +70,22 @@ pub fn schedule(site: &str, asset: &Asset, history: &History, now: Timestamp) ->
     let since = history.last_done_at.or(history.first_seen);
     let calendar = asset.service_every_days.zip(since).map(|(every, since)| since + days(every));
     let counted = since.filter(|_| asset.running_when.is_some()).map(|since| running_hours(history, since));
-    let by_running = asset.service_every_running_hours.zip(counted).zip(since).and_then(|((every, hours), since)| {
-        let left = every - hours;
-        if left <= 0.0 {
-            return Some(now);
-        }
-        let rate = recent_rate(history, since, now)?;
-        Some(now + days(left / rate / 24.0))
-    });
+    let by_running =
+        asset.service_every_running_hours.zip(counted).zip(since).and_then(|((every, hours), since)| {
+            let left = every - hours;
+            if left <= 0.0 {
+                return Some(now);
+            }
+            let rate = recent_rate(history, since, now)?;
+            Some(now + days(left / rate / 24.0))
+        });
     let by_running_first = match (calendar, by_running) {
         (Some(calendar), Some(running)) => running < calendar,
         (None, None) => asset.service_every_days.is_none(),
         (calendar, _) => calendar.is_none(),
     };
-    let (basis, due_by) = if by_running_first { ("running_hours", by_running) } else { ("calendar", calendar) };
+    let (basis, due_by) =
+        if by_running_first { ("running_hours", by_running) } else { ("calendar", calendar) };
     let from = match (history.last_done_at, history.first_seen) {
         (Some(at), _) => format!("the service of {}", date(at)),
         (None, Some(at)) => format!("the first reading on {}", date(at)),
@@ -151,7 +153,8 @@ pub(super) async fn step(tables: &Tables, now: Timestamp) -> anyhow::Result<usiz
     let maintenance = tables.snapshot(Table::Maintenance).await?;
     // What the schedule hangs on: what people and gateways said, and the closed hours.
     let stamp = now.hour().as_micros() / HOUR_MICROS * 1_000_000
-        + (changes::version(&registry) + maintenance.as_ref().map_or(0, |m| changes::version(m) + 1)) % 1_000_000;
+        + (changes::version(&registry) + maintenance.as_ref().map_or(0, |m| changes::version(m) + 1))
+            % 1_000_000;
     if let Some(gold) = &gold
         && Tables::progress(gold, SILVER).await? == Some(stamp)
     {
@@ -217,7 +220,8 @@ async fn running(
     let mut hours = Vec::new();
     for batch in context.sql(&sql).await?.collect().await? {
         let hour = micros(&batch, "hour")?;
-        let (min, max, good) = (floats(&batch, "min")?, floats(&batch, "max")?, floats(&batch, "good_ratio")?);
+        let (min, max, good) =
+            (floats(&batch, "min")?, floats(&batch, "max")?, floats(&batch, "good_ratio")?);
         for row in 0..batch.num_rows() {
             let share = match (min.value(row) > above, max.value(row) > above) {
                 (true, _) => Some(1.0),
@@ -240,7 +244,9 @@ async fn running(
         }
     }
     let share = |hour: i64, known: Option<f64>| known.or_else(|| shares.get(&hour).copied()).unwrap_or(0.0);
-    let ran = hours.into_iter().map(|(hour, known, good)| (Timestamp::from_micros(hour), good * share(hour, known)));
+    let ran = hours
+        .into_iter()
+        .map(|(hour, known, good)| (Timestamp::from_micros(hour), good * share(hour, known)));
     Ok(ran.collect())
 }
 
@@ -253,20 +259,23 @@ fn batch(rows: &[Due], now: Timestamp) -> Result<RecordBatch, ArrowError> {
         Arc::new(times.collect::<TimestampMicrosecondArray>().with_timezone("UTC"))
     };
     let unknown = || -> ArrayRef { Arc::new(Float64Array::new_null(rows.len())) };
-    RecordBatch::try_new(SCHEDULE.table.schema(), vec![
-        texts(&|r| r.site.clone()),
-        texts(&|r| r.asset_id.clone()),
-        times(&|r| r.due_by),
-        texts(&|r| r.basis.to_owned()),
-        Arc::new(rows.iter().map(|r| r.running_hours).collect::<Float64Array>()),
-        times(&|r| r.last_done_at),
-        texts(&|r| r.action.clone()),
-        texts(&|r| r.reason.clone()),
-        times(&|_| Some(now)),
-        unknown(),
-        unknown(),
-        unknown(),
-    ])
+    RecordBatch::try_new(
+        SCHEDULE.table.schema(),
+        vec![
+            texts(&|r| r.site.clone()),
+            texts(&|r| r.asset_id.clone()),
+            times(&|r| r.due_by),
+            texts(&|r| r.basis.to_owned()),
+            Arc::new(rows.iter().map(|r| r.running_hours).collect::<Float64Array>()),
+            times(&|r| r.last_done_at),
+            texts(&|r| r.action.clone()),
+            texts(&|r| r.reason.clone()),
+            times(&|_| Some(now)),
+            unknown(),
+            unknown(),
+            unknown(),
+        ],
+    )
 }
 
 #[cfg(test)]

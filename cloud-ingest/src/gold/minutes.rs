@@ -96,18 +96,21 @@ pub fn batch(rows: &[MinuteRow], series: &Series) -> Result<RecordBatch, ArrowEr
         Arc::new(rows.iter().map(of).collect::<Float64Array>())
     };
     let times = TimestampMicrosecondArray::from_iter_values(rows.iter().map(|r| r.time.as_micros()));
-    RecordBatch::try_new(Table::Timeseries1m.schema(), vec![
-        Arc::new(times.with_timezone("UTC")),
-        texts(&|r| Some(meta(r).site.clone())),
-        texts(&|r| Some(meta(r).device.clone())),
-        texts(&|r| Some(meta(r).device_type.clone())),
-        texts(&|r| meta(r).asset.clone()),
-        texts(&|r| Some(meta(r).unit.clone())),
-        Arc::new(Int64Array::from_iter_values(rows.iter().map(|r| r.count))),
-        floats(&|r| r.min),
-        floats(&|r| r.max),
-        floats(&|r| r.mean),
-        floats(&|r| r.last),
-        texts(&|r| Some(r.source.as_str().to_owned())),
-    ])
+    RecordBatch::try_new(
+        Table::Timeseries1m.schema(),
+        vec![
+            Arc::new(times.with_timezone("UTC")),
+            texts(&|r| Some(meta(r).site.clone())),
+            texts(&|r| Some(meta(r).device.clone())),
+            texts(&|r| Some(meta(r).device_type.clone())),
+            texts(&|r| meta(r).asset.clone()),
+            texts(&|r| Some(meta(r).unit.clone())),
+            Arc::new(Int64Array::from_iter_values(rows.iter().map(|r| r.count))),
+            floats(&|r| r.min),
+            floats(&|r| r.max),
+            floats(&|r| r.mean),
+            floats(&|r| r.last),
+            texts(&|r| Some(r.source.as_str().to_owned())),
+        ],
+    )
 }

@@ -13,7 +13,7 @@
 //! | `maintenance_schedule` | `silver/registry`, `silver/maintenance`, gold's hours and minutes | – (the hour and what was said by then) |
 
 pub mod anomalies;
-mod changes;
+pub(crate) mod changes;
 pub mod hourly;
 pub mod maintenance;
 pub mod minutes;
@@ -96,7 +96,9 @@ pub async fn run(
         let done = step(&tables, &settings, clock.now()).await;
         match done {
             Ok(done) => tracing::debug!(?done, "gold is up to date"),
-            Err(error) if open => tracing::warn!(error = format!("{error:#}"), "gold stays behind; trying again"),
+            Err(error) if open => {
+                tracing::warn!(error = format!("{error:#}"), "gold stays behind; trying again")
+            }
             Err(error) => return Err(error.context("last step of gold")),
         }
         if !open {

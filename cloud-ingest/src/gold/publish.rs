@@ -220,7 +220,8 @@ impl Difference {
 /// Both batches' columns in a form that compares bytewise.
 fn rows(a: &RecordBatch, b: &RecordBatch, names: &[&str]) -> anyhow::Result<(Rows, Rows)> {
     let columns = |batch: &RecordBatch| -> anyhow::Result<Vec<ArrayRef>> {
-        let column = |name: &&str| batch.column_by_name(name).cloned().with_context(|| format!("column {name}"));
+        let column =
+            |name: &&str| batch.column_by_name(name).cloned().with_context(|| format!("column {name}"));
         names.iter().map(column).collect()
     };
     let (a, b) = (columns(a)?, columns(b)?);

@@ -138,7 +138,7 @@ pub(super) async fn step(tables: &Tables, now: Timestamp) -> anyhow::Result<usiz
         return Ok(0);
     }
     let plant = Plant::read(&silver).await?;
-    let progress = Progress::Complete(version);
+    let progress = Progress::Always(version);
     let assets = publish::publish(tables, ASSETS, &[], assets(&plant)?, progress, now).await?;
     let devices = publish::publish(tables, DEVICES, &[], devices(&plant)?, progress, now).await?;
     Ok(assets + devices)
@@ -152,19 +152,22 @@ fn assets(plant: &Plant) -> Result<RecordBatch, ArrowError> {
     let floats = |of: &dyn Fn(&Asset) -> Option<f64>| -> ArrayRef {
         Arc::new(rows.values().map(|a| of(&a.what)).collect::<Float64Array>())
     };
-    RecordBatch::try_new(ASSETS.table.schema(), vec![
-        sites(rows.keys()),
-        texts(&|a| Some(a.id.clone())),
-        texts(&|a| a.path.clone()),
-        texts(&|a| a.class.clone()),
-        texts(&|a| a.criticality.clone()),
-        floats(&|a| a.rated_power_kw),
-        floats(&|a| a.rated_speed_rpm),
-        texts(&|a| a.support.clone()),
-        texts(&|a| a.time_zone.clone()),
-        Arc::new(StringArray::from_iter_values(rows.values().map(|a| &a.gateway))),
-        times(rows.values().map(|a| a.at)),
-    ])
+    RecordBatch::try_new(
+        ASSETS.table.schema(),
+        vec![
+            sites(rows.keys()),
+            texts(&|a| Some(a.id.clone())),
+            texts(&|a| a.path.clone()),
+            texts(&|a| a.class.clone()),
+            texts(&|a| a.criticality.clone()),
+            floats(&|a| a.rated_power_kw),
+            floats(&|a| a.rated_speed_rpm),
+            texts(&|a| a.support.clone()),
+            texts(&|a| a.time_zone.clone()),
+            Arc::new(StringArray::from_iter_values(rows.values().map(|a| &a.gateway))),
+            times(rows.values().map(|a| a.at)),
+        ],
+    )
 }
 
 fn devices(plant: &Plant) -> Result<RecordBatch, ArrowError> {
@@ -178,20 +181,23 @@ fn devices(plant: &Plant) -> Result<RecordBatch, ArrowError> {
     let labels = |d: &Device| {
         (!d.labels.is_empty()).then(|| serde_json::to_string(&d.labels).expect("text to text is JSON"))
     };
-    RecordBatch::try_new(DEVICES.table.schema(), vec![
-        sites(rows.keys()),
-        texts(&|d| Some(d.id.clone())),
-        texts(&|d| Some(d.device_type.clone())),
-        texts(&|d| Some(d.asset.clone())),
-        texts(&|d| Some(d.unit.clone())),
-        texts(&|d| Some(d.kind.as_str().to_owned())),
-        floats(&|d| d.range.map(|[low, _]| low)),
-        floats(&|d| d.range.map(|[_, high]| high)),
-        floats(&|d| d.interval.map(|interval| interval.as_secs_f64())),
-        texts(&labels),
-        Arc::new(StringArray::from_iter_values(rows.values().map(|d| &d.gateway))),
-        times(rows.values().map(|d| d.at)),
-    ])
+    RecordBatch::try_new(
+        DEVICES.table.schema(),
+        vec![
+            sites(rows.keys()),
+            texts(&|d| Some(d.id.clone())),
+            texts(&|d| Some(d.device_type.clone())),
+            texts(&|d| Some(d.asset.clone())),
+            texts(&|d| Some(d.unit.clone())),
+            texts(&|d| Some(d.kind.as_str().to_owned())),
+            floats(&|d| d.range.map(|[low, _]| low)),
+            floats(&|d| d.range.map(|[_, high]| high)),
+            floats(&|d| d.interval.map(|interval| interval.as_secs_f64())),
+            texts(&labels),
+            Arc::new(StringArray::from_iter_values(rows.values().map(|d| &d.gateway))),
+            times(rows.values().map(|d| d.at)),
+        ],
+    )
 }
 
 fn sites<'a>(keys: impl Iterator<Item = &'a (String, String)>) -> ArrayRef {
@@ -208,7 +214,8 @@ mod tests {
     use super::*;
 
     fn document(gateway: &str, at: i64, assets: &[&str]) -> Document {
-        let asset = |id: &&str| Asset { id: (*id).to_owned(), class: Some(gateway.to_owned()), ..Asset::default() };
+        let asset =
+            |id: &&str| Asset { id: (*id).to_owned(), class: Some(gateway.to_owned()), ..Asset::default() };
         let at = Timestamp::from_micros(at);
         let document = Devices { v: 1, at, assets: assets.iter().map(asset).collect(), devices: vec![] };
         Document { site: "s".into(), gateway: gateway.into(), at, received_at: at, document }

@@ -179,7 +179,8 @@ pub(super) async fn read(
     within: &Range<Timestamp>,
     hold: Duration,
 ) -> anyhow::Result<Series> {
-    let context = changes::context(&[("readings", Some(readings), None), ("aggregates", aggregates, None)]).await?;
+    let context =
+        changes::context(&[("readings", Some(readings), None), ("aggregates", aggregates, None)]).await?;
     let before = within.start - hold;
     let span = std::slice::from_ref(&(before..within.end)).to_vec();
     let mut builder = SeriesBuilder::default();

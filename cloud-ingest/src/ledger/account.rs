@@ -333,7 +333,8 @@ fn share(rows: i64, part: i64, whole: i64) -> i64 {
 fn push_range(text: &mut String, first: i64, last: i64) {
     use std::fmt::Write;
     let comma = if text.is_empty() { "" } else { ", " };
-    let _ = if first == last { write!(text, "{comma}{first}") } else { write!(text, "{comma}{first}-{last}") };
+    let _ =
+        if first == last { write!(text, "{comma}{first}") } else { write!(text, "{comma}{first}-{last}") };
 }
 
 /// Gaps in order without overlaps: neighbouring gaps merge on the edge, so a wider one may repeat a narrower.

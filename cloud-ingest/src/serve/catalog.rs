@@ -37,7 +37,7 @@ use datafusion_postgres::datafusion_pg_catalog::pg_catalog::{
 };
 use futures::future::BoxFuture;
 use tokio::{
-    sync::{RwLock as AsyncRwLock, RwLockReadGuard},
+    sync::{Mutex as AsyncMutex, RwLock as AsyncRwLock, RwLockReadGuard},
     time::Instant,
 };
 
@@ -67,8 +67,10 @@ pub struct Catalog {
     catalog: Arc<MemoryCatalogProvider>,
     source: SessionSource,
     tables: Mutex<BTreeMap<(String, String), Arc<Current>>>,
+    /// When the tables were last asked for their snapshots; whoever holds it is asking.
+    refreshed: AsyncMutex<Instant>,
     /// Held for reading while a query plans its scans, for writing while snapshots are exchanged.
-    snapshot: AsyncRwLock<Option<Instant>>,
+    snapshot: AsyncRwLock<()>,
 }
 
 impl std::fmt::Debug for Catalog {
@@ -103,8 +105,14 @@ impl Catalog {
         }
         setup_pg_catalog(&context, DATABASE, EmptyContextProvider).map_err(|e| *e)?;
         functions::register(&context);
-        let this =
-            Catalog { context, catalog, source, tables: Mutex::default(), snapshot: AsyncRwLock::new(None) };
+        let this = Catalog {
+            context,
+            catalog,
+            source,
+            tables: Mutex::default(),
+            refreshed: AsyncMutex::new(Instant::now()),
+            snapshot: AsyncRwLock::default(),
+        };
         this.adopt(&lake).await?;
         this.schema("live")?
             .register_table("readings".into(), Arc::new(LiveTable::Readings(live.clone())))?;
@@ -114,7 +122,6 @@ impl Catalog {
             let view = ViewTable::new(plan, Some(READINGS_NOW.to_owned()));
             this.schema("silver")?.register_table("readings_now".into(), Arc::new(view))?;
         }
-        *this.snapshot.write().await = Some(Instant::now());
         Ok(this)
     }
 
@@ -128,35 +135,19 @@ impl Catalog {
     /// # Errors
     /// When the tables cannot be read.
     pub async fn refresh(&self) -> anyhow::Result<()> {
-        let fresh = |at: &Option<Instant>| at.is_some_and(|at| at.elapsed() < FRESH_FOR);
-        if fresh(&*self.snapshot.read().await) {
-            return Ok(());
-        }
-        let mut taken_at = self.snapshot.write().await;
-        // Someone else may have done it while this one waited.
-        if !fresh(&taken_at) {
+        let mut refreshed = self.refreshed.lock().await;
+        if refreshed.elapsed() >= FRESH_FOR {
+            let asked_at = Instant::now();
             let lake = (self.source)().await.context("reading the newest snapshots")?;
             self.adopt(&lake).await?;
-            *taken_at = Some(Instant::now());
+            *refreshed = asked_at;
         }
         Ok(())
     }
 
     /// While this is held, every table stands for one snapshot.
-    pub async fn hold(&self) -> RwLockReadGuard<'_, Option<Instant>> {
+    pub async fn hold(&self) -> RwLockReadGuard<'_, ()> {
         self.snapshot.read().await
-    }
-
-    /// Tables of a layer with the rows that their statistics tell, by name.
-    pub fn row_counts(&self) -> Vec<(String, String, Option<usize>)> {
-        let tables = self.tables.lock().unwrap_or_else(PoisonError::into_inner);
-        tables
-            .iter()
-            .map(|((schema, name), table)| {
-                let rows = table.now().statistics().and_then(|s| s.num_rows.get_value().copied());
-                (schema.clone(), name.clone(), rows)
-            })
-            .collect()
     }
 
     fn schema(&self, name: &str) -> anyhow::Result<Arc<dyn SchemaProvider>> {
@@ -164,7 +155,9 @@ impl Catalog {
     }
 
     async fn adopt(&self, lake: &SessionContext) -> anyhow::Result<()> {
-        for (schema, name, provider) in providers(lake).await? {
+        let providers = providers(lake).await?;
+        let _exchanging = self.snapshot.write().await;
+        for (schema, name, provider) in providers {
             let mut tables = self.tables.lock().unwrap_or_else(PoisonError::into_inner);
             match tables.get(&(schema.clone(), name.clone())) {
                 Some(known) if known.schema() == provider.schema() => known.replace(provider),

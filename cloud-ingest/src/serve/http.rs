@@ -227,7 +227,7 @@ fn is_known(users: &[[u8; 32]], headers: &HeaderMap) -> bool {
         return false;
     };
     let given: [u8; 32] = Sha256::digest(&decoded).into();
-    users.iter().any(|known| *known == given)
+    users.contains(&given)
 }
 
 /// Standard alphabet with padding, RFC 4648 section 4.

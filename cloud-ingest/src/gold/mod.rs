@@ -20,6 +20,8 @@ pub mod minutes;
 mod publish;
 pub mod registry;
 pub mod series;
+#[cfg(test)]
+mod tests;
 mod windows;
 
 use std::{sync::Arc, time::Duration};

@@ -142,10 +142,10 @@ impl Metrics {
         self.events.inc_by(n);
     }
 
-    /// A seal, with what it made durable.
-    pub fn sealed(&self, census: &Census) {
+    /// A seal, with the readings that it made durable.
+    pub fn sealed(&self, readings: u64) {
         self.seals.inc();
-        self.add("seal", "sealed", census.total(Outcome::Sealed));
+        self.add("seal", "sealed", readings);
     }
 
     fn count(&self, stage: &'static str, census: &Census) {

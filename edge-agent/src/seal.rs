@@ -7,9 +7,9 @@
 //! * before the next batch would make `max_rows` rows or an estimated `max_message_bytes` of one lane;
 //! * at once with an anomaly.
 //!
-//! Cuts fall between the batches of the sources, so the census of what was polled is cut where the readings are,
-//! and `polled = sealed + held + rejected + skipped` holds after every cut. Only a batch that alone exceeds a
-//! message is divided, into drafts of one cut.
+//! Cuts fall between the batches of the sources, so the census of what was polled is cut where the readings are, and
+//! `polled = sealed + held + rejected + skipped` holds after every cut, with the rows of the readings lane as
+//! `sealed` (the outbox counts those). Only a batch that alone exceeds a message is divided, into drafts of one cut.
 
 use std::{sync::Arc, time::Instant};
 
@@ -27,12 +27,7 @@ use common::{
 };
 
 use self::dictionary::DeviceColumns;
-use crate::{
-    census::{Census, Outcome},
-    model::episode::Event,
-    settings::OutboxSettings,
-    window::Aggregate,
-};
+use crate::{census::Census, model::episode::Event, settings::OutboxSettings, window::Aggregate};
 
 mod dictionary;
 
@@ -54,7 +49,7 @@ pub struct Draft {
     pub batch: RecordBatch,
     /// Highest event time of the readings that this draft and those before it were made of.
     pub last_event: Timestamp,
-    /// What was counted since the draft before.
+    /// What was counted since the draft before: all but what is sealed, which the outbox counts.
     pub census: Census,
 }
 
@@ -82,6 +77,14 @@ pub struct Cut {
     pub drafts: Vec<Draft>,
     /// The latest state of the episodes, where it changed.
     pub episodes: Option<Vec<u8>>,
+}
+
+impl Cut {
+    /// Readings in it.
+    pub fn readings(&self) -> usize {
+        let drafts = self.drafts.iter().filter(|draft| draft.lane == Lane::Readings);
+        drafts.map(|draft| draft.batch.num_rows()).sum()
+    }
 }
 
 /// Rows that wait to be sealed.
@@ -153,10 +156,7 @@ impl Sealer {
             return None;
         }
         self.since = None;
-        let mut census = std::mem::take(&mut self.census);
-        for reading in &self.readings {
-            census.add(reading.ts, Outcome::Sealed, 1);
-        }
+        let census = std::mem::take(&mut self.census);
         let readings = std::mem::take(&mut self.readings);
         let aggregates = std::mem::take(&mut self.aggregates);
         let events = std::mem::take(&mut self.events);

@@ -245,6 +245,7 @@ pub struct OutboxSettings {
     pub max_age: Duration,
     pub min_free_disk: u64,
     pub generation_bytes: u64,
+    pub census_every: Duration,
 }
 
 /// Tumbling windows in event time.
@@ -257,3 +258,6 @@ pub struct WindowSettings {
     /// How long a closed window is kept for late readings.
     pub revise_for: Duration,
 }
+
+#[cfg(test)]
+mod tests;

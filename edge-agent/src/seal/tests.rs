@@ -1,6 +1,9 @@
 use std::time::Duration;
 
-use arrow::array::{Array, AsArray};
+use arrow::{
+    array::{Array, AsArray},
+    datatypes::TimestampMicrosecondType,
+};
 use common::{
     reading::{Device, DeviceIx, Quality},
     wire::{ClockState, Identity},
@@ -9,6 +12,7 @@ use uuid::Uuid;
 
 use super::*;
 use crate::{
+    census::Outcome,
     model::episode::{Ended, Place},
     window::Stats,
 };
@@ -25,6 +29,7 @@ fn settings() -> OutboxSettings {
         max_age: Duration::from_secs(3_600),
         min_free_disk: 0,
         generation_bytes: 1 << 20,
+        census_every: Duration::from_secs(60),
     }
 }
 
@@ -127,7 +132,11 @@ fn a_full_message_is_cut_between_batches_and_each_cut_balances() {
     );
     let mut total = Census::default();
     for cut in &cuts {
-        cut.drafts.iter().for_each(|draft| total.merge(&draft.census));
+        for draft in &cut.drafts {
+            total.merge(&draft.census);
+            let ts = draft.batch.column(0).as_primitive::<TimestampMicrosecondType>();
+            ts.values().iter().for_each(|ts| total.add(Timestamp::from_micros(*ts), Outcome::Sealed, 1));
+        }
         assert!(total.balances(), "{total:?}");
     }
     assert_eq!(total.total(Outcome::Sealed), 45);

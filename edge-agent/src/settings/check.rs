@@ -378,6 +378,7 @@ fn check_outbox(outbox: file::Outbox, dir: PathBuf, m: &mut Mistakes) -> OutboxS
         max_age: at_least("outbox.max_age", outbox.max_age, Duration::from_secs(3_600), m),
         min_free_disk: outbox.min_free_disk,
         generation_bytes: outbox.generation_bytes,
+        census_every: at_least("outbox.census_every", outbox.census_every, Duration::from_secs(1), m),
     }
 }
 

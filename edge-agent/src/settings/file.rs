@@ -183,6 +183,8 @@ pub struct Outbox {
     pub max_age: Duration,
     pub min_free_disk: u64,
     pub generation_bytes: u64,
+    #[serde(with = "duration")]
+    pub census_every: Duration,
 }
 
 #[derive(Clone, Debug, Deserialize)]

@@ -1,0 +1,334 @@
+//! READ FIRST: the stages, in the order in which data flows.
+//!
+//! ```text
+//! source ─┐
+//! source ─┼─ Polled ─▶ refine: filter → windows → models ─ Processed ─▶ seal ─ drafts ─▶ outbox ─▶ uplink
+//! source ─┘  (64)                                          (16)                 (disk)
+//! ```
+//!
+//! | stage | core | shell | ends when |
+//! |---|---|---|---|
+//! | sources, one task a bus | [`crate::source::chip`] and a schedule | [`crate::source`] | stop signal, or the end of a recorded file |
+//! | refine | [`Filter`], [`Windows`], [`Models`] | [`refine`] | the last source has dropped its sender; flushes windows, ends episodes |
+//! | seal | [`Sealer`] | [`seal`] | refine has dropped its sender; cuts what waits |
+//! | outbox | [`crate::outbox`] | called by seal, blocking | closed once seal has ended |
+//! | uplink | [`crate::delivery`] | [`crate::uplink`] | told so once the outbox is closed; drains for `uplink.drain` at most |
+//!
+//! Only sources see the stop signal. Channels are bounded (numbers above) and disk is the only long buffer: a slow
+//! disk fills the channels, then sources wait, miss ticks, and count them as skipped. A stage that fails drops its
+//! receiver; those before it end, everything behind it flushes, and [`run`] returns the first error.
+//!
+//! Accounting: a source counts what was due, refine adds what was held, the outbox counts what is sealed; all of it
+//! travels with the batch and becomes durable in its transaction.
+
+use std::{
+    sync::{Arc, Mutex},
+    time::Instant,
+};
+
+use anyhow::Context as _;
+use common::{
+    telemetry,
+    time::{Clock, Timestamp},
+};
+use tokio::{
+    sync::{mpsc, watch},
+    task::{self, JoinSet},
+};
+
+use crate::{
+    census::Outcome,
+    filter::Filter,
+    metrics::{self, Metrics},
+    model::{Models, episode::Event},
+    outbox::{Limits, Outbox},
+    seal::{Cut, Processed, Sealer},
+    settings::{OutboxSettings, Settings},
+    source::{self, Hardware, Polled},
+    uplink,
+    window::{Missed, Windows},
+};
+
+/// Polls that wait for refine: a few seconds of a busy gateway.
+const POLLED: usize = 64;
+/// Batches that wait to be sealed.
+const PROCESSED: usize = 16;
+/// Where the outbox keeps the open episodes.
+const EPISODES: &str = "episodes";
+
+/// Runs the agent until `stop` turns true or its sender is dropped, or until every recorded file has ended and
+/// there are no buses. Where `clock` is behind what an earlier run has sealed, sources go on right after that.
+///
+/// # Errors
+/// When the outbox, the metrics' port or a recorded file cannot be used, or the disk fails.
+pub async fn run<H: Hardware>(
+    settings: Settings,
+    hardware: H,
+    clock: Arc<dyn Clock>,
+    mut stop: watch::Receiver<bool>,
+) -> anyhow::Result<()> {
+    let settings = Arc::new(settings);
+    let mut registry = telemetry::registry();
+    let metrics = Arc::new(Metrics::register(&mut registry));
+    let delivery_metrics = uplink::Metrics::register(&mut registry);
+    let listener = match settings.listen {
+        Some(address) => Some(metrics::listen(address).await?),
+        None => None,
+    };
+    let (outbox, mut models) = open(Arc::clone(&settings), clock.now()).await?;
+    models.report(&metrics);
+    let resumed = resume(&outbox, &mut models, clock.now())?;
+    let resume_after = outbox.last_event_time();
+    tracing::info!(
+        site = settings.site, gateway = settings.gateway, epoch = %outbox.epoch(),
+        devices = settings.registry.devices.len(), sources = settings.sources.len(),
+        resume_after = resume_after.map(|at| at.to_string()), "agent starts"
+    );
+    let served = listener.map(|at| tokio::spawn(metrics::serve(at, Arc::new(Mutex::new(registry)))));
+
+    // From the last stage to the first, so that each finds its reader running.
+    let (stop_uplink, uplink_stopped) = watch::channel(false);
+    let mut uplink = tokio::spawn(uplink::run(
+        outbox.clone(),
+        uplink_settings(&settings, &models),
+        Arc::clone(&settings.registry),
+        Arc::clone(&clock),
+        delivery_metrics,
+        uplink_stopped,
+    ));
+    let (processed, to_seal) = mpsc::channel(PROCESSED);
+    let sealer = Sealer::new(settings.outbox.clone(), &settings.registry);
+    let mut seal =
+        tokio::spawn(seal(sealer, to_seal, outbox.clone(), Arc::clone(&clock), Arc::clone(&metrics)));
+    let (polled, to_refine) = mpsc::channel(POLLED);
+    let stages = Refine::new(&settings, models, Arc::clone(&metrics));
+    let refine = tokio::spawn(refine(stages, resumed, to_refine, processed));
+    let (stop_sources, sources_stopped) = watch::channel(false);
+    let context = source::Context {
+        hardware: Arc::new(hardware),
+        clock: Arc::clone(&clock),
+        resume_after,
+        out: polled,
+        stop: sources_stopped,
+        metrics,
+    };
+    let mut sources = JoinSet::new();
+    for source in settings.sources.clone() {
+        sources.spawn(source::run(source, Arc::clone(&settings), context.clone()));
+    }
+    // Refine must end with the last source.
+    drop(context);
+
+    let mut errors = Vec::new();
+    let mut note = |stage: &'static str, ended: Result<anyhow::Result<()>, task::JoinError>| {
+        if let Err(error) = ended.map_err(anyhow::Error::from).and_then(|result| result) {
+            tracing::error!(stage, error = format!("{error:#}"), "stage failed; the agent stops");
+            errors.push(error.context(stage));
+        }
+    };
+    let (mut seal_ended, mut uplink_ended) = (false, false);
+    tokio::select! {
+        _ = stop.wait_for(|stop| *stop) => {}
+        () = first_failure_or_end(&mut sources, &mut note) => {}
+        ended = &mut seal => { seal_ended = true; note("seal", ended); }
+        ended = &mut uplink => { uplink_ended = true; note("uplink", ended); }
+    }
+    stop_sources.send_replace(true);
+    while let Some(ended) = sources.join_next().await {
+        note("source", ended);
+    }
+    note("refine", refine.await.map(Ok));
+    if !seal_ended {
+        note("seal", seal.await);
+    }
+    let (closing, now) = (outbox.clone(), clock.now());
+    note("outbox", task::spawn_blocking(move || closing.close(now).context("closing the outbox")).await);
+    stop_uplink.send_replace(true);
+    if !uplink_ended {
+        note("uplink", uplink.await);
+    }
+    if let Some(served) = served {
+        served.abort();
+    }
+    errors.into_iter().next().map_or(Ok(()), Err)
+}
+
+/// Opens what blocks: the outbox, and the models with their verification.
+async fn open(settings: Arc<Settings>, now: Timestamp) -> anyhow::Result<(Outbox, Models)> {
+    let opened = task::spawn_blocking(move || {
+        let outbox = Outbox::open(&settings.outbox.dir, limits(&settings.outbox), now)?;
+        let models = Models::load(settings.models.as_deref(), &settings.registry, settings.window.width);
+        anyhow::Ok((outbox, models))
+    });
+    opened.await?
+}
+
+fn limits(settings: &OutboxSettings) -> Limits {
+    Limits {
+        max_bytes: settings.max_bytes,
+        max_age: settings.max_age,
+        min_free_disk: settings.min_free_disk,
+        generation_bytes: settings.generation_bytes,
+        max_message_bytes: settings.max_message_bytes,
+        census_every: settings.census_every,
+    }
+}
+
+fn uplink_settings(settings: &Settings, models: &Models) -> uplink::Settings {
+    // Models are loaded once, so their states do not change and the sender may go.
+    let (_, models) = watch::channel(models.status().to_vec());
+    uplink::Settings {
+        site: settings.site.clone(),
+        gateway: settings.gateway.clone(),
+        mqtt: settings.mqtt.clone(),
+        uplink: settings.uplink.clone(),
+        max_message_bytes: settings.outbox.max_message_bytes,
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        config_sha256: settings.sha256.clone(),
+        models,
+    }
+}
+
+/// Goes on with the episodes of an earlier run; what is to be sealed of it.
+fn resume(outbox: &Outbox, models: &mut Models, now: Timestamp) -> anyhow::Result<Option<Processed>> {
+    let Some(kept) = outbox.get_meta(EPISODES).context("reading the open episodes")? else { return Ok(None) };
+    let events = models.resume(&kept, now);
+    let episodes = Some(models.state());
+    Ok((!events.is_empty()).then(|| Processed { events, episodes, ..Processed::default() }))
+}
+
+/// Returns once a source has failed, or all have ended.
+async fn first_failure_or_end(
+    sources: &mut JoinSet<anyhow::Result<()>>,
+    note: &mut impl FnMut(&'static str, Result<anyhow::Result<()>, task::JoinError>),
+) {
+    while let Some(ended) = sources.join_next().await {
+        let failed = !matches!(ended, Ok(Ok(())));
+        note("source", ended);
+        if failed {
+            return;
+        }
+    }
+}
+
+/// The cores between sources and seal.
+struct Refine {
+    filter: Filter,
+    windows: Windows,
+    models: Models,
+    metrics: Arc<Metrics>,
+    last_at: Timestamp,
+}
+
+impl Refine {
+    fn new(settings: &Settings, models: Models, metrics: Arc<Metrics>) -> Self {
+        Self {
+            filter: Filter::new(settings.checks.clone()),
+            windows: Windows::new(settings.window, settings.registry.devices.len()),
+            models,
+            metrics,
+            last_at: Timestamp::default(),
+        }
+    }
+
+    fn process(&mut self, polled: Polled) -> Processed {
+        let Polled { at, mut readings, mut census } = polled;
+        self.last_at = self.last_at.max(at);
+        self.metrics.polled(&census);
+        let given = readings.len() as u64;
+        let last_event = readings.iter().map(|reading| reading.ts).max();
+        let marks = self.filter.mark(&mut readings);
+        let mut missed = Missed::default();
+        let aggregates = self.windows.push(at, &readings, &mut missed);
+        self.metrics.windowed(given, missed, aggregates.len() as u64);
+        let events = self.models.score(&aggregates, &self.metrics);
+        let held = self.filter.hold(&mut readings);
+        for reading in &held {
+            census.add(reading.ts, Outcome::Held, 1);
+        }
+        self.metrics.filtered(marks, held.len() as u64, readings.len() as u64);
+        let episodes = self.changed(&events);
+        Processed { readings, aggregates, events, census, last_event, episodes }
+    }
+
+    fn finish(&mut self) -> Processed {
+        let aggregates = self.windows.flush();
+        let mut events = self.models.score(&aggregates, &self.metrics);
+        events.extend(self.models.stop(self.last_at));
+        let episodes = self.changed(&events);
+        Processed { aggregates, events, episodes, ..Processed::default() }
+    }
+
+    fn changed(&self, events: &[Event]) -> Option<Vec<u8>> {
+        (!events.is_empty()).then(|| self.models.state())
+    }
+}
+
+async fn refine(
+    mut stages: Refine,
+    resumed: Option<Processed>,
+    mut polled: mpsc::Receiver<Polled>,
+    processed: mpsc::Sender<Processed>,
+) {
+    if let Some(resumed) = resumed
+        && processed.send(resumed).await.is_err()
+    {
+        return;
+    }
+    while let Some(batch) = polled.recv().await {
+        if processed.send(stages.process(batch)).await.is_err() {
+            return;
+        }
+    }
+    // Whether anybody listens makes no difference any more: seal says why it ended.
+    let _ = processed.send(stages.finish()).await;
+}
+
+async fn seal(
+    mut sealer: Sealer,
+    mut processed: mpsc::Receiver<Processed>,
+    outbox: Outbox,
+    clock: Arc<dyn Clock>,
+    metrics: Arc<Metrics>,
+) -> anyhow::Result<()> {
+    loop {
+        let deadline = sealer.next_deadline();
+        let cuts = tokio::select! {
+            batch = processed.recv() => match batch {
+                Some(batch) => sealer.push(Instant::now(), batch),
+                None => break,
+            },
+            () = sleep_until(deadline) => sealer.cut().into_iter().collect(),
+        };
+        for cut in cuts {
+            append(&outbox, clock.now(), cut, &metrics).await?;
+        }
+    }
+    match sealer.cut() {
+        Some(cut) => append(&outbox, clock.now(), cut, &metrics).await,
+        None => Ok(()),
+    }
+}
+
+/// Never ends without a deadline.
+async fn sleep_until(deadline: Option<Instant>) {
+    match deadline {
+        Some(at) => tokio::time::sleep_until(at.into()).await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn append(outbox: &Outbox, now: Timestamp, cut: Cut, metrics: &Metrics) -> anyhow::Result<()> {
+    let readings: usize = cut.readings();
+    let outbox = outbox.clone();
+    let appended = task::spawn_blocking(move || {
+        let meta: Vec<_> = cut.episodes.map(|state| (EPISODES, state)).into_iter().collect();
+        outbox.append(now, cut.drafts, &meta)
+    });
+    appended.await?.context("sealing a batch")?;
+    metrics.sealed(readings as u64);
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,166 @@
+use super::*;
+
+const BASE: &str = r#"
+site = "plant"
+gateway = "gw-1"
+data_dir = "/var/lib/tailrace/edge"
+[[asset]]
+id = "pump"
+[[device]]
+id = "pump/pressure"
+type = "pressure"
+asset = "pump"
+unit = "bar"
+range = [0.0, 16.0]
+stuck_after = "10min"
+deadband = 0.1
+heartbeat = "5min"
+[[device]]
+id = "pump/temperature"
+type = "temperature"
+asset = "pump"
+unit = "[degF]"
+[[device]]
+id = "pump/vibration"
+type = "vibration"
+asset = "pump"
+unit = "m/s2"
+[[i2c]]
+path = "/dev/i2c-1"
+[[i2c.ads1115]]
+address = 0x48
+period = "5s"
+burden_ohm = 150.0
+[[i2c.ads1115.loop]]
+channel = 0
+device = "pump/pressure"
+low = 0.0
+high = 16.0
+period = "6min"
+[[i2c.sht4x]]
+address = 0x44
+period = "30s"
+temperature = "pump/temperature"
+[[spi]]
+path = "/dev/spidev0.0"
+[spi.ism330dhcx]
+period = "60s"
+samples = 4096
+rate_hz = 3333
+range_g = 16
+axis = "x"
+rms = "pump/vibration"
+"#;
+
+fn load(text: &str, env: &[(&str, &str)]) -> Result<Settings, Mistakes> {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("edge-agent.toml");
+    std::fs::write(&path, text).unwrap();
+    let env = env.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
+    Settings::read(&Layers { defaults: DEFAULTS, file: Some(&path), env_prefix: "TAILRACE_EDGE" }, env)
+}
+
+#[test]
+fn a_configuration_becomes_indices_and_drivers() {
+    let settings = load(BASE, &[("TAILRACE_EDGE__OUTBOX__LINGER", "2s")]).unwrap();
+    assert_eq!(settings.outbox.linger, Duration::from_secs(2));
+    assert_eq!(settings.outbox.dir, Path::new("/var/lib/tailrace/edge/outbox"));
+    assert_eq!(settings.sha256.len(), 64);
+    assert_eq!(
+        (settings.mqtt.host.as_str(), settings.mqtt.port, settings.mqtt.tls),
+        ("127.0.0.1", 1883, false)
+    );
+    let [pressure, temperature, _] = settings.checks[..] else { panic!("{:?}", settings.checks) };
+    assert_eq!((pressure.range, pressure.stuck_after), (Some([0.0, 16.0]), Some(Duration::from_secs(600))));
+    assert_eq!(pressure.deadband, Some(Deadband { width: 0.1, heartbeat: Duration::from_secs(300) }));
+    assert_eq!(temperature, Checks::default());
+    let [Source::I2c { probes, .. }, Source::Spi { rms, peak, .. }] = &settings.sources[..] else {
+        panic!("{:?}", settings.sources)
+    };
+    assert_eq!(probes.iter().map(|p| p.period.as_secs()).collect::<Vec<_>>(), [360, 30]);
+    let I2cChip::Climate { temperature: Some((device, scale, shift)), humidity: None, .. } = probes[1].chip
+    else {
+        panic!("{probes:?}")
+    };
+    assert_eq!(device, DeviceIx(1));
+    assert!((scale - 1.8).abs() < 1e-12 && (shift - 32.0).abs() < 1e-9, "{scale} {shift}");
+    assert_eq!((*rms, *peak), (Some((DeviceIx(2), 1.0)), None));
+}
+
+#[test]
+fn every_mistake_is_reported_at_once_with_its_fix() {
+    let changes = [
+        ("gateway = \"gw-1\"", "gateway = \"gw 1\"", "gateway: \"gw 1\" is no name; write"),
+        (
+            "unit = \"bar\"",
+            "unit = \"bars\"",
+            "device \"pump/pressure\": unknown unit \"bars\"; write a UCUM",
+        ),
+        ("heartbeat = \"5min\"", "", "deadband and heartbeat need each other"),
+        (
+            "type = \"temperature\"",
+            "type = \"flow\"",
+            "\"[degF]\" does not measure flow; write one that converts to",
+        ),
+        (
+            "asset = \"pump\"\nunit = \"m/s2\"",
+            "asset = \"pmp\"\nunit = \"m/s2\"",
+            "no asset \"pmp\"; add an [[asset]]",
+        ),
+        ("address = 0x48", "address = 0x50", "the chip has no such address; write 0x48 to 0x4b"),
+        ("burden_ohm = 150.0", "burden_ohm = 250.0", "burden_ohm = 250 does not suit a range of 4.096 V"),
+        ("channel = 0", "channel = 4", "the chip has no such channel; write 0 to 3"),
+        ("high = 16.0", "high = 0.0", "low and high span nothing"),
+        (
+            "temperature = \"pump/temperature\"",
+            "temperature = \"pump/temp\"",
+            "no device \"pump/temp\"; add a [[device]]",
+        ),
+        ("rate_hz = 3333", "rate_hz = 1000", "rate_hz = 1000 is none of the chip's"),
+        ("axis = \"x\"", "axis = \"up\"", "axis \"up\" is unknown; write x, y or z"),
+    ];
+    let mut text = BASE.to_owned();
+    for (from, to, _) in changes {
+        assert!(text.contains(from), "{from}");
+        text = text.replacen(from, to, 1);
+    }
+    text.push_str(
+        "[mqtt]\nurl = \"mqtt://broker.example:1883\"\npassword = \"env:P\"\nkeep_alive = \"2s\"\n",
+    );
+    text.push_str("[metrics]\nlisten = \"0.0.0.0:9464\"\n");
+    let report = load(&text, &[]).unwrap_err().to_string();
+    let others = [
+        "mqtt.password: it would travel in plain text to broker.example; use mqtts://",
+        "mqtt.keep_alive: 2s is below 5s; raise it",
+        "metrics.listen: 0.0.0.0:9464 is beyond loopback",
+    ];
+    for expected in changes.iter().map(|(_, _, expected)| *expected).chain(others) {
+        assert!(report.contains(expected), "{expected:?} not in {report}");
+    }
+}
+
+#[test]
+fn a_device_has_one_source_and_one_name() {
+    let check = |from: &str, to: &str, expected: &str| {
+        let report = load(&BASE.replacen(from, to, 1), &[]).unwrap_err().to_string();
+        assert!(report.contains(expected), "{expected:?} not in {report}");
+    };
+    check("rms = \"pump/vibration\"", "rms = \"pump/pressure\"", "the chip shows \"m/s2\"");
+    check(
+        "device = \"pump/pressure\"",
+        "device = \"pump/vibration\"",
+        "is already read by i2c \"/dev/i2c-1\"",
+    );
+    check("id = \"pump/vibration\"", "id = \"pump/pressure\"", "the id stands twice");
+    check("address = 0x44", "address = 0x48", "the address stands twice");
+    check("stuck_after", "stuck_afer", "stuck_afer");
+    check("[[i2c]]", "[[i2cc]]", "i2cc: unknown key; did you mean i2c?");
+}
+
+#[test]
+fn the_manual_alone_lacks_only_what_must_be_said() {
+    let layers = Layers { defaults: DEFAULTS, file: None, env_prefix: "TAILRACE_EDGE" };
+    let mistakes = Settings::read(&layers, []).unwrap_err();
+    let keys: Vec<_> = mistakes.list.iter().map(|m| m.key.as_str()).collect();
+    assert_eq!(keys, ["site", "gateway", "data_dir"]);
+}

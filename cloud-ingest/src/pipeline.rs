@@ -82,7 +82,6 @@ pub async fn run(
             tables,
             clock,
             metrics: Arc::new(registry),
-            audit: Arc::new(|| Box::pin(async { anyhow::bail!("the ledger is not wired yet") })),
             maintenance: maintenance(inbox, &settings.mqtt.root),
             control,
         };

@@ -150,6 +150,15 @@ impl Catalog {
         self.snapshot.read().await
     }
 
+    /// Adds a table that takes care of its own freshness.
+    ///
+    /// # Errors
+    /// When there is no such schema, or the table is there already.
+    pub fn add(&self, schema: &str, name: &str, table: Arc<dyn TableProvider>) -> anyhow::Result<()> {
+        self.schema(schema)?.register_table(name.to_owned(), table)?;
+        Ok(())
+    }
+
     fn schema(&self, name: &str) -> anyhow::Result<Arc<dyn SchemaProvider>> {
         self.catalog.schema(name).ok_or_else(|| anyhow!("schema {name} is not registered"))
     }

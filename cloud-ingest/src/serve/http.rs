@@ -274,7 +274,8 @@ fn body<T>(request: Result<Json<T>, JsonRejection>) -> Result<T, Problem> {
 }
 
 async fn audit(State(app): State<App>) -> Result<Json<Value>, Problem> {
-    (app.sources.audit)().await.map(Json).map_err(|e| Problem::failed(&e))
+    let audit = app.sources.ledger.audit().await.map_err(|e| Problem::failed(&e))?;
+    Ok(Json(json!(*audit)))
 }
 
 async fn overview(State(app): State<App>) -> Json<Value> {

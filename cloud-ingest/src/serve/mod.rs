@@ -32,7 +32,6 @@ use common::{
 use futures::future::BoxFuture;
 use prometheus_client::registry::Registry;
 use serde::Serialize;
-use serde_json::Value;
 use tokio::{
     net::TcpListener,
     sync::{mpsc, watch},
@@ -47,7 +46,7 @@ use self::{
     live::{Keep, Live, Subscription},
     sql::{Limits, Queries},
 };
-use crate::tables::Tables;
+use crate::{ledger::LedgerTable, tables::Tables};
 
 /// How to serve, validated by [`ServeSettings::check`].
 #[derive(Clone, Debug)]
@@ -123,8 +122,6 @@ pub struct Maintenance {
 
 /// Takes a record on; returns when it is durable.
 pub type MaintenanceSink = Arc<dyn Fn(Maintenance) -> BoxFuture<'static, anyhow::Result<()>> + Send + Sync>;
-/// The audit as JSON, with its sums under `totals`.
-pub type AuditSource = Arc<dyn Fn() -> BoxFuture<'static, anyhow::Result<Value>> + Send + Sync>;
 type LayerSource = Arc<dyn Fn() -> BoxFuture<'static, anyhow::Result<Vec<Layer>>> + Send + Sync>;
 
 /// The buttons of the demo: what breaks and repairs things.
@@ -146,7 +143,7 @@ impl Control {
 #[derive(Clone)]
 struct Sources {
     clock: Arc<dyn Clock>,
-    audit: AuditSource,
+    ledger: Arc<LedgerTable>,
     layers: LayerSource,
     metrics: Arc<dyn Fn() -> String + Send + Sync>,
     maintenance: MaintenanceSink,
@@ -160,8 +157,6 @@ pub struct Parts {
     pub clock: Arc<dyn Clock>,
     /// What `/metrics` exposes.
     pub metrics: Arc<Registry>,
-    /// The delivery ledger.
-    pub audit: AuditSource,
     /// Where maintenance records go.
     pub maintenance: MaintenanceSink,
     /// The demo's buttons, in the demo.
@@ -207,6 +202,8 @@ async fn serve_on(
         Box::pin(async move { tables.session().await })
     });
     let catalog = Arc::new(Catalog::open(session, &live, settings.memory_limit).await?);
+    let ledger = Arc::new(LedgerTable::new(parts.tables.clone(), Arc::clone(&parts.clock)));
+    catalog.add("ops", "delivery_ledger", Arc::clone(&ledger) as _)?;
     let queries = Arc::new(Queries::new(catalog, settings.limits));
     let app = App {
         queries: Arc::clone(&queries),
@@ -217,7 +214,7 @@ async fn serve_on(
         control: parts.control.map(Arc::new),
         sources: Sources {
             clock: parts.clock,
-            audit: parts.audit,
+            ledger,
             layers: layer_source(parts.tables),
             metrics: Arc::new(move || telemetry::exposition(&parts.metrics)),
             maintenance: parts.maintenance,

@@ -112,8 +112,8 @@ impl Overview {
         {
             return (ledger.clone(), layers.clone());
         }
-        let ledger = match (app.sources.audit)().await {
-            Ok(audit) => audit.get("totals").cloned().unwrap_or(Value::Null),
+        let ledger = match app.sources.ledger.audit().await {
+            Ok(audit) => json!(audit.totals),
             Err(e) => {
                 problems.push(format!("audit: {e:#}"));
                 Value::Null

@@ -261,6 +261,16 @@ pub fn bronze_schema() -> SchemaRef {
     columns.schema()
 }
 
+/// `ops.delivery_ledger`, which is computed when it is asked for; see [`crate::ledger`].
+pub fn delivery_ledger_schema() -> SchemaRef {
+    let mut columns = Columns::default();
+    let c = &mut columns;
+    c.texts(&["site", "gateway_id", "epoch", "lane"]).instants(&["hour"]);
+    c.ints(&["expected", "stored", "duplicates", "quarantined", "erased", "declared", "pending", "missing"]);
+    c.ints(&["redelivered"]).maybe_texts(&["missing_seqs"]).maybe_instants(&["unknown_since"]);
+    columns.schema()
+}
+
 /// Folder of all bronze segments.
 pub const BRONZE: &str = "bronze/sensor_data";
 

@@ -1,3 +1,24 @@
 //! The cloud side of Tailrace: subscribe → bronze → silver → gold → serve.
 
+pub mod bronze;
+pub mod cli;
+pub mod decode;
+pub mod gold;
+pub mod ingest;
 pub mod lake;
+pub mod ledger;
+pub mod metrics;
+pub mod pipeline;
+pub mod plan;
+pub mod gold;
+pub mod lake;
+pub mod ledger;
+pub mod quality;
+pub mod ranges;
+pub mod refine;
+pub mod serve;
+pub mod settings;
+pub mod silver;
+pub mod store;
+pub mod subscribe;
+pub mod tables;

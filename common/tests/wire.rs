@@ -1,5 +1,7 @@
 //! The wire against its own past (golden bytes) and against bytes that nobody sends on purpose.
 
+#![expect(clippy::unwrap_used, reason = "a test stops at the first surprise")]
+
 use std::{path::PathBuf, sync::Arc};
 
 use arrow::{

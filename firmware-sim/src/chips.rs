@@ -19,15 +19,27 @@ pub fn list() -> anyhow::Result<()> {
         println!("/dev/{bus} {address:#04x}  ADS1115, four 4-20 mA loops over {} ohm", layout.adc.shunt_ohm);
         for c in channels {
             let span = format!("{} to {} {}", c.at_4ma, c.at_20ma, c.unit);
-            println!("  A{}  {:<30} {span:<22} every {:>3} s  {}", c.input, c.device, c.period_s, c.description);
+            println!(
+                "  A{}  {:<30} {span:<22} every {:>3} s  {}",
+                c.input, c.device, c.period_s, c.description
+            );
         }
     }
     let press = &layout.press;
     println!("/dev/{} {:#04x}  SHT4x", press.bus, press.address);
-    println!("      {:<30} {:<22} every {:>3} s  {}", press.temperature.device, press.temperature.unit, press.period_s, press.temperature.description);
-    println!("      {:<30} {:<22} every {:>3} s  {}", press.humidity.device, press.humidity.unit, press.period_s, press.humidity.description);
+    println!(
+        "      {:<30} {:<22} every {:>3} s  {}",
+        press.temperature.device, press.temperature.unit, press.period_s, press.temperature.description
+    );
+    println!(
+        "      {:<30} {:<22} every {:>3} s  {}",
+        press.humidity.device, press.humidity.unit, press.period_s, press.humidity.description
+    );
     let vibration = &layout.vibration;
     println!("/dev/{}   ISM330DHCX, accelerometer with FIFO", vibration.bus);
-    println!("      {:<30} {:<22} every {:>3} s  {}", vibration.device, vibration.unit, vibration.period_s, vibration.description);
+    println!(
+        "      {:<30} {:<22} every {:>3} s  {}",
+        vibration.device, vibration.unit, vibration.period_s, vibration.description
+    );
     Ok(())
 }

@@ -6,6 +6,7 @@ pub mod chips;
 pub mod clock;
 pub mod demo;
 pub mod faults;
+pub mod fleet;
 pub mod noise;
 pub mod plant;
 pub mod waveform;

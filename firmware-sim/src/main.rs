@@ -3,19 +3,25 @@
 use std::process::ExitCode;
 
 use clap::Parser;
-use firmware_sim::{chips, demo};
+use firmware_sim::{chips, demo, fleet};
 
 /// Simulated chips and plants for Tailrace, and the one-command demo
 #[derive(Parser)]
-#[command(version, after_help = "Examples:
+#[command(
+    version,
+    after_help = "Examples:
   cargo demo                                   everything, live, until Ctrl-C
   cargo demo -- --backfill 6h --for 60s        six hours of history, a minute live, then the ledger
-  firmware-sim chips                           which chips are simulated and what they show")]
+  firmware-sim fleet --url mqtt://127.0.0.1:1883 --gateways 10 --readings 1000000
+  firmware-sim chips                           which chips are simulated and what they show"
+)]
 enum Command {
     /// Run the whole pipeline on this machine, with nothing installed
     Demo(demo::Options),
     /// List the simulated chips and what they show
     Chips,
+    /// Send readings of many gateways to a broker, as fast as they are taken
+    Fleet(fleet::Options),
     /// A part of the demo, started by it
     #[command(hide = true)]
     Child {
@@ -32,6 +38,7 @@ async fn main() -> ExitCode {
     let done = match command {
         Command::Demo(options) => demo::run(options).await,
         Command::Chips => chips::list().map(|()| ExitCode::SUCCESS),
+        Command::Fleet(options) => fleet::run(options).await.map(|()| ExitCode::SUCCESS),
         Command::Child { role } => demo::run_child(role).await.map(|()| ExitCode::SUCCESS),
     };
     done.unwrap_or_else(|e| {

@@ -68,7 +68,8 @@ pub(super) fn install_model(home: &Path) -> anyhow::Result<()> {
     }
     fs::create_dir_all(&folder).with_context(|| format!("cannot write to {}", folder.display()))?;
     for (file, bytes) in BUNDLE {
-        fs::write(folder.join(file), bytes).with_context(|| format!("writing {file} to {}", folder.display()))?;
+        fs::write(folder.join(file), bytes)
+            .with_context(|| format!("writing {file} to {}", folder.display()))?;
     }
     Ok(())
 }

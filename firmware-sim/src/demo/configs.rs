@@ -83,7 +83,12 @@ pub(super) fn agent(
         // The span of the transmitter, and as much beyond it as a healthy one can show.
         let margin = 0.04 * (channel.at_20ma - channel.at_4ma);
         let range = [channel.at_4ma - margin, channel.at_20ma + margin];
-        device(&mut t, [&channel.device, &channel.asset, &channel.device_type, &channel.unit], channel.period_s, range);
+        device(
+            &mut t,
+            [&channel.device, &channel.asset, &channel.device_type, &channel.unit],
+            channel.period_s,
+            range,
+        );
     }
     let press = &layout.press;
     let (temperature, humidity) = (&press.temperature, &press.humidity);
@@ -93,7 +98,12 @@ pub(super) fn agent(
         press.period_s,
         [-40.0, 125.0],
     );
-    device(&mut t, [&humidity.device, &press.asset, &humidity.device_type, &humidity.unit], press.period_s, [0.0, 100.0]);
+    device(
+        &mut t,
+        [&humidity.device, &press.asset, &humidity.device_type, &humidity.unit],
+        press.period_s,
+        [0.0, 100.0],
+    );
     // Report by exception, to be seen in the ledger as `held`.
     t.push_str("deadband = 0.3\nheartbeat = \"10min\"\n");
     let vibration = &layout.vibration;

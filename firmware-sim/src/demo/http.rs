@@ -42,14 +42,19 @@ async fn exchange(server: SocketAddr, request: &str) -> anyhow::Result<String> {
         socket.read_to_end(&mut answer).await?;
         std::io::Result::Ok(answer)
     });
-    let answer = answer.await.with_context(|| format!("http://{server} did not answer in {PATIENCE:?}"))??;
+    let answer =
+        answer.await.with_context(|| format!("http://{server} did not answer in {PATIENCE:?}"))??;
     let answer = String::from_utf8_lossy(&answer);
     let (head, body) = answer.split_once("\r\n\r\n").context("an answer without a head")?;
     let status = head.split(' ').nth(1).unwrap_or("");
     if !status.starts_with('2') {
         bail!("http://{server} answered {status}: {body}");
     }
-    Ok(if head.to_ascii_lowercase().contains("transfer-encoding: chunked") { unchunk(body) } else { body.to_owned() })
+    Ok(if head.to_ascii_lowercase().contains("transfer-encoding: chunked") {
+        unchunk(body)
+    } else {
+        body.to_owned()
+    })
 }
 
 /// Joins the chunks of RFC 9112, section 7.1.

@@ -119,7 +119,8 @@ async fn cloud(config: &std::path::Path, mut orders: mpsc::Receiver<Order>) -> a
             child::tell_parent(&Event::Key(key));
         }
     });
-    let control = cloud_ingest::serve::Control { keys, labels: screen::KEYS.map(|(k, l)| (k, l.to_owned())).to_vec() };
+    let control =
+        cloud_ingest::serve::Control { keys, labels: screen::KEYS.map(|(k, l)| (k, l.to_owned())).to_vec() };
     cloud_ingest::pipeline::run(settings, Arc::new(SystemClock), Some(control), stopped).await
 }
 
@@ -230,7 +231,10 @@ impl Demo {
                 bail!(why);
             }
             if Instant::now() > deadline {
-                bail!("the cloud side was not ready after 60 s; see {}/log/cloud.log", self.options.data_dir.display());
+                bail!(
+                    "the cloud side was not ready after 60 s; see {}/log/cloud.log",
+                    self.options.data_dir.display()
+                );
             }
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
@@ -393,7 +397,10 @@ fn lock(options: &Options) -> anyhow::Result<fs::File> {
     match file.try_lock() {
         Ok(()) => Ok(file),
         Err(fs::TryLockError::WouldBlock) => {
-            bail!("another demo runs on {}; stop it, or give another with --data-dir", options.data_dir.display())
+            bail!(
+                "another demo runs on {}; stop it, or give another with --data-dir",
+                options.data_dir.display()
+            )
         }
         Err(fs::TryLockError::Error(e)) => Err(e).with_context(|| format!("locking {}", path.display())),
     }
@@ -404,10 +411,15 @@ fn remember(options: &Options) -> anyhow::Result<Memory> {
     let path = options.data_dir.join("demo.json");
     match fs::read_to_string(&path) {
         Ok(text) => {
-            let memory: Memory =
-                serde_json::from_str(&text).with_context(|| format!("{} is not a demo's memory", path.display()))?;
+            let memory: Memory = serde_json::from_str(&text)
+                .with_context(|| format!("{} is not a demo's memory", path.display()))?;
             if memory.gateways != options.gateways {
-                eprintln!("{} has {} gateways; --gateways {} is ignored", path.display(), memory.gateways, options.gateways);
+                eprintln!(
+                    "{} has {} gateways; --gateways {} is ignored",
+                    path.display(),
+                    memory.gateways,
+                    options.gateways
+                );
             }
             Ok(memory)
         }

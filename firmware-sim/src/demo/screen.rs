@@ -120,7 +120,8 @@ fn metric(exposition: &str, name: &str, label: &str) -> f64 {
     let samples = exposition.lines().filter_map(|line| {
         let rest = line.strip_prefix(name)?;
         let (labels, value) = rest.rsplit_once(' ')?;
-        ((labels.is_empty() || labels.starts_with('{')) && labels.contains(label)).then(|| value.parse::<f64>().ok())?
+        ((labels.is_empty() || labels.starts_with('{')) && labels.contains(label))
+            .then(|| value.parse::<f64>().ok())?
     });
     samples.sum()
 }
@@ -214,12 +215,14 @@ impl Screen {
         for layer in s.overview["layers"].as_array().into_iter().flatten() {
             let text = |key: &str| layer[key].as_str().unwrap_or("?").to_owned();
             let number = |key: &str| layer[key].as_i64().unwrap_or(0);
-            let _ = writeln!(p, "{:<30} {:>6} files {:>10} rows", text("name"), number("files"), number("rows"));
+            let _ =
+                writeln!(p, "{:<30} {:>6} files {:>10} rows", text("name"), number("files"), number("rows"));
         }
         let _ = writeln!(p, "\n{}", equation(s));
         for anomaly in s.overview["anomalies"].as_array().into_iter().flatten().take(3) {
             let text = |key: &str| anomaly[key].as_str().unwrap_or("…").to_owned();
-            let _ = writeln!(p, "anomaly    {} {} – {}", text("asset_id"), text("started_at"), text("ended_at"));
+            let _ =
+                writeln!(p, "anomaly    {} {} – {}", text("asset_id"), text("started_at"), text("ended_at"));
         }
         if !troubles.is_empty() {
             let _ = writeln!(p, "\n{}", troubles.join(", ").red());
@@ -249,7 +252,12 @@ impl Drop for Screen {
 }
 
 fn line(s: &Summary, troubles: &[&str]) -> String {
-    let at = s.agents.values().map(|(at, ..)| *at).min().map_or_else(|| "starting".to_owned(), |at| at.to_string());
+    let at = s
+        .agents
+        .values()
+        .map(|(at, ..)| *at)
+        .min()
+        .map_or_else(|| "starting".to_owned(), |at| at.to_string());
     let mut line = format!(
         "{at}  polled {:.0}/s  silver {:.0}/s  outbox {:.0} messages  {}",
         s.polled.per_second,

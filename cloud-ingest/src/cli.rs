@@ -1,0 +1,105 @@
+//! The command line. Exit status: 0 done, 1 failed, 2 bad usage or configuration.
+
+use std::{path::PathBuf, process::ExitCode, sync::Arc};
+
+use anyhow::Context;
+use clap::{Parser, Subcommand};
+use common::{telemetry, time::SystemClock};
+use datafusion::execution::context::SQLOptions;
+use tokio::sync::watch;
+
+use crate::{
+    pipeline,
+    serve::functions,
+    settings::{Role, Settings},
+    store::Store,
+    tables::Tables,
+};
+
+/// Keeps a bronze, silver and gold lake of factory sensor data and serves it by SQL.
+#[derive(Debug, Parser)]
+#[command(name = "cloud-ingest", version)]
+pub struct Cli {
+    /// Configuration file; `default.toml` documents every key.
+    #[arg(long, global = true, value_name = "FILE")]
+    config: Option<PathBuf>,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run until SIGINT or SIGTERM; then finish what was taken, and end.
+    Run {
+        /// What this process does, instead of what the configuration says.
+        #[arg(long, value_delimiter = ',')]
+        roles: Option<Vec<Role>>,
+    },
+    /// Check the configuration and that the lake can be opened.
+    Check,
+    /// Answer a query over the lake's newest snapshots and print the rows.
+    Query {
+        /// Such as "select count(*) from silver.sensor_readings".
+        sql: String,
+    },
+}
+
+/// Runs a command line.
+pub async fn main(cli: Cli) -> ExitCode {
+    telemetry::init_logs("info,deltalake_core=warn,delta_kernel=warn,datafusion=warn");
+    let settings = match Settings::load(cli.config.as_deref()) {
+        Ok(settings) => settings,
+        Err(mistakes) => {
+            eprintln!("{mistakes}");
+            return ExitCode::from(2);
+        }
+    };
+    let done = match cli.command {
+        Command::Run { roles } => run(settings, roles).await,
+        Command::Check => check(&settings).await,
+        Command::Query { sql } => query(&settings, &sql).await,
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("{e:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn run(mut settings: Settings, roles: Option<Vec<Role>>) -> anyhow::Result<()> {
+    if let Some(roles) = roles {
+        settings.roles = roles;
+    }
+    let (stop, stopped) = watch::channel(false);
+    let mut terminated = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())
+        .context("listening for SIGTERM")?;
+    tokio::spawn(async move {
+        tokio::select! {
+            _ = tokio::signal::ctrl_c() => {}
+            _ = terminated.recv() => {}
+        }
+        tracing::info!("stopping: finishing what was taken");
+        stop.send_replace(true);
+    });
+    pipeline::run(settings, Arc::new(SystemClock), None, stopped).await
+}
+
+async fn check(settings: &Settings) -> anyhow::Result<()> {
+    pipeline::serve_settings(settings)?;
+    let store = Store::open(&settings.store.url)?;
+    Tables::open(&store).await.with_context(|| format!("opening the lake {}", store.url()))?;
+    println!("the configuration is good; rules {}", pipeline::rules(settings).hash());
+    Ok(())
+}
+
+async fn query(settings: &Settings, sql: &str) -> anyhow::Result<()> {
+    let store = Store::open(&settings.store.url)?;
+    let context = Tables::open(&store).await?.session().await?;
+    functions::register(&context);
+    let read_only =
+        SQLOptions::new().with_allow_ddl(false).with_allow_dml(false).with_allow_statements(false);
+    context.sql_with_options(sql, read_only).await?.show().await?;
+    Ok(())
+}

@@ -1,0 +1,465 @@
+//! From a message's bytes to what it says; total: whatever cannot be read is a [`Reject`] with its reason.
+//!
+//! | rule | a message is quarantined when |
+//! |---|---|
+//! | `topic` | its topic is none of ours and matches no configured JSON source |
+//! | `version` | its wire version is newer than this build's |
+//! | `identity` | it is of a lane and does not name itself, or names another lane than its topic |
+//! | `payload` | its bytes are not what its stream carries |
+//! | `rows` | it holds another number of rows than it says |
+//!
+//! **JSON readings** are an object or an array of objects: `device_id`, `timestamp`, `value`, and, where the
+//! sender knows them, `device_type`, `asset_id`, `unit`, `quality`. A timestamp is RFC 3339 text, or a number
+//! (also as text) of seconds, milliseconds or microseconds since 1970, told apart by its size: below 10¹¹
+//! seconds, below 10¹⁴ milliseconds, above that microseconds. A value is a number, such a number as text, a
+//! boolean (0 or 1), or null. A quality is `good`, `uncertain`, `bad`, or 0, 1, 2. Other layouts are read
+//! through JSON pointers ([`JsonSource`]).
+
+use arrow::array::RecordBatch;
+use common::{
+    documents::{Devices, Status},
+    time::Timestamp,
+    wire::{self, Lane, Stream, Topic, VERSION},
+};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::quality::Reject;
+
+/// A topic of other people's devices, and where their JSON keeps what we need.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct JsonSource {
+    /// MQTT topic filter.
+    pub filter: String,
+    /// The plant that the devices stand in.
+    pub site: String,
+    /// What stands for the gateway in silver.
+    pub gateway: String,
+    /// JSON pointers (RFC 6901); an optional one that finds nothing is as if it were not sent.
+    #[serde(default = "pointer::device_id")]
+    pub device_id: String,
+    /// See the module's documentation.
+    #[serde(default = "pointer::timestamp")]
+    pub timestamp: String,
+    /// See the module's documentation.
+    #[serde(default = "pointer::value")]
+    pub value: String,
+    /// Optional.
+    #[serde(default = "pointer::device_type")]
+    pub device_type: String,
+    /// Optional.
+    #[serde(default = "pointer::asset_id")]
+    pub asset_id: String,
+    /// Optional.
+    #[serde(default = "pointer::unit")]
+    pub unit: String,
+    /// Optional.
+    #[serde(default = "pointer::quality")]
+    pub quality: String,
+}
+
+mod pointer {
+    macro_rules! pointers {
+        ($($name:ident),*) => { $(pub(super) fn $name() -> String { concat!("/", stringify!($name)).into() })* };
+    }
+    pointers!(device_id, timestamp, value, device_type, asset_id, unit, quality);
+}
+
+impl JsonSource {
+    /// The layout that the `json` stream has.
+    fn standard(site: String, gateway: String) -> Self {
+        Self {
+            filter: String::new(),
+            site,
+            gateway,
+            device_id: pointer::device_id(),
+            timestamp: pointer::timestamp(),
+            value: pointer::value(),
+            device_type: pointer::device_type(),
+            asset_id: pointer::asset_id(),
+            unit: pointer::unit(),
+            quality: pointer::quality(),
+        }
+    }
+}
+
+/// A reading out of JSON, as it was sent. What was not sent is empty.
+#[derive(Clone, Debug, Default, PartialEq)]
+#[expect(missing_docs, reason = "the names are those of the JSON keys")]
+pub struct Sample {
+    pub ts: Timestamp,
+    pub device_id: String,
+    pub device_type: String,
+    pub asset_id: String,
+    pub unit: String,
+    pub value: Option<f64>,
+    /// The wire's code.
+    pub quality: u8,
+}
+
+/// A reading out of JSON that cannot be understood.
+#[derive(Clone, Debug, PartialEq)]
+pub struct BadSample {
+    /// Place in the array.
+    pub row: i64,
+    /// Where it was stated.
+    pub device_id: Option<String>,
+    /// Why.
+    pub reject: Reject,
+}
+
+/// Work that was done on an asset: the document on `{root}/_cloud/maintenance`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct MaintenanceRecord {
+    /// Names the record for ever; the same id again changes nothing.
+    pub id: String,
+    /// The plant.
+    pub site: String,
+    /// The machine.
+    pub asset_id: String,
+    /// When the work was done.
+    pub done_at: Timestamp,
+    /// What was done.
+    #[serde(default)]
+    pub action: Option<String>,
+    /// Anything else.
+    #[serde(default)]
+    pub note: Option<String>,
+}
+
+/// The topic of [`MaintenanceRecord`]s.
+pub fn maintenance_topic(root: &str) -> String {
+    format!("{root}/_cloud/maintenance")
+}
+
+/// What a message says.
+#[derive(Debug)]
+pub enum Content {
+    /// With the columns of the wire.
+    Lane(Lane, RecordBatch),
+    /// Of other people's devices.
+    Json {
+        /// In order, without the bad ones.
+        samples: Vec<(i64, Sample)>,
+        /// In order.
+        bad: Vec<BadSample>,
+    },
+    /// Of a gateway.
+    Status(Status),
+    /// The registry as text, and when it was written.
+    Registry(Timestamp, String),
+    /// Work done.
+    Maintenance(MaintenanceRecord),
+}
+
+/// Who sent a message, as far as its topic says.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Sender {
+    /// The plant.
+    pub site: Option<String>,
+    /// The edge agent, or what stands for it.
+    pub gateway: Option<String>,
+    /// Whether its messages are made of readings that have no name of their own.
+    pub nameless_readings: bool,
+}
+
+/// What a message says of itself that matters here: version, lane, rows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Claim {
+    /// Wire version.
+    pub v: i64,
+    /// The lane that it names.
+    pub lane: Lane,
+    /// Rows in it.
+    pub rows: i64,
+}
+
+/// Reads a message.
+///
+/// # Errors
+/// Why it cannot be read; it is quarantined as a whole.
+pub fn decode(
+    root: &str,
+    sources: &[JsonSource],
+    topic: &str,
+    claim: Option<Claim>,
+    payload: &[u8],
+) -> (Sender, Result<Content, Reject>) {
+    if topic == maintenance_topic(root) {
+        let record = serde_json::from_slice::<MaintenanceRecord>(payload).map_err(not_json);
+        let site = record.as_ref().ok().map(|r| r.site.clone());
+        return (Sender { site, ..Sender::default() }, record.map(Content::Maintenance));
+    }
+    if let Some(topic) = Topic::parse(root, topic) {
+        let sender = Sender {
+            site: Some(topic.site.clone()),
+            gateway: Some(topic.gateway.clone()),
+            nameless_readings: match topic.stream {
+                Stream::Json => true,
+                Stream::Lane(Lane::Readings) => claim.is_none(),
+                _ => false,
+            },
+        };
+        let content = match topic.stream {
+            Stream::Lane(lane) => read_lane(lane, claim, payload),
+            Stream::Json => json(&JsonSource::standard(topic.site, topic.gateway), payload),
+            Stream::Status => serde_json::from_slice(payload).map(Content::Status).map_err(not_json),
+            Stream::Devices => registry(payload),
+            Stream::Ack | Stream::Cmd(_) => {
+                Err(Reject::new("topic", "acknowledgements and commands are not stored"))
+            }
+        };
+        return (sender, content);
+    }
+    match sources.iter().find(|source| matches(&source.filter, topic)) {
+        Some(source) => {
+            let sender = Sender {
+                site: Some(source.site.clone()),
+                gateway: Some(source.gateway.clone()),
+                nameless_readings: true,
+            };
+            (sender, json(source, payload))
+        }
+        None => {
+            let reason = format!("{topic:?} is no topic of ours and matches no [[json]] filter");
+            (Sender::default(), Err(Reject::new("topic", reason)))
+        }
+    }
+}
+
+/// Whether an MQTT topic filter matches a topic (MQTT 5, 4.7).
+pub fn matches(filter: &str, topic: &str) -> bool {
+    let mut levels = topic.split('/');
+    for wanted in filter.split('/') {
+        match (wanted, levels.next()) {
+            ("#", _) => return true,
+            ("+", Some(_)) => {}
+            (wanted, Some(level)) if wanted == level => {}
+            _ => return false,
+        }
+    }
+    levels.next().is_none()
+}
+
+fn read_lane(lane: Lane, claim: Option<Claim>, payload: &[u8]) -> Result<Content, Reject> {
+    let Some(claim) = claim else {
+        return Err(Reject::new("identity", "its user properties do not name it"));
+    };
+    if claim.lane != lane {
+        return Err(Reject::new("identity", format!("lane {} on a topic of {lane}", claim.lane)));
+    }
+    if claim.v > i64::from(VERSION) {
+        let reason =
+            format!("wire version {} is newer than {VERSION}; update the cloud, then replay", claim.v);
+        return Err(Reject::new("version", reason));
+    }
+    let batch = wire::decode(lane, payload).map_err(|e| Reject::new("payload", e.to_string()))?;
+    if i64::try_from(batch.num_rows()) != Ok(claim.rows) {
+        let reason = format!("it says {} rows and holds {}", claim.rows, batch.num_rows());
+        return Err(Reject::new("rows", reason));
+    }
+    Ok(Content::Lane(lane, batch))
+}
+
+fn registry(payload: &[u8]) -> Result<Content, Reject> {
+    let devices: Devices = serde_json::from_slice(payload).map_err(not_json)?;
+    let text = std::str::from_utf8(payload).map_err(|e| Reject::new("payload", e.to_string()))?;
+    Ok(Content::Registry(devices.at, text.to_owned()))
+}
+
+fn json(source: &JsonSource, payload: &[u8]) -> Result<Content, Reject> {
+    let document: Value = serde_json::from_slice(payload).map_err(not_json)?;
+    let one = [document];
+    let items = match &one[0] {
+        Value::Array(items) => items.as_slice(),
+        _ => &one,
+    };
+    let (mut samples, mut bad) = (Vec::with_capacity(items.len()), Vec::new());
+    for (row, item) in (0i64..).zip(items) {
+        match sample(source, item) {
+            Ok(sample) => samples.push((row, sample)),
+            Err(reject) => {
+                let device_id = item.pointer(&source.device_id).and_then(Value::as_str).map(str::to_owned);
+                bad.push(BadSample { row, device_id, reject });
+            }
+        }
+    }
+    Ok(Content::Json { samples, bad })
+}
+
+fn sample(source: &JsonSource, item: &Value) -> Result<Sample, Reject> {
+    let shown = |value: &Value| value.to_string().chars().take(64).collect::<String>();
+    let text = |pointer: &str| match item.pointer(pointer) {
+        Some(Value::String(text)) => Ok(text.clone()),
+        Some(Value::Number(number)) => Ok(number.to_string()),
+        None | Some(Value::Null) => Ok(String::new()),
+        Some(other) => Err(Reject::new("payload", format!("{pointer} = {} is not text", shown(other)))),
+    };
+    let stated = item.pointer(&source.timestamp).unwrap_or(&Value::Null);
+    let ts = timestamp(stated).ok_or_else(|| {
+        let reason = format!("{} = {} is not RFC 3339, nor s, ms or µs", source.timestamp, shown(stated));
+        Reject::new("timestamp", reason)
+    })?;
+    let number = match item.pointer(&source.value) {
+        None => return Err(Reject::new("value", format!("{} is missing", source.value))),
+        Some(Value::Null) => None,
+        Some(Value::Bool(on)) => Some(f64::from(u8::from(*on))),
+        Some(Value::Number(number)) => number.as_f64(),
+        Some(Value::String(text)) if text.trim().parse::<f64>().is_ok() => text.trim().parse().ok(),
+        Some(other) => {
+            return Err(Reject::new("value", format!("{} = {} is not a number", source.value, shown(other))));
+        }
+    };
+    let quality = match item.pointer(&source.quality) {
+        None | Some(Value::Null) => 0,
+        Some(Value::String(word)) => match word.to_ascii_lowercase().as_str() {
+            "good" => 0,
+            "uncertain" => 1,
+            "bad" => 2,
+            _ => u8::MAX,
+        },
+        Some(other) => other.as_u64().and_then(|code| u8::try_from(code).ok()).unwrap_or(u8::MAX),
+    };
+    Ok(Sample {
+        ts,
+        device_id: text(&source.device_id)?,
+        device_type: text(&source.device_type)?,
+        asset_id: text(&source.asset_id)?,
+        unit: text(&source.unit)?,
+        value: number,
+        quality,
+    })
+}
+
+/// An instant as other people write it.
+fn timestamp(value: &Value) -> Option<Timestamp> {
+    match value {
+        Value::String(text) => text.parse().ok().or_else(|| {
+            let text = text.trim();
+            match text.parse::<i64>() {
+                Ok(number) => whole(number),
+                Err(_) => fractional(text.parse().ok()?),
+            }
+        }),
+        Value::Number(number) => match number.as_i64() {
+            Some(number) => whole(number),
+            None => fractional(number.as_f64()?),
+        },
+        _ => None,
+    }
+}
+
+fn whole(number: i64) -> Option<Timestamp> {
+    let scale = match number.unsigned_abs() {
+        0..100_000_000_000 => 1_000_000,
+        100_000_000_000..100_000_000_000_000 => 1_000,
+        _ => 1,
+    };
+    number.checked_mul(scale).map(Timestamp::from_micros)
+}
+
+fn fractional(number: f64) -> Option<Timestamp> {
+    let scale = match number.abs() {
+        size if size < 1e11 => 1e6,
+        size if size < 1e14 => 1e3,
+        _ => 1.0,
+    };
+    let micros = (number * scale).round();
+    (micros.abs() < 9e18).then_some(Timestamp::from_micros(micros as i64))
+}
+
+fn not_json(error: serde_json::Error) -> Reject {
+    Reject::new("payload", format!("not the JSON of this stream: {error}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const ROOT: &str = "tailrace/v1";
+
+    #[test]
+    fn json_as_other_people_write_it() {
+        for (text, expected) in [
+            (
+                r#"{"device_id":"t1","timestamp":"2026-03-01T06:00:00Z","value":21.5,"unit":"Cel"}"#,
+                Ok((1_772_344_800_000_000, Some(21.5), 0)),
+            ),
+            (
+                r#"{"device_id":"t1","timestamp":1772344800,"value":"21.5","quality":"bad"}"#,
+                Ok((1_772_344_800_000_000, Some(21.5), 2)),
+            ),
+            (
+                r#"{"device_id":"t1","timestamp":1772344800.25,"value":true}"#,
+                Ok((1_772_344_800_250_000, Some(1.0), 0)),
+            ),
+            (
+                r#"{"device_id":7,"timestamp":1772344800123,"value":null,"quality":2}"#,
+                Ok((1_772_344_800_123_000, None, 2)),
+            ),
+            (
+                r#"{"device_id":"t1","timestamp":"1772344800123456","value":-1e3}"#,
+                Ok((1_772_344_800_123_456, Some(-1000.0), 0)),
+            ),
+            (r#"{"device_id":"t1","timestamp":"yesterday","value":1}"#, Err("timestamp")),
+            (r#"{"device_id":"t1","timestamp":1,"value":"warm"}"#, Err("value")),
+            (r#"{"device_id":"t1","timestamp":1}"#, Err("value")),
+            (r#"{"device_id":["t1"],"timestamp":1,"value":1}"#, Err("payload")),
+            ("7", Err("timestamp")),
+        ] {
+            let (sender, content) = decode(ROOT, &[], "tailrace/v1/a/b/json", None, text.as_bytes());
+            assert_eq!(sender.gateway.as_deref(), Some("b"));
+            let Ok(Content::Json { samples, bad }) = content else { panic!("{text}: {content:?}") };
+            match expected {
+                Ok((micros, value, quality)) => {
+                    let sample = &samples[0].1;
+                    assert_eq!(
+                        (sample.ts.as_micros(), sample.value, sample.quality),
+                        (micros, value, quality)
+                    );
+                }
+                Err(rule) => assert_eq!(bad[0].reject.rule, rule, "{text}"),
+            }
+        }
+    }
+
+    #[test]
+    fn other_layouts_by_pointer() {
+        let source: JsonSource = serde_json::from_value(serde_json::json!({
+            "filter": "plant/+/out", "site": "s", "gateway": "g", "device_id": "/d/name", "value": "/v/0"
+        }))
+        .unwrap();
+        let text = br#"[{"d":{"name":"x"},"timestamp":1772344800,"v":[4]}, {}]"#;
+        let (sender, content) = decode(ROOT, &[source], "plant/7/out", None, text);
+        assert_eq!(sender.site.as_deref(), Some("s"));
+        let Ok(Content::Json { samples, bad }) = content else { panic!("{content:?}") };
+        assert_eq!((samples[0].1.device_id.as_str(), samples[0].1.value), ("x", Some(4.0)));
+        assert_eq!(bad[0].row, 1);
+    }
+
+    #[test]
+    fn topic_filters() {
+        for (filter, topic, expected) in [
+            ("a/+/c", "a/b/c", true),
+            ("a/+/c", "a/b/c/d", false),
+            ("a/#", "a/b/c", true),
+            ("a/#", "a", true),
+            ("+", "a", true),
+            ("+", "a/b", false),
+            ("a/b", "a", false),
+        ] {
+            assert_eq!(matches(filter, topic), expected, "{filter} {topic}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_make_it_panic(topic in "(tailrace/v1/a/b/(readings|json|status|devices|control)|x)", payload in prop::collection::vec(any::<u8>(), 0..200)) {
+            let claim = Claim { v: 1, lane: Lane::Readings, rows: 1 };
+            let _ = decode(ROOT, &[], &topic, Some(claim), &payload);
+        }
+    }
+}

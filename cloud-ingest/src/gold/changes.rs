@@ -1,0 +1,202 @@
+//! What is new in silver: the hours that data files touch which were added since a version of a table.
+//!
+//! The Delta log says which files came (`dataChange=true` only, so compaction touches nothing). Those that are
+//! still there are asked for their hours exactly; of those that were compacted away since, the statistics
+//! give the range. When rows were removed, when the log no longer reaches back, or when the table is another one
+//! than before, everything counts as touched.
+
+use std::{collections::BTreeSet, time::Duration};
+
+use anyhow::Context;
+use common::time::{HOUR_MICROS, Timestamp};
+use datafusion::prelude::{SessionConfig, SessionContext};
+use deltalake::{
+    DeltaTable,
+    kernel::{Action, Add},
+    logstore::get_actions,
+};
+
+use super::{
+    hourly,
+    series::{ints, micros},
+};
+
+/// App id under which the refiner notes its plans.
+const REFINE: &str = "refine";
+
+/// Files that came.
+#[derive(Debug, Default, PartialEq)]
+pub(super) struct Changes {
+    /// Paths that are still active.
+    active: Vec<String>,
+    /// Time ranges (µs, both ends included) of those that are not.
+    gone: Vec<(i64, i64)>,
+    /// The first plan among the commits.
+    pub(super) first_plan: Option<i64>,
+}
+
+/// What came to `table` after version `since`; `None` when that cannot be told, so everything counts.
+pub(super) async fn after(table: &DeltaTable, since: i64, time: &str) -> anyhow::Result<Option<Changes>> {
+    let newest = version(table);
+    if since > newest {
+        return Ok(None);
+    }
+    let mut walk = Walk::new(time);
+    for at in since + 1..=newest {
+        let Some(actions) = commit(table, at).await? else { return Ok(None) };
+        walk.forwards(actions);
+    }
+    Ok(walk.finish())
+}
+
+/// What came to `table` with plan `plan` and later ones.
+pub(super) async fn with_plan(table: &DeltaTable, plan: i64, time: &str) -> anyhow::Result<Option<Changes>> {
+    let mut commits = Vec::new();
+    for at in (0..=version(table)).rev() {
+        let Some(actions) = commit(table, at).await? else { return Ok(None) };
+        if plan_of(&actions).is_some_and(|earlier| earlier < plan) {
+            break;
+        }
+        commits.push(actions);
+    }
+    let mut walk = Walk::new(time);
+    commits.into_iter().rev().for_each(|actions| walk.forwards(actions));
+    Ok(walk.finish())
+}
+
+/// The version of a loaded table.
+pub(super) fn version(table: &DeltaTable) -> i64 {
+    table.version().and_then(|v| i64::try_from(v).ok()).unwrap_or(0)
+}
+
+async fn commit(table: &DeltaTable, version: i64) -> anyhow::Result<Option<Vec<Action>>> {
+    let version = u64::try_from(version).context("a version is not negative")?;
+    let bytes = table.log_store().read_commit_entry(version).await?;
+    bytes.map(|bytes| Ok(get_actions(version, &bytes)?)).transpose()
+}
+
+fn plan_of(actions: &[Action]) -> Option<i64> {
+    actions.iter().find_map(|action| match action {
+        Action::Txn(txn) if txn.app_id == REFINE => Some(txn.version),
+        _ => None,
+    })
+}
+
+/// Reads commits in order.
+struct Walk<'a> {
+    time: &'a str,
+    added: Vec<Add>,
+    removed: BTreeSet<String>,
+    rows_removed: bool,
+    first_plan: Option<i64>,
+}
+
+impl<'a> Walk<'a> {
+    fn new(time: &'a str) -> Self {
+        Self { time, added: Vec::new(), removed: BTreeSet::new(), rows_removed: false, first_plan: None }
+    }
+
+    fn forwards(&mut self, actions: Vec<Action>) {
+        self.first_plan = self.first_plan.or(plan_of(&actions));
+        for action in actions {
+            match action {
+                Action::Add(add) if add.data_change => self.added.push(add),
+                Action::Remove(remove) => {
+                    self.rows_removed |= remove.data_change;
+                    self.removed.insert(remove.path);
+                }
+                _ => {}
+            }
+        }
+    }
+
+    fn finish(self) -> Option<Changes> {
+        if self.rows_removed {
+            return None;
+        }
+        let mut changes = Changes { first_plan: self.first_plan, ..Changes::default() };
+        for add in self.added {
+            if self.removed.contains(&add.path) {
+                changes.gone.push(range(&add, self.time)?);
+            } else {
+                changes.active.push(add.path);
+            }
+        }
+        Some(changes)
+    }
+}
+
+/// The time range of a file by its statistics, which cut instants down to milliseconds; no hour ends within one.
+fn range(add: &Add, time: &str) -> Option<(i64, i64)> {
+    let stats: serde_json::Value = serde_json::from_str(add.stats.as_deref()?).ok()?;
+    let at = |bound: &str| {
+        let text = stats.get(bound)?.get(time)?.as_str()?;
+        text.parse::<Timestamp>().ok().map(Timestamp::as_micros)
+    };
+    Some((at("minValues")?, at("maxValues")?))
+}
+
+impl Changes {
+    /// The hours that the files touch; a value may hold for `hold` into the next.
+    pub(super) async fn hours(
+        &self,
+        table: &DeltaTable,
+        time: &str,
+        hold: Duration,
+    ) -> anyhow::Result<BTreeSet<Timestamp>> {
+        let mut hours = BTreeSet::new();
+        for (from, to) in &self.gone {
+            let from = super::series::floor_hour(*from);
+            let every = (0..).map(|n| from + n * HOUR_MICROS).take_while(|hour| hour <= to);
+            hours.extend(hourly::touched(every.chain([*to]), hold));
+        }
+        if !self.active.is_empty() {
+            hours.extend(hours_in(table, Some(&self.active), time, hold).await?);
+        }
+        Ok(hours)
+    }
+}
+
+/// The hours in which `table`, or only these of its files, has rows, and those into which their values hold.
+pub(super) async fn hours_in(
+    table: &DeltaTable,
+    files: Option<&[String]>,
+    time: &str,
+    hold: Duration,
+) -> anyhow::Result<BTreeSet<Timestamp>> {
+    let context = context(&[("t", Some(table), files)]).await?;
+    let sql = format!(
+        "SELECT cast({time} AS bigint) / {HOUR_MICROS} AS hour, max({time}) AS last FROM t GROUP BY 1"
+    );
+    let mut hours = BTreeSet::new();
+    for batch in context.sql(&sql).await?.collect().await? {
+        let starts = ints(&batch, "hour")?;
+        let lasts = micros(&batch, "last")?;
+        let times =
+            starts.values().iter().map(|hour| hour * HOUR_MICROS).chain(lasts.values().iter().copied());
+        hours.extend(hourly::touched(times, hold));
+    }
+    Ok(hours)
+}
+
+/// A session over these snapshots, or some files of them. A table that does not exist is not registered.
+pub(crate) async fn context(
+    tables: &[(&str, Option<&DeltaTable>, Option<&[String]>)],
+) -> anyhow::Result<SessionContext> {
+    let mut config = SessionConfig::new()
+        .set_bool("datafusion.execution.parquet.schema_force_view_types", false)
+        .set_bool("datafusion.execution.parquet.pushdown_filters", true);
+    config.options_mut().execution.time_zone = Some("+00:00".into());
+    let context = SessionContext::new_with_config(config);
+    let state = std::sync::Arc::new(context.state());
+    for (name, table, files) in tables {
+        let Some(table) = table else { continue };
+        table.update_datafusion_session(state.as_ref())?;
+        let mut provider = table.table_provider().with_session(std::sync::Arc::clone(&state));
+        if let Some(files) = files {
+            provider = provider.with_file_paths(files.iter().cloned());
+        }
+        context.register_table(*name, provider.await?)?;
+    }
+    Ok(context)
+}

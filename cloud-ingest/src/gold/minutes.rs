@@ -1,0 +1,116 @@
+//! `gold/timeseries_1m`: one row for each device and minute in which it has a reading that is not bad.
+//!
+//! From readings, or from edge aggregates where a gateway sent only those for the device in that hour, never
+//! both: the choice is the hour's (see [`super::series`]). An edge window stands in the minute in which it
+//! starts. Means are there for counters and states too: a trend of one minute shows where they stood.
+
+use std::{collections::BTreeMap, ops::Range, sync::Arc};
+
+use arrow::{
+    array::{ArrayRef, Float64Array, Int64Array, RecordBatch, StringArray, TimestampMicrosecondArray},
+    error::ArrowError,
+};
+use common::time::Timestamp;
+
+use super::{
+    hourly::Moments,
+    series::{DeviceSeries, HourParts, Series, Source, Window},
+};
+use crate::lake::Table;
+
+const MINUTE_MICROS: i64 = 60_000_000;
+
+/// One row.
+#[derive(Clone, Debug, PartialEq)]
+#[expect(missing_docs, reason = "as the columns of gold/timeseries_1m")]
+pub struct MinuteRow {
+    pub time: Timestamp,
+    /// Index into the series' metas.
+    pub meta: u32,
+    pub count: i64,
+    pub min: Option<f64>,
+    pub max: Option<f64>,
+    pub mean: Option<f64>,
+    pub last: Option<f64>,
+    pub source: Source,
+}
+
+/// The rows of all devices for the hours in `within`, by site, device and time.
+pub fn minutes(series: &Series, within: &Range<Timestamp>) -> Vec<MinuteRow> {
+    let mut rows = Vec::new();
+    for device in series.devices.values() {
+        for hour in device.hours(within) {
+            let parts = device.hour(hour, &series.metas);
+            hour_rows(device, &parts, &mut rows);
+        }
+    }
+    rows
+}
+
+fn hour_rows(device: &DeviceSeries, parts: &HourParts<'_>, rows: &mut Vec<MinuteRow>) {
+    let minute = |ts: i64| ts.div_euclid(MINUTE_MICROS);
+    // A mixed hour has minutes of windows and minutes of readings; a minute that has both is of the readings.
+    let mut windows: BTreeMap<i64, Vec<&Window>> = BTreeMap::new();
+    for window in &parts.windows {
+        windows.entry(minute(window.start)).or_default().push(window);
+    }
+    let samples = &device.samples[parts.samples.clone()];
+    let mut values: Vec<f64> = Vec::new();
+    let first = rows.len();
+    for chunk in samples.chunk_by(|a, b| minute(a.ts) == minute(b.ts)) {
+        values.clear();
+        values.extend(chunk.iter().filter(|s| s.usable()).map(|s| s.value));
+        let at = minute(chunk[0].ts);
+        if let Some(last) = values.last().copied() {
+            windows.remove(&at);
+            let meta = chunk[chunk.len() - 1].meta;
+            rows.push(row(at, meta, Moments::of(&values, &[]), Some(last), Source::Readings));
+        }
+    }
+    for (at, windows) in windows {
+        let moments = Moments::of(&[], &windows);
+        if moments.count > 0 {
+            let last = windows.iter().rev().find_map(|w| w.last);
+            rows.push(row(at, windows[windows.len() - 1].meta, moments, last, Source::Aggregates));
+        }
+    }
+    rows[first..].sort_by_key(|r| r.time);
+}
+
+fn row(minute: i64, meta: u32, moments: Moments, last: Option<f64>, source: Source) -> MinuteRow {
+    let Moments { count, min, max, mean, .. } = moments;
+    let time = Timestamp::from_micros(minute * MINUTE_MICROS);
+    MinuteRow { time, meta, count, min, max, mean, last, source }
+}
+
+/// The rows as the table's columns.
+///
+/// # Errors
+/// When the columns do not fit the table's schema, which a test rules out.
+pub fn batch(rows: &[MinuteRow], series: &Series) -> Result<RecordBatch, ArrowError> {
+    let meta = |r: &MinuteRow| &series.metas[r.meta as usize];
+    let texts = |of: &dyn Fn(&MinuteRow) -> Option<String>| -> ArrayRef {
+        Arc::new(rows.iter().map(of).collect::<StringArray>())
+    };
+    let floats = |of: &dyn Fn(&MinuteRow) -> Option<f64>| -> ArrayRef {
+        Arc::new(rows.iter().map(of).collect::<Float64Array>())
+    };
+    let times = TimestampMicrosecondArray::from_iter_values(rows.iter().map(|r| r.time.as_micros()));
+    RecordBatch::try_new(
+        Table::Timeseries1m.schema(),
+        vec![
+            Arc::new(times.with_timezone("UTC")),
+            texts(&|r| Some(meta(r).site.clone())),
+            texts(&|r| Some(meta(r).device.clone())),
+            texts(&|r| Some(meta(r).device_type.clone())),
+            texts(&|r| meta(r).asset.clone()),
+            texts(&|r| Some(meta(r).unit.clone())),
+            Arc::new(Int64Array::from_iter_values(rows.iter().map(|r| r.count))),
+            floats(&|r| r.min),
+            floats(&|r| r.max),
+            floats(&|r| r.mean),
+            floats(&|r| r.last),
+            texts(&|r| Some(r.source.as_str().to_owned())),
+        ],
+    )
+}

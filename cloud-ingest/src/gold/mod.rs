@@ -1,0 +1,112 @@
+//! Gold: every table is a pure function of silver.
+//!
+//! A [`step`] learns from silver's log which hours were touched ([`changes`]), computes those from silver's
+//! snapshot ([`hourly`], [`minutes`]), and publishes only what differs from what stands there, with its progress
+//! in the same commit ([`publish`]). So a rerun changes nothing, late data corrects exactly what it must, and a
+//! crash at any point costs work only.
+//!
+//! | table | made of | progress: version of |
+//! |---|---|---|
+//! | `hourly_aggregates`, `timeseries_1m` | `silver/sensor_readings`, `silver/aggregates` | `silver/sensor_readings` |
+//! | `anomaly_events` | `silver/anomalies` | `silver/anomalies` |
+//! | `assets`, `devices` | `silver/registry` | `silver/registry` |
+//! | `maintenance_schedule` | `silver/registry`, `silver/maintenance`, gold's hours and minutes | – (the hour and what was said by then) |
+
+pub mod anomalies;
+pub(crate) mod changes;
+pub mod hourly;
+pub mod maintenance;
+pub mod minutes;
+mod publish;
+pub mod registry;
+pub mod series;
+#[cfg(test)]
+mod tests;
+mod windows;
+
+use std::{sync::Arc, time::Duration};
+
+use anyhow::Context;
+use common::time::{Clock, Timestamp};
+use tokio::sync::watch;
+
+pub use self::windows::WindowsDone;
+use crate::tables::Tables;
+
+/// How gold is made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GoldSettings {
+    /// Least time between two steps: a touched hour is computed at most once in it.
+    pub interval: Duration,
+    /// A value holds until the device's next reading, but not longer than this; at most one hour.
+    pub hold: Duration,
+}
+
+impl Default for GoldSettings {
+    fn default() -> Self {
+        Self { interval: Duration::from_secs(60), hold: Duration::from_secs(15 * 60) }
+    }
+}
+
+/// What a step changed, in rows.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct StepDone {
+    /// Hours and minutes.
+    pub windows: WindowsDone,
+    /// Rows of `gold/anomaly_events`.
+    pub anomaly_events: usize,
+    /// Rows of `gold/assets` and `gold/devices`.
+    pub registry: usize,
+    /// Rows of `gold/maintenance_schedule`.
+    pub maintenance: usize,
+}
+
+impl StepDone {
+    /// Whether every table stood as it should.
+    pub fn is_nothing(&self) -> bool {
+        let StepDone { windows, anomaly_events, registry, maintenance } = self;
+        windows.hourly + windows.minutes + anomaly_events + registry + maintenance == 0
+    }
+}
+
+/// Brings every gold table up to silver's newest version.
+///
+/// # Errors
+/// When silver cannot be read or gold not be written. Nothing is half done: the next step goes on.
+pub async fn step(tables: &Tables, settings: &GoldSettings, now: Timestamp) -> anyhow::Result<StepDone> {
+    Ok(StepDone {
+        windows: windows::step(tables, settings, now).await.context("hours and minutes")?,
+        anomaly_events: anomalies::step(tables, now).await.context("anomaly events")?,
+        registry: registry::step(tables, now).await.context("assets and devices")?,
+        maintenance: maintenance::step(tables, now).await.context("maintenance schedule")?,
+    })
+}
+
+/// Makes gold until silver ends: one step after each change of `silver` (its newest plan), at most one in
+/// `settings.interval`, and a last one when the sender is gone.
+///
+/// # Errors
+/// When the last step fails. Earlier failures are logged and made good by the next step.
+pub async fn run(
+    tables: Tables,
+    settings: GoldSettings,
+    clock: Arc<dyn Clock>,
+    mut silver: watch::Receiver<u64>,
+) -> anyhow::Result<()> {
+    loop {
+        let open = silver.changed().await.is_ok();
+        let done = step(&tables, &settings, clock.now()).await;
+        match done {
+            Ok(done) => tracing::debug!(?done, "gold is up to date"),
+            Err(error) if open => {
+                tracing::warn!(error = format!("{error:#}"), "gold stays behind; trying again")
+            }
+            Err(error) => return Err(error.context("last step of gold")),
+        }
+        if !open {
+            return Ok(());
+        }
+        // Ends early when the sender is gone.
+        let _ = tokio::time::timeout(settings.interval, silver.wait_for(|_| false)).await;
+    }
+}

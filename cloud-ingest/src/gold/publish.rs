@@ -1,0 +1,321 @@
+//! Puts computed rows into a gold table: only what differs from what stands there, and the progress with it.
+//!
+//! * A row whose values did not change stays as it is, with its `revision` and `updated_at`; a step that changes
+//!   nothing commits nothing, until the progress lags behind by [`LAG`] versions.
+//! * Hours that the table does not have yet are appended, so they become files of their own; what changes in the
+//!   others replaces the narrowest time range that holds it. A live table thus rewrites its last hour, not its
+//!   history. When a step does both, the progress goes with the second commit: after a crash between the two the
+//!   next step finds the first half in place and unchanged.
+//! * At every version there is one row a key.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    ops::Range,
+    sync::Arc,
+};
+
+use anyhow::Context;
+use arrow::{
+    array::{ArrayRef, BooleanArray, Int64Array, RecordBatch, TimestampMicrosecondArray},
+    compute::{cast, concat_batches, filter_record_batch},
+    row::{RowConverter, Rows, SortField},
+};
+use common::time::{HOUR_MICROS, Timestamp};
+use deltalake::DeltaTable;
+
+use super::{
+    changes,
+    series::{floor_hour, ints, micros},
+};
+use crate::{lake::Table, tables::Tables};
+
+/// App id of gold's progress: the version of the silver table that was read.
+pub(super) const SILVER: &str = "silver";
+/// App id of a commit after which more of the same step follows.
+const PARTLY: &str = "silver-partly";
+/// A table's progress is committed without rows once it is this many versions behind.
+const LAG: i64 = 64;
+
+/// How a gold table is keyed.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Keyed {
+    pub(super) table: Table,
+    /// The instant that names a row's hour; `None` for a table that is replaced as a whole.
+    pub(super) time: Option<&'static str>,
+    /// Unique.
+    pub(super) key: &'static [&'static str],
+}
+
+/// The progress that goes with a commit.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Progress {
+    /// The step is complete with this version of silver.
+    Complete(i64),
+    /// Another part of the step follows.
+    Partly(i64),
+    /// Complete, and worth a commit even when no row changed.
+    Always(i64),
+}
+
+impl Progress {
+    fn txn(self) -> (&'static str, i64) {
+        match self {
+            Progress::Complete(version) | Progress::Always(version) => (SILVER, version),
+            Progress::Partly(version) => (PARTLY, version),
+        }
+    }
+
+    fn version(self) -> i64 {
+        match self {
+            Progress::Complete(version) | Progress::Partly(version) | Progress::Always(version) => version,
+        }
+    }
+}
+
+/// Makes the rows of `spans` (of the whole table for one without a time) equal to `computed`. Returns how many
+/// rows changed, came or went.
+pub(super) async fn publish(
+    tables: &Tables,
+    keyed: Keyed,
+    spans: &[Range<Timestamp>],
+    computed: RecordBatch,
+    progress: Progress,
+    now: Timestamp,
+) -> anyhow::Result<usize> {
+    let base = tables.snapshot(keyed.table).await?;
+    let existing = existing(base.as_ref(), keyed, spans).await?;
+    let difference = Difference::between(&existing, computed, keyed, now)?;
+    if difference.changed == 0 {
+        mark(tables, keyed.table, base, progress).await?;
+        return Ok(0);
+    }
+    let Some(time) = keyed.time else {
+        tables.replace(keyed.table, base, None, vec![difference.rows], progress.txn()).await?;
+        return Ok(difference.changed);
+    };
+    let parts = Parts::of(&difference, &existing, time)?;
+    let mut base = base;
+    if !parts.replaced.is_empty() {
+        let rows = parts.select(&difference.rows, time, |parts, at| parts.is_replaced(at))?;
+        let txn = if parts.appended.is_empty() { progress } else { Progress::Partly(progress.version()) };
+        let predicate = predicate(time, &parts.replaced);
+        tables.replace(keyed.table, base, Some(&predicate), vec![rows], txn.txn()).await?;
+        base = tables.snapshot(keyed.table).await?;
+    }
+    if !parts.appended.is_empty() {
+        // A new hour begins: packing now leaves the hours that still change out of the big files.
+        if let Err(error) = tables.compact(keyed.table).await {
+            tracing::warn!(table = keyed.table.path(), %error, "compaction is left for later");
+        } else if base.is_some() {
+            base = tables.snapshot(keyed.table).await?;
+        }
+        let rows =
+            parts.select(&difference.rows, time, |parts, at| parts.appended.contains(&floor_hour(at)))?;
+        tables.append(keyed.table, base, vec![rows], progress.txn()).await?;
+    }
+    Ok(difference.changed)
+}
+
+/// Commits the progress alone when it lags far behind, or when it always is to be.
+async fn mark(
+    tables: &Tables,
+    table: Table,
+    base: Option<DeltaTable>,
+    progress: Progress,
+) -> anyhow::Result<()> {
+    let (Some(base), false) = (base, matches!(progress, Progress::Partly(_))) else { return Ok(()) };
+    let version = progress.version();
+    let lag = if matches!(progress, Progress::Always(_)) { 1 } else { LAG };
+    let known = Tables::progress(&base, SILVER).await?;
+    if known.is_none_or(|known| version < known || version - known >= lag) {
+        tables.append(table, Some(base), Vec::new(), (SILVER, version)).await?;
+    }
+    Ok(())
+}
+
+/// The rows that stand in the spans.
+async fn existing(
+    base: Option<&DeltaTable>,
+    keyed: Keyed,
+    spans: &[Range<Timestamp>],
+) -> anyhow::Result<RecordBatch> {
+    let schema = keyed.table.schema();
+    let Some(base) = base else { return Ok(RecordBatch::new_empty(schema)) };
+    let names = schema.fields().iter().map(|f| format!("\"{}\"", f.name())).collect::<Vec<_>>().join(", ");
+    let within = keyed.time.map_or_else(String::new, |time| format!(" WHERE {}", predicate(time, spans)));
+    let context = changes::context(&[("t", Some(base), None)]).await?;
+    let batches = context.sql(&format!("SELECT {names} FROM t{within}")).await?.collect().await?;
+    let conformed: Result<Vec<RecordBatch>, arrow::error::ArrowError> = batches
+        .into_iter()
+        .map(|batch| {
+            let columns = batch.columns().iter().zip(schema.fields());
+            let columns: Result<Vec<ArrayRef>, _> = columns.map(|(c, f)| cast(c, f.data_type())).collect();
+            RecordBatch::try_new(Arc::clone(&schema), columns?)
+        })
+        .collect();
+    Ok(concat_batches(&schema, &conformed?)?)
+}
+
+/// SQL that is true in the spans.
+pub(super) fn predicate(time: &str, spans: &[Range<Timestamp>]) -> String {
+    let one = |span: &Range<Timestamp>| format!("({time} >= '{}' AND {time} < '{}')", span.start, span.end);
+    if spans.is_empty() { "false".to_owned() } else { spans.iter().map(one).collect::<Vec<_>>().join(" OR ") }
+}
+
+/// Hours as the fewest ranges.
+pub(super) fn spans(hours: &BTreeSet<Timestamp>) -> Vec<Range<Timestamp>> {
+    let mut spans: Vec<Range<Timestamp>> = Vec::new();
+    for hour in hours {
+        let end = Timestamp::from_micros(hour.as_micros() + HOUR_MICROS);
+        match spans.last_mut() {
+            Some(last) if last.end == *hour => last.end = end,
+            _ => spans.push(*hour..end),
+        }
+    }
+    spans
+}
+
+/// Computed rows, with what is kept of the existing ones, and which of them differ.
+#[derive(Debug)]
+struct Difference {
+    rows: RecordBatch,
+    /// By row.
+    differs: Vec<bool>,
+    /// Existing rows whose key is no longer computed.
+    vanished: Vec<usize>,
+    changed: usize,
+}
+
+impl Difference {
+    fn between(
+        existing: &RecordBatch,
+        computed: RecordBatch,
+        keyed: Keyed,
+        now: Timestamp,
+    ) -> anyhow::Result<Difference> {
+        const KEPT: [&str; 3] = ["revision", "updated_at", "computed_at"];
+        let schema = computed.schema();
+        let valued: Vec<&str> =
+            schema.fields().iter().map(|f| f.name().as_str()).filter(|name| !KEPT.contains(name)).collect();
+        let (old_keys, new_keys) = rows(existing, &computed, keyed.key)?;
+        let (old_values, new_values) = rows(existing, &computed, &valued)?;
+        let mut known: HashMap<&[u8], usize> =
+            (0..existing.num_rows()).map(|row| (old_keys.row(row).data(), row)).collect();
+        // By computed row: the existing one of its key.
+        let before: Vec<Option<usize>> =
+            (0..computed.num_rows()).map(|row| known.remove(new_keys.row(row).data())).collect();
+        let differs: Vec<bool> = before
+            .iter()
+            .enumerate()
+            .map(|(row, old)| old.is_none_or(|old| old_values.row(old) != new_values.row(row)))
+            .collect();
+        let mut vanished: Vec<usize> = known.into_values().collect();
+        vanished.sort_unstable();
+        let changed = differs.iter().filter(|d| **d).count() + vanished.len();
+        let rows = stamp(existing, computed, &before, &differs, keyed, now)?;
+        Ok(Difference { rows, differs, vanished, changed })
+    }
+}
+
+/// Both batches' columns in a form that compares bytewise.
+fn rows(a: &RecordBatch, b: &RecordBatch, names: &[&str]) -> anyhow::Result<(Rows, Rows)> {
+    let columns = |batch: &RecordBatch| -> anyhow::Result<Vec<ArrayRef>> {
+        let column =
+            |name: &&str| batch.column_by_name(name).cloned().with_context(|| format!("column {name}"));
+        names.iter().map(column).collect()
+    };
+    let (a, b) = (columns(a)?, columns(b)?);
+    let fields = b.iter().map(|column| SortField::new(column.data_type().clone())).collect();
+    let converter = RowConverter::new(fields)?;
+    Ok((converter.convert_columns(&a)?, converter.convert_columns(&b)?))
+}
+
+/// Sets `revision`, `updated_at` and `computed_at` where the table has them.
+fn stamp(
+    existing: &RecordBatch,
+    computed: RecordBatch,
+    before: &[Option<usize>],
+    differs: &[bool],
+    keyed: Keyed,
+    now: Timestamp,
+) -> anyhow::Result<RecordBatch> {
+    let schema = computed.schema();
+    let mut columns = computed.columns().to_vec();
+    for name in ["updated_at", "computed_at"] {
+        // A table whose `updated_at` is silver's own (the registry's) has no `revision` and keeps what it says.
+        let ours = name == "computed_at" || schema.index_of("revision").is_ok();
+        let (true, Ok(ix)) = (ours, schema.index_of(name)) else { continue };
+        let old = micros(existing, name)?;
+        let stamped = before.iter().zip(differs).map(|(old_row, differs)| match old_row {
+            Some(row) if !differs => old.value(*row),
+            _ => now.as_micros(),
+        });
+        let stamped = TimestampMicrosecondArray::from_iter_values(stamped);
+        columns[ix] = Arc::new(stamped.with_timezone("UTC"));
+    }
+    if let (Ok(ix), Some(time)) = (schema.index_of("revision"), keyed.time) {
+        let (old, times) = (ints(existing, "revision")?, micros(&computed, time)?);
+        let revisions = before.iter().zip(differs).enumerate().map(|(row, (old_row, differs))| {
+            let closed = now.as_micros() >= times.value(row) + HOUR_MICROS;
+            old_row.map_or(0, |old_row| old.value(old_row) + i64::from(*differs && closed))
+        });
+        columns[ix] = Arc::new(Int64Array::from_iter_values(revisions));
+    }
+    Ok(RecordBatch::try_new(schema, columns)?)
+}
+
+/// Which hours are new to the table, and which ranges of the others are to be replaced.
+#[derive(Debug)]
+struct Parts {
+    appended: BTreeSet<i64>,
+    replaced: Vec<Range<Timestamp>>,
+}
+
+impl Parts {
+    fn of(difference: &Difference, existing: &RecordBatch, time: &str) -> anyhow::Result<Parts> {
+        let (old, new) = (micros(existing, time)?, micros(&difference.rows, time)?);
+        let known: BTreeSet<i64> = old.values().iter().copied().map(floor_hour).collect();
+        let changed = difference.differs.iter().zip(new.values()).filter(|(d, _)| **d).map(|(_, ts)| *ts);
+        let vanished = difference.vanished.iter().map(|row| old.value(*row));
+        let mut appended = BTreeSet::new();
+        // By hour: the first and the last change.
+        let mut ranges: BTreeMap<i64, (i64, i64)> = BTreeMap::new();
+        for ts in changed.chain(vanished) {
+            let hour = floor_hour(ts);
+            if known.contains(&hour) {
+                let range = ranges.entry(hour).or_insert((ts, ts));
+                *range = (range.0.min(ts), range.1.max(ts));
+            } else {
+                appended.insert(hour);
+            }
+        }
+        // Neighbouring hours join, so that a predicate stays short.
+        let mut replaced: Vec<Range<Timestamp>> = Vec::new();
+        let mut last_hour = None;
+        for (hour, (first, last)) in ranges {
+            let end = Timestamp::from_micros(last + 1);
+            match replaced.last_mut() {
+                Some(range) if last_hour == Some(hour - HOUR_MICROS) => range.end = end,
+                _ => replaced.push(Timestamp::from_micros(first)..end),
+            }
+            last_hour = Some(hour);
+        }
+        Ok(Parts { appended, replaced })
+    }
+
+    fn is_replaced(&self, ts: i64) -> bool {
+        let ts = Timestamp::from_micros(ts);
+        self.replaced.iter().any(|range| range.contains(&ts))
+    }
+
+    fn select(
+        &self,
+        rows: &RecordBatch,
+        time: &str,
+        wanted: impl Fn(&Parts, i64) -> bool,
+    ) -> anyhow::Result<RecordBatch> {
+        let times = micros(rows, time)?;
+        let mask: BooleanArray = times.values().iter().map(|ts| Some(wanted(self, *ts))).collect();
+        Ok(filter_record_batch(rows, &mask)?)
+    }
+}

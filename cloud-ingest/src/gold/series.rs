@@ -1,0 +1,433 @@
+//! Readings and edge aggregates of silver, sorted by device and time: what hours and minutes are made of.
+//!
+//! * A reading takes 24 bytes; the texts that repeat (device, type, unit, …) are kept once, as a [`Meta`].
+//! * Of an edge window that was sent more than once the fullest is kept: a whole one before a partial one, then
+//!   the longer cover, then the higher revision, then the one that came last. Partial windows of one minute whose
+//!   covers do not overlap (before and after a restart) all count.
+//! * A device's hour is made of its readings. Where a gateway sent aggregates of a device and no reading of it in
+//!   that hour, it is made of those aggregates ([`Source`]). Both happens only when two gateways carry one device.
+
+use std::{
+    cmp::Reverse,
+    collections::{BTreeMap, HashMap},
+    ops::Range,
+};
+
+use anyhow::Context;
+use arrow::{
+    array::{Array, ArrayRef, AsArray, BooleanArray, Float64Array, Int64Array, RecordBatch, StringArray},
+    compute::cast,
+    datatypes::{DataType, TimestampMicrosecondType},
+};
+use common::{
+    reading::{Kind, Quality},
+    time::{HOUR_MICROS, Timestamp},
+};
+
+/// One reading of a device.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Sample {
+    /// Event time in µs.
+    pub ts: i64,
+    /// NaN when the quality is bad.
+    pub value: f64,
+    /// Index into [`Series::metas`].
+    pub meta: u32,
+    /// As silver has it.
+    pub quality: Quality,
+}
+
+impl Sample {
+    /// Whether the value may be used.
+    pub fn usable(&self) -> bool {
+        self.quality != Quality::Bad && !self.value.is_nan()
+    }
+}
+
+/// One window that the edge aggregated. Instants are µs.
+#[derive(Clone, Debug, PartialEq)]
+#[expect(missing_docs, reason = "as the columns of silver/aggregates")]
+pub struct Window {
+    pub start: i64,
+    pub covered: Range<i64>,
+    pub count: i64,
+    pub bad_count: i64,
+    pub min: Option<f64>,
+    pub max: Option<f64>,
+    pub mean: Option<f64>,
+    pub stddev: Option<f64>,
+    pub first: Option<f64>,
+    pub last: Option<f64>,
+    pub partial: bool,
+    pub revision: i64,
+    pub received_at: i64,
+    /// Index into [`Series::metas`].
+    pub meta: u32,
+}
+
+/// What silver says of the device beside a value.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "as the columns of silver")]
+pub struct Meta {
+    pub site: String,
+    pub gateway: String,
+    pub device: String,
+    pub device_type: String,
+    pub asset: Option<String>,
+    pub unit: String,
+    pub kind: Kind,
+}
+
+/// What a row of gold was made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the names say it")]
+pub enum Source {
+    Readings,
+    Aggregates,
+    Mixed,
+}
+
+impl Source {
+    /// The word in gold.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Source::Readings => "readings",
+            Source::Aggregates => "aggregates",
+            Source::Mixed => "mixed",
+        }
+    }
+}
+
+/// Everything of one device, sorted by time.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct DeviceSeries {
+    /// Unique by time.
+    pub samples: Vec<Sample>,
+    /// The chosen ones, by start.
+    pub windows: Vec<Window>,
+}
+
+/// What one hour of a device is made of.
+pub struct HourParts<'a> {
+    /// Indices into the device's samples.
+    pub samples: Range<usize>,
+    /// Of the gateways that sent no reading of the device in this hour.
+    pub windows: Vec<&'a Window>,
+}
+
+impl HourParts<'_> {
+    /// `None` when there is nothing.
+    pub fn source(&self) -> Option<Source> {
+        match (self.samples.is_empty(), self.windows.is_empty()) {
+            (true, true) => None,
+            (false, true) => Some(Source::Readings),
+            (true, false) => Some(Source::Aggregates),
+            (false, false) => Some(Source::Mixed),
+        }
+    }
+}
+
+impl DeviceSeries {
+    /// The hours in which something is, in order.
+    pub fn hours(&self, within: &Range<Timestamp>) -> Vec<i64> {
+        let within = within.start.as_micros()..within.end.as_micros();
+        let times = self.samples.iter().map(|s| s.ts).chain(self.windows.iter().map(|w| w.start));
+        let mut hours: Vec<i64> = Vec::new();
+        for hour in times.filter(|ts| within.contains(ts)).map(floor_hour) {
+            if hours.last() != Some(&hour) {
+                hours.push(hour);
+            }
+        }
+        hours.sort_unstable();
+        hours.dedup();
+        hours
+    }
+
+    /// The parts of the hour that starts at `hour` µs.
+    pub fn hour<'a>(&'a self, hour: i64, metas: &[Meta]) -> HourParts<'a> {
+        let samples = self.samples_in(hour..hour + HOUR_MICROS);
+        let mut speaking: Vec<&str> = Vec::new();
+        let mut last = None;
+        for sample in &self.samples[samples.clone()] {
+            if last != Some(sample.meta) {
+                last = Some(sample.meta);
+                let gateway = metas[sample.meta as usize].gateway.as_str();
+                if !speaking.contains(&gateway) {
+                    speaking.push(gateway);
+                }
+            }
+        }
+        let from = self.windows.partition_point(|w| w.start < hour);
+        let windows = self.windows[from..]
+            .iter()
+            .take_while(|w| w.start < hour + HOUR_MICROS)
+            .filter(|w| !speaking.contains(&metas[w.meta as usize].gateway.as_str()))
+            .collect();
+        HourParts { samples, windows }
+    }
+
+    /// Indices of the samples in a time range.
+    pub fn samples_in(&self, range: Range<i64>) -> Range<usize> {
+        let from = self.samples.partition_point(|s| s.ts < range.start);
+        from..from + self.samples[from..].partition_point(|s| s.ts < range.end)
+    }
+}
+
+/// Series of many devices.
+#[derive(Debug, Default)]
+pub struct Series {
+    /// Texts of the samples and windows.
+    pub metas: Vec<Meta>,
+    /// By (site, device).
+    pub devices: BTreeMap<(String, String), DeviceSeries>,
+}
+
+/// Collects batches of silver in any order.
+#[derive(Default)]
+pub struct SeriesBuilder {
+    metas: Vec<Meta>,
+    /// Where in `devices` each meta's device is.
+    device_of: Vec<usize>,
+    by_text: HashMap<String, u32>,
+    by_device: HashMap<(String, String), usize>,
+    devices: Vec<DeviceSeries>,
+    key: String,
+}
+
+/// The columns of silver/sensor_readings that [`SeriesBuilder::readings`] reads.
+pub const READING_COLUMNS: &str =
+    "ts, site, gateway_id, device_id, device_type, asset_id, unit, kind, value, quality";
+/// The columns of silver/aggregates that [`SeriesBuilder::aggregates`] reads.
+pub const AGGREGATE_COLUMNS: &str = "window_start, site, gateway_id, device_id, device_type, asset_id, unit, kind, \
+     count, bad_count, min, max, mean, stddev, first, last, covered_from, covered_to, partial, revision, received_at";
+
+impl SeriesBuilder {
+    /// Adds rows of silver/sensor_readings.
+    ///
+    /// # Errors
+    /// When a column is missing or of another type, which the lake's schema rules out.
+    pub fn readings(&mut self, batch: &RecordBatch) -> anyhow::Result<()> {
+        let texts = MetaColumns::of(batch)?;
+        let ts = micros(batch, "ts")?;
+        let values = floats(batch, "value")?;
+        let quality = text(batch, "quality")?;
+        for row in 0..batch.num_rows() {
+            let meta = self.meta(&texts, row);
+            let quality = match quality.value(row) {
+                "good" => Quality::Good,
+                "uncertain" => Quality::Uncertain,
+                _ => Quality::Bad,
+            };
+            let value = if values.is_null(row) { f64::NAN } else { values.value(row) };
+            let device = self.device_of[meta as usize];
+            self.devices[device].samples.push(Sample { ts: ts.value(row), value, meta, quality });
+        }
+        Ok(())
+    }
+
+    /// Adds rows of silver/aggregates.
+    ///
+    /// # Errors
+    /// When a column is missing or of another type, which the lake's schema rules out.
+    pub fn aggregates(&mut self, batch: &RecordBatch) -> anyhow::Result<()> {
+        let texts = MetaColumns::of(batch)?;
+        let [start, from, to, received] =
+            ["window_start", "covered_from", "covered_to", "received_at"].map(|name| micros(batch, name));
+        let (start, from, to, received) = (start?, from?, to?, received?);
+        let (count, bad, revision) =
+            (ints(batch, "count")?, ints(batch, "bad_count")?, ints(batch, "revision")?);
+        let partial: BooleanArray = column(batch, "partial")?.as_boolean().clone();
+        let [min, max, mean, stddev, first, last] =
+            ["min", "max", "mean", "stddev", "first", "last"].map(|name| floats(batch, name));
+        let (min, max, mean, stddev, first, last) = (min?, max?, mean?, stddev?, first?, last?);
+        let at = |array: &Float64Array, row: usize| (!array.is_null(row)).then(|| array.value(row));
+        for row in 0..batch.num_rows() {
+            let meta = self.meta(&texts, row);
+            let device = self.device_of[meta as usize];
+            self.devices[device].windows.push(Window {
+                start: start.value(row),
+                covered: from.value(row)..to.value(row),
+                count: count.value(row),
+                bad_count: bad.value(row),
+                min: at(&min, row),
+                max: at(&max, row),
+                mean: at(&mean, row),
+                stddev: at(&stddev, row),
+                first: at(&first, row),
+                last: at(&last, row),
+                partial: partial.value(row),
+                revision: revision.value(row),
+                received_at: received.value(row),
+                meta,
+            });
+        }
+        Ok(())
+    }
+
+    /// Sorts, and chooses among windows.
+    pub fn finish(self) -> Series {
+        let metas = self.metas;
+        let mut devices: BTreeMap<_, _> = BTreeMap::new();
+        let mut series = self.devices;
+        for (key, at) in self.by_device {
+            let mut device = std::mem::take(&mut series[at]);
+            device.samples.sort_unstable_by_key(|s| s.ts);
+            device.windows = choose(device.windows, &metas);
+            devices.insert(key, device);
+        }
+        Series { metas, devices }
+    }
+
+    fn meta(&mut self, texts: &MetaColumns, row: usize) -> u32 {
+        self.key.clear();
+        for column in &texts.0 {
+            self.key.push_str(if column.is_null(row) { "" } else { column.value(row) });
+            self.key.push('\0');
+        }
+        if let Some(known) = self.by_text.get(&self.key) {
+            return *known;
+        }
+        let at = |i: usize| texts.0[i].value(row).to_owned();
+        let meta = Meta {
+            site: at(0),
+            gateway: at(1),
+            device: at(2),
+            device_type: at(3),
+            asset: (!texts.0[4].is_null(row)).then(|| at(4)),
+            unit: at(5),
+            kind: texts.0[6].value(row).parse().unwrap_or_default(),
+        };
+        let device = *self.by_device.entry((meta.site.clone(), meta.device.clone())).or_insert_with(|| {
+            self.devices.push(DeviceSeries::default());
+            self.devices.len() - 1
+        });
+        let ix = u32::try_from(self.metas.len()).expect("fewer than 2^32 devices");
+        self.metas.push(meta);
+        self.device_of.push(device);
+        self.by_text.insert(self.key.clone(), ix);
+        ix
+    }
+}
+
+/// Of the windows of one device, those that count, by start.
+fn choose(mut windows: Vec<Window>, metas: &[Meta]) -> Vec<Window> {
+    let gateway = |w: &Window| &metas[w.meta as usize].gateway;
+    windows.sort_by(|a, b| {
+        let preference = |w: &Window| {
+            (w.start, w.partial, Reverse((w.covered.end - w.covered.start, w.revision, w.received_at)))
+        };
+        gateway(a).cmp(gateway(b)).then_with(|| preference(a).cmp(&preference(b)))
+    });
+    let mut chosen: Vec<Window> = Vec::with_capacity(windows.len());
+    for window in windows {
+        let of_this_start = chosen
+            .iter()
+            .rev()
+            .take_while(|c| c.start == window.start && gateway(c) == gateway(&window))
+            .any(|c| {
+                let disjoint = c.covered.end <= window.covered.start || window.covered.end <= c.covered.start;
+                !(c.partial && window.partial && disjoint)
+            });
+        if !of_this_start {
+            chosen.push(window);
+        }
+    }
+    chosen.sort_by_key(|w| (w.start, w.covered.start));
+    chosen
+}
+
+struct MetaColumns([StringArray; 7]);
+
+impl MetaColumns {
+    fn of(batch: &RecordBatch) -> anyhow::Result<Self> {
+        Ok(Self([
+            text(batch, "site")?,
+            text(batch, "gateway_id")?,
+            text(batch, "device_id")?,
+            text(batch, "device_type")?,
+            text(batch, "asset_id")?,
+            text(batch, "unit")?,
+            text(batch, "kind")?,
+        ]))
+    }
+}
+
+/// A column as it is.
+pub(crate) fn column<'a>(batch: &'a RecordBatch, name: &str) -> anyhow::Result<&'a ArrayRef> {
+    batch.column_by_name(name).with_context(|| format!("column {name} is missing"))
+}
+
+/// A text column, whatever encoding the scan chose.
+pub(crate) fn text(batch: &RecordBatch, name: &str) -> anyhow::Result<StringArray> {
+    Ok(cast(column(batch, name)?, &DataType::Utf8)?.as_string::<i32>().clone())
+}
+
+/// An int64 column.
+pub(crate) fn ints(batch: &RecordBatch, name: &str) -> anyhow::Result<Int64Array> {
+    let array = cast(column(batch, name)?, &DataType::Int64)?;
+    Ok(array.as_primitive::<arrow::datatypes::Int64Type>().clone())
+}
+
+/// A float64 column.
+pub(crate) fn floats(batch: &RecordBatch, name: &str) -> anyhow::Result<Float64Array> {
+    let array = cast(column(batch, name)?, &DataType::Float64)?;
+    Ok(array.as_primitive::<arrow::datatypes::Float64Type>().clone())
+}
+
+/// An instant's column, in µs.
+pub(crate) fn micros(
+    batch: &RecordBatch,
+    name: &str,
+) -> anyhow::Result<arrow::array::TimestampMicrosecondArray> {
+    let array = cast(column(batch, name)?, &common::wire::instant())?;
+    Ok(array.as_primitive::<TimestampMicrosecondType>().clone())
+}
+
+/// The start in µs of the hour of an instant in µs.
+pub(crate) fn floor_hour(micros: i64) -> i64 {
+    Timestamp::from_micros(micros).hour().as_micros()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_fullest_window_counts_and_partial_ones_that_do_not_overlap_all_count() {
+        let meta = |gateway: &str| Meta {
+            site: "s".into(),
+            gateway: gateway.into(),
+            device: "d".into(),
+            device_type: "flow".into(),
+            asset: None,
+            unit: "L/min".into(),
+            kind: Kind::Gauge,
+        };
+        let metas = [meta("g"), meta("h")];
+        let window = |covered: Range<i64>, partial, revision, count| Window {
+            start: 0,
+            covered,
+            count,
+            bad_count: 0,
+            min: None,
+            max: None,
+            mean: None,
+            stddev: None,
+            first: None,
+            last: None,
+            partial,
+            revision,
+            received_at: 0,
+            meta: 0,
+        };
+        let check = |windows: Vec<Window>, expected: &[i64]| {
+            let counts: Vec<i64> = choose(windows, &metas).iter().map(|w| w.count).collect();
+            assert_eq!(counts, expected);
+        };
+        check(vec![window(0..60, false, 0, 1), window(0..60, false, 1, 2)], &[2]);
+        check(vec![window(30..60, true, 5, 1), window(0..60, false, 0, 2)], &[2]);
+        check(vec![window(30..60, true, 0, 1), window(0..20, true, 0, 2)], &[2, 1]);
+        check(vec![window(30..60, true, 0, 1), window(20..60, true, 0, 2)], &[2]);
+        check(vec![window(0..60, false, 0, 1), Window { meta: 1, ..window(0..60, false, 0, 2) }], &[1, 2]);
+    }
+}

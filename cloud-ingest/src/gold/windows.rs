@@ -1,0 +1,228 @@
+//! The shell around hours and minutes: which hours were touched, their readings, their rows.
+//!
+//! Both tables are made in one pass. Progress is the version of `silver/sensor_readings`; the refiner commits
+//! that table last of a plan, so what the other tables hold of the plans named in its new commits is there.
+//! Many touched hours are taken in blocks of [`BLOCK_HOURS`]: each block is published by itself, the last one
+//! with the progress, so memory is bounded and a crash repeats work only.
+
+use std::{collections::BTreeSet, ops::Range, time::Duration};
+
+use common::time::{HOUR_MICROS, Timestamp};
+use deltalake::DeltaTable;
+use futures::TryStreamExt;
+
+use super::{
+    GoldSettings,
+    changes::{self, Changes},
+    hourly, minutes,
+    publish::{self, Keyed, Progress, SILVER},
+    series::{AGGREGATE_COLUMNS, READING_COLUMNS, Series, SeriesBuilder},
+};
+use crate::{lake::Table, tables::Tables};
+
+/// Hours that are published together.
+const BLOCK_HOURS: usize = 48;
+/// Hours whose readings are in memory together.
+const CHUNK_HOURS: usize = 6;
+/// Spans of hours in one commit; nearer ones are joined beyond this, so that a predicate stays short.
+const MAX_SPANS: usize = 32;
+
+const HOURLY: Keyed =
+    Keyed { table: Table::HourlyAggregates, time: Some("hour"), key: &["hour", "site", "device_id"] };
+const MINUTES: Keyed =
+    Keyed { table: Table::Timeseries1m, time: Some("time"), key: &["time", "site", "device_id"] };
+
+/// What a step did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct WindowsDone {
+    /// Hours computed.
+    pub hours: usize,
+    /// Rows of `gold/hourly_aggregates` that came, changed or went.
+    pub hourly: usize,
+    /// Rows of `gold/timeseries_1m` that came, changed or went.
+    pub minutes: usize,
+}
+
+pub(super) async fn step(
+    tables: &Tables,
+    settings: &GoldSettings,
+    now: Timestamp,
+) -> anyhow::Result<WindowsDone> {
+    let mut done = WindowsDone::default();
+    let Some(readings) = tables.snapshot(Table::SensorReadings).await? else { return Ok(done) };
+    let aggregates = tables.snapshot(Table::Aggregates).await?;
+    let version = changes::version(&readings);
+    let known = progress(tables).await?;
+    if known == Some(version) {
+        return Ok(done);
+    }
+    let touched = touched(tables, known, &readings, aggregates.as_ref(), settings.hold).await?;
+    let blocks = blocks(&touched);
+    if blocks.is_empty() {
+        let partial = Progress::Complete(version);
+        for keyed in [HOURLY, MINUTES] {
+            let none = arrow::array::RecordBatch::new_empty(keyed.table.schema());
+            publish::publish(tables, keyed, &[], none, partial, now).await?;
+        }
+    }
+    for (n, block) in blocks.iter().enumerate() {
+        let last = n + 1 == blocks.len();
+        let progress = if last { Progress::Complete(version) } else { Progress::Partly(version) };
+        let spans = publish::spans(block);
+        let (mut hour_batches, mut minute_batches) = (Vec::new(), Vec::new());
+        for chunk in spans.iter().flat_map(chunks) {
+            let series = read(&readings, aggregates.as_ref(), &chunk, settings.hold).await?;
+            hour_batches.push(hourly::batch(&hourly::hours(&series, &chunk, settings.hold), now)?);
+            minute_batches.push(minutes::batch(&minutes::minutes(&series, &chunk), &series)?);
+        }
+        let hours = arrow::compute::concat_batches(&HOURLY.table.schema(), &hour_batches)?;
+        let minutes = arrow::compute::concat_batches(&MINUTES.table.schema(), &minute_batches)?;
+        done.hours += block.len();
+        done.hourly += publish::publish(tables, HOURLY, &spans, hours, progress, now).await?;
+        done.minutes += publish::publish(tables, MINUTES, &spans, minutes, progress, now).await?;
+    }
+    Ok(done)
+}
+
+/// The version of silver that both tables have; the lower one, since computing again does no harm.
+async fn progress(tables: &Tables) -> anyhow::Result<Option<i64>> {
+    let mut lowest = None;
+    for keyed in [HOURLY, MINUTES] {
+        let Some(snapshot) = tables.snapshot(keyed.table).await? else { return Ok(None) };
+        let Some(version) = Tables::progress(&snapshot, SILVER).await? else { return Ok(None) };
+        lowest = Some(lowest.map_or(version, |lowest: i64| lowest.min(version)));
+    }
+    Ok(lowest)
+}
+
+async fn touched(
+    tables: &Tables,
+    known: Option<i64>,
+    readings: &DeltaTable,
+    aggregates: Option<&DeltaTable>,
+    hold: Duration,
+) -> anyhow::Result<BTreeSet<Timestamp>> {
+    if let Some(known) = known
+        && let Some(came) = changes::after(readings, known, "ts").await?
+        && let Some(windows) = windows_since(aggregates, came.first_plan).await?
+    {
+        let mut hours = came.hours(readings, "ts", hold).await?;
+        if let Some(aggregates) = aggregates {
+            hours.extend(windows.hours(aggregates, "window_start", hold).await?);
+        }
+        return Ok(hours);
+    }
+    // Everything, and what gold has beyond that, which has to go.
+    let mut hours = changes::hours_in(readings, None, "ts", hold).await?;
+    if let Some(aggregates) = aggregates {
+        hours.extend(changes::hours_in(aggregates, None, "window_start", hold).await?);
+    }
+    for keyed in [HOURLY, MINUTES] {
+        if let (Some(gold), Some(time)) = (tables.snapshot(keyed.table).await?, keyed.time) {
+            hours.extend(changes::hours_in(&gold, None, time, Duration::ZERO).await?);
+        }
+    }
+    Ok(hours)
+}
+
+async fn windows_since(
+    aggregates: Option<&DeltaTable>,
+    plan: Option<i64>,
+) -> anyhow::Result<Option<Changes>> {
+    match (aggregates, plan) {
+        (Some(aggregates), Some(plan)) => changes::with_plan(aggregates, plan, "window_start").await,
+        _ => Ok(Some(Changes::default())),
+    }
+}
+
+/// Cuts touched hours into blocks, each of few spans.
+fn blocks(touched: &BTreeSet<Timestamp>) -> Vec<BTreeSet<Timestamp>> {
+    let hours: Vec<Timestamp> = touched.iter().copied().collect();
+    hours
+        .chunks(BLOCK_HOURS)
+        .map(|block| {
+            let mut block: BTreeSet<Timestamp> = block.iter().copied().collect();
+            let mut gap = 1;
+            while publish::spans(&block).len() > MAX_SPANS {
+                join(&mut block, gap);
+                gap *= 2;
+            }
+            block
+        })
+        .collect()
+}
+
+/// Adds the hours of gaps of at most `gap` hours.
+fn join(block: &mut BTreeSet<Timestamp>, gap: i64) {
+    let hours: Vec<i64> = block.iter().map(|hour| hour.as_micros()).collect();
+    for pair in hours.windows(2) {
+        if pair[1] - pair[0] <= (gap + 1) * HOUR_MICROS {
+            let between = (1..).map(|n| pair[0] + n * HOUR_MICROS).take_while(|hour| *hour < pair[1]);
+            block.extend(between.map(Timestamp::from_micros));
+        }
+    }
+}
+
+/// Parts of a span that are short enough to hold in memory.
+fn chunks(span: &Range<Timestamp>) -> impl Iterator<Item = Range<Timestamp>> {
+    let end = span.end;
+    let width = Duration::from_micros(HOUR_MICROS.unsigned_abs()) * CHUNK_HOURS as u32;
+    std::iter::successors(Some(span.start), move |start| Some(*start + width))
+        .take_while(move |start| *start < end)
+        .map(move |start| start..(start + width).min(end))
+}
+
+/// Everything of silver from `hold` before `within` on.
+pub(super) async fn read(
+    readings: &DeltaTable,
+    aggregates: Option<&DeltaTable>,
+    within: &Range<Timestamp>,
+    hold: Duration,
+) -> anyhow::Result<Series> {
+    let context =
+        changes::context(&[("readings", Some(readings), None), ("aggregates", aggregates, None)]).await?;
+    let before = within.start - hold;
+    let span = std::slice::from_ref(&(before..within.end)).to_vec();
+    let mut builder = SeriesBuilder::default();
+    let sql = format!("SELECT {READING_COLUMNS} FROM readings WHERE {}", publish::predicate("ts", &span));
+    let mut stream = context.sql(&sql).await?.execute_stream().await?;
+    while let Some(batch) = stream.try_next().await? {
+        builder.readings(&batch)?;
+    }
+    if aggregates.is_some() {
+        let starts = publish::predicate("window_start", &span);
+        let sql = format!("SELECT {AGGREGATE_COLUMNS} FROM aggregates WHERE {starts}");
+        let mut stream = context.sql(&sql).await?.execute_stream().await?;
+        while let Some(batch) = stream.try_next().await? {
+            builder.aggregates(&batch)?;
+        }
+    }
+    Ok(builder.finish())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn hour(n: i64) -> Timestamp {
+        Timestamp::from_micros(n * HOUR_MICROS)
+    }
+
+    #[test]
+    fn blocks_have_few_spans_and_hold_every_hour() {
+        let touched: BTreeSet<Timestamp> = (0..100).map(|n| hour(n * 3)).collect();
+        let blocks = blocks(&touched);
+        assert_eq!(blocks.len(), 3);
+        for block in &blocks {
+            assert!(publish::spans(block).len() <= MAX_SPANS);
+        }
+        let held: BTreeSet<Timestamp> = blocks.into_iter().flatten().collect();
+        assert!(touched.is_subset(&held));
+    }
+
+    #[test]
+    fn a_span_is_read_in_chunks() {
+        let parts: Vec<_> = chunks(&(hour(0)..hour(14))).collect();
+        assert_eq!(parts, [hour(0)..hour(6), hour(6)..hour(12), hour(12)..hour(14)]);
+    }
+}

@@ -1,0 +1,446 @@
+//! The ledger's arithmetic: pure, over everything that silver says of messages.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
+
+use common::{time::Timestamp, wire::Lane};
+
+use super::{Audit, GatewayTotals, LedgerRow, SILENCE, Totals};
+
+/// Clocks that are set back make an epoch seem to begin before the earlier one's end.
+const CLOCK_SLACK: Duration = Duration::from_secs(120);
+/// Lane of senders without seq.
+const UNNUMBERED: &str = "json";
+
+/// A message that was refined.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[expect(missing_docs, reason = "as the columns of silver/messages")]
+pub struct Refined {
+    pub seq: i64,
+    pub rows: i64,
+    pub rows_before: i64,
+    pub oldest: i64,
+    pub sealed_at: Timestamp,
+    pub readings: i64,
+    pub stored: i64,
+    pub duplicates: i64,
+    pub quarantined: i64,
+    pub redelivered: bool,
+}
+
+/// Seqs that an outbox dropped and declared, both ends included.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "as the columns of silver/control")]
+pub struct Gap {
+    pub first_seq: i64,
+    pub last_seq: i64,
+    pub readings: i64,
+    pub ts: Timestamp,
+}
+
+/// What a status or a closing says of an epoch and lane.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LaneState {
+    /// Messages sealed.
+    pub head: i64,
+    /// Rows sealed.
+    pub rows: i64,
+    /// Lowest seq that the edge holds; in a closing equal to `head`.
+    pub oldest: i64,
+    /// When it was written.
+    pub at: Timestamp,
+}
+
+/// One epoch and lane of a gateway.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[expect(missing_docs, reason = "as the columns of silver/messages")]
+pub struct LaneKey {
+    pub site: String,
+    pub gateway: String,
+    pub epoch: String,
+    pub lane: String,
+}
+
+/// Everything that silver says of an epoch and lane, in any order.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct LaneInput {
+    /// Its messages.
+    pub messages: Vec<Refined>,
+    /// Its gaps; some may have been declared twice.
+    pub gaps: Vec<Gap>,
+    /// Its end.
+    pub closing: Option<LaneState>,
+    /// Its entry in the gateway's newest status.
+    pub status: Option<LaneState>,
+}
+
+/// What an agent counted in one epoch.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[expect(missing_docs, reason = "as the outcomes of a census")]
+pub struct Census {
+    pub polled: i64,
+    pub sealed: i64,
+    pub held: i64,
+    pub rejected: i64,
+    pub skipped: i64,
+}
+
+/// What silver says of a gateway as a whole.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct GatewayInput {
+    /// By epoch.
+    pub census: BTreeMap<String, Census>,
+    /// From when to when readings may not have been sealed, once for each epoch that ended uncleanly.
+    pub interruptions: Vec<(Timestamp, Timestamp)>,
+    /// Epoch of its newest status; `None` when it never sent one.
+    pub current_epoch: Option<String>,
+    /// When it was last heard.
+    pub heard_at: Option<Timestamp>,
+    /// Its newest status is a farewell.
+    pub stopped: bool,
+}
+
+/// Everything that the ledger is made of.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Inputs {
+    /// Epochs and lanes.
+    pub lanes: BTreeMap<LaneKey, LaneInput>,
+    /// By (site, gateway).
+    pub gateways: BTreeMap<(String, String), GatewayInput>,
+}
+
+/// Makes the ledger.
+pub fn account(inputs: &Inputs, now: Timestamp) -> Audit {
+    let mut lanes = Vec::new();
+    let mut gateways: BTreeMap<(&str, &str), Books> = BTreeMap::new();
+    for (site, gateway) in inputs.gateways.keys() {
+        gateways.entry((site, gateway)).or_default();
+    }
+    let nobody = GatewayInput::default();
+    for (key, input) in &inputs.lanes {
+        let gateway = inputs.gateways.get(&(key.site.clone(), key.gateway.clone())).unwrap_or(&nobody);
+        let rows = if key.lane == UNNUMBERED { unnumbered(input) } else { numbered(key, input, gateway) };
+        let unknown_since = gateway.unknown_since(now);
+        let books = gateways.entry((&key.site, &key.gateway)).or_default();
+        books.enter(key, input, &rows, settled(key, input, gateway));
+        lanes.extend(rows.into_iter().map(|row| LedgerRow {
+            site: key.site.clone(),
+            gateway_id: key.gateway.clone(),
+            epoch: key.epoch.clone(),
+            lane: key.lane.clone(),
+            unknown_since,
+            ..row
+        }));
+    }
+    let gateways: Vec<GatewayTotals> = gateways
+        .into_iter()
+        .map(|((site, name), books)| {
+            let input = inputs.gateways.get(&(site.to_owned(), name.to_owned())).unwrap_or(&nobody);
+            books.close(site, name, input, now)
+        })
+        .collect();
+    let mut totals = Totals::default();
+    gateways.iter().for_each(|gateway| totals.add(&gateway.totals));
+    let mut audit = Audit { at: now, balanced: false, totals, gateways, lanes };
+    audit.balanced = audit.balances();
+    audit
+}
+
+impl GatewayInput {
+    fn unknown_since(&self, now: Timestamp) -> Option<Timestamp> {
+        self.heard_at.filter(|heard| !self.stopped && now.since(*heard) > SILENCE)
+    }
+}
+
+/// The lowest seq that the edge may still hold.
+fn oldest(key: &LaneKey, input: &LaneInput, gateway: &GatewayInput, head: i64) -> i64 {
+    let said = input.messages.iter().map(|m| m.oldest).max().unwrap_or(0);
+    match (&input.status, &gateway.current_epoch) {
+        (Some(status), _) => status.oldest.max(said),
+        // The newest status lists everything that is held, so this is not.
+        (None, Some(current)) if *current != key.epoch => head,
+        (None, _) if input.closing.is_some() => head,
+        (None, _) => said,
+    }
+}
+
+/// Whether nothing more of this epoch and lane is to come.
+fn settled(key: &LaneKey, input: &LaneInput, gateway: &GatewayInput) -> bool {
+    let head = Ends::of(input).head;
+    let over = input.closing.is_some() || gateway.current_epoch.as_ref().is_some_and(|e| *e != key.epoch);
+    over && oldest(key, input, gateway, head) >= head
+}
+
+/// How far an epoch and lane goes.
+struct Ends {
+    /// One more than the highest seq that anything speaks of.
+    head: i64,
+    /// Rows sealed before `head`, where somebody says so.
+    rows: Option<i64>,
+}
+
+impl Ends {
+    fn of(input: &LaneInput) -> Ends {
+        let states = input.status.iter().chain(&input.closing).map(|s| (s.head, Some(s.rows)));
+        let messages = input.messages.iter().map(|m| (m.seq + 1, Some(m.rows_before + m.rows)));
+        let gaps = input.gaps.iter().map(|g| (g.last_seq + 1, None));
+        let (head, rows) = states.chain(messages).chain(gaps).max().unwrap_or((0, None));
+        Ends { head, rows }
+    }
+}
+
+/// Lines by hour.
+#[derive(Default)]
+struct Lines(BTreeMap<Timestamp, LedgerRow>);
+
+impl Lines {
+    fn at(&mut self, at: Timestamp) -> &mut LedgerRow {
+        let hour = at.hour();
+        self.0.entry(hour).or_insert_with(|| LedgerRow { hour, ..LedgerRow::default() })
+    }
+
+    fn into_rows(self) -> Vec<LedgerRow> {
+        self.0.into_values().collect()
+    }
+}
+
+/// Senders without seq: what was received is accounted for, and no more can be said.
+fn unnumbered(input: &LaneInput) -> Vec<LedgerRow> {
+    let mut lines = Lines::default();
+    for message in &input.messages {
+        refined(lines.at(message.sealed_at), message, message.readings);
+    }
+    lines.into_rows()
+}
+
+fn refined(line: &mut LedgerRow, message: &Refined, expected: i64) {
+    if message.redelivered {
+        line.redelivered += message.readings;
+        return;
+    }
+    let found = message.stored + message.duplicates + message.quarantined;
+    line.expected += expected.max(found);
+    line.stored += message.stored;
+    line.duplicates += message.duplicates;
+    line.quarantined += message.quarantined;
+    if found < expected {
+        line.missing += expected - found;
+        push_range(&mut line.missing_seqs, message.seq, message.seq);
+    }
+}
+
+fn numbered(key: &LaneKey, input: &LaneInput, gateway: &GatewayInput) -> Vec<LedgerRow> {
+    let mut messages = input.messages.clone();
+    messages.sort_unstable_by_key(|m| (m.seq, m.redelivered));
+    let ends = Ends::of(input);
+    let gaps = disjoint(&input.gaps);
+    let oldest = oldest(key, input, gateway, ends.head);
+    let mut lines = Lines::default();
+    let mut before: Option<Refined> = None;
+    for message in messages {
+        // A further row of a seq that is there already was delivered again, whatever it says of itself.
+        if before.is_some_and(|before| before.seq == message.seq) {
+            lines.at(message.sealed_at).redelivered += message.readings;
+            continue;
+        }
+        if message.redelivered {
+            // The first delivery is always there too, unless silver was tampered with; the seq stays absent.
+            lines.at(message.sealed_at).redelivered += message.readings;
+            continue;
+        }
+        let from = before.map_or(0, |b| b.seq + 1);
+        if from < message.seq {
+            let rows = message.rows_before - before.map_or(0, |b| b.rows_before + b.rows);
+            let at = before.map_or(message.sealed_at, |b| b.sealed_at);
+            Hole { from, to: message.seq - 1, rows: Some(rows.max(0)), at }.enter(&gaps, oldest, &mut lines);
+        }
+        refined(lines.at(message.sealed_at), &message, message.rows);
+        before = Some(message);
+    }
+    let from = before.map_or(0, |b| b.seq + 1);
+    if from < ends.head {
+        let rows = ends.rows.map(|rows| (rows - before.map_or(0, |b| b.rows_before + b.rows)).max(0));
+        let states = input.status.iter().chain(&input.closing).map(|s| s.at);
+        let at = before.map(|b| b.sealed_at).or_else(|| gaps.first().map(|g| g.ts)).or_else(|| states.min());
+        let hole = Hole { from, to: ends.head - 1, rows, at: at.unwrap_or_default() };
+        hole.enter(&gaps, oldest, &mut lines);
+    }
+    lines.into_rows()
+}
+
+/// A run of seqs that were not refined, both ends included.
+struct Hole {
+    from: i64,
+    to: i64,
+    /// Rows in all of them, where that can be told.
+    rows: Option<i64>,
+    /// When it is put down.
+    at: Timestamp,
+}
+
+impl Hole {
+    fn enter(&self, gaps: &[Gap], oldest: i64, lines: &mut Lines) {
+        let mut declared_rows = 0;
+        // Parts that no gap names.
+        let mut silent: Vec<(i64, i64)> = Vec::new();
+        let mut next = self.from;
+        for gap in gaps.iter().filter(|g| g.last_seq >= self.from && g.first_seq <= self.to) {
+            let (first, last) = (gap.first_seq.max(self.from), gap.last_seq.min(self.to));
+            if next < first {
+                silent.push((next, first - 1));
+            }
+            declared_rows += share(gap.readings, last - first + 1, gap.last_seq - gap.first_seq + 1);
+            next = last + 1;
+        }
+        if next <= self.to {
+            silent.push((next, self.to));
+        }
+        let (mut missing, mut pending) = (Vec::new(), 0);
+        for (first, last) in silent {
+            if first < oldest {
+                missing.push((first, last.min(oldest - 1)));
+            }
+            pending += (last + 1 - first.max(oldest)).max(0);
+        }
+        let lost: i64 = missing.iter().map(|(first, last)| last - first + 1).sum();
+        // A message has one row at least.
+        let rows = self.rows.unwrap_or(declared_rows + lost + pending);
+        let declared_rows = if lost + pending == 0 { rows } else { declared_rows.min(rows) };
+        let missing_rows = share(rows - declared_rows, lost, lost + pending);
+        let line = lines.at(self.at);
+        line.expected += rows;
+        line.declared += declared_rows;
+        line.missing += missing_rows;
+        line.pending += rows - declared_rows - missing_rows;
+        for (first, last) in missing {
+            push_range(&mut line.missing_seqs, first, last);
+        }
+    }
+}
+
+/// `part` of `whole` of `rows`, rounded up, so that what is lost is never called nothing.
+fn share(rows: i64, part: i64, whole: i64) -> i64 {
+    if part <= 0 || whole <= 0 {
+        return 0;
+    }
+    let exact = (i128::from(rows) * i128::from(part)).div_euclid(i128::from(whole));
+    let rest = (i128::from(rows) * i128::from(part)).rem_euclid(i128::from(whole));
+    i64::try_from(exact + i128::from(rest > 0)).unwrap_or(rows).min(rows)
+}
+
+fn push_range(text: &mut String, first: i64, last: i64) {
+    use std::fmt::Write;
+    let comma = if text.is_empty() { "" } else { ", " };
+    let _ =
+        if first == last { write!(text, "{comma}{first}") } else { write!(text, "{comma}{first}-{last}") };
+}
+
+/// Gaps in order without overlaps: neighbouring gaps merge on the edge, so a wider one may repeat a narrower.
+fn disjoint(gaps: &[Gap]) -> Vec<Gap> {
+    let mut gaps = gaps.to_vec();
+    // The wider of two that begin together comes first.
+    gaps.sort_unstable_by_key(|g| (g.first_seq, -g.last_seq));
+    let mut apart: Vec<Gap> = Vec::with_capacity(gaps.len());
+    for gap in gaps {
+        match apart.last() {
+            Some(last) if gap.last_seq <= last.last_seq => {}
+            Some(last) if gap.first_seq <= last.last_seq => {
+                let first_seq = last.last_seq + 1;
+                let (part, whole) = (gap.last_seq - first_seq + 1, gap.last_seq - gap.first_seq + 1);
+                apart.push(Gap { first_seq, readings: share(gap.readings, part, whole), ..gap });
+            }
+            _ => apart.push(gap),
+        }
+    }
+    apart
+}
+
+/// What is gathered of a gateway over its lanes.
+#[derive(Default)]
+struct Books {
+    totals: Totals,
+    /// Readings that the lane `readings` of each epoch is known to have, and whether it is settled.
+    sealed: BTreeMap<String, (i64, bool)>,
+    /// First and last `sealed_at` of each epoch.
+    active: BTreeMap<String, (Timestamp, Timestamp)>,
+}
+
+impl Books {
+    fn enter(&mut self, key: &LaneKey, input: &LaneInput, rows: &[LedgerRow], settled: bool) {
+        let sum = |of: fn(&LedgerRow) -> i64| rows.iter().map(of).sum::<i64>();
+        if key.lane == UNNUMBERED {
+            self.totals.unnumbered += sum(|r| r.expected);
+            return;
+        }
+        for message in &input.messages {
+            let at = message.sealed_at;
+            let span = self.active.entry(key.epoch.clone()).or_insert((at, at));
+            *span = (span.0.min(at), span.1.max(at));
+        }
+        if key.lane == Lane::Readings.as_str() {
+            self.sealed.insert(key.epoch.clone(), (sum(|r| r.expected), settled));
+            self.totals.add(&Totals {
+                stored: sum(|r| r.stored),
+                quarantined: sum(|r| r.quarantined),
+                declared: sum(|r| r.declared),
+                duplicates: sum(|r| r.duplicates),
+                erased: sum(|r| r.erased),
+                pending: sum(|r| r.pending),
+                missing: sum(|r| r.missing),
+                redelivered: sum(|r| r.redelivered),
+                ..Totals::default()
+            });
+        }
+    }
+
+    fn close(mut self, site: &str, name: &str, input: &GatewayInput, now: Timestamp) -> GatewayTotals {
+        let mut uncounted = 0;
+        let epochs: BTreeSet<&String> = self.sealed.keys().chain(input.census.keys()).collect();
+        for epoch in epochs {
+            let (come, settled) = self.sealed.get(epoch).copied().unwrap_or_default();
+            let census = input.census.get(epoch).copied().unwrap_or_default();
+            let ahead = (come - census.sealed).max(0);
+            uncounted += ahead;
+            self.totals.polled += census.polled + ahead;
+            self.totals.sealed += census.sealed + ahead;
+            self.totals.held += census.held;
+            self.totals.rejected += census.rejected;
+            self.totals.skipped += census.skipped;
+            // The census travels ahead of the readings: what it counted as sealed is still to come.
+            let behind = (census.sealed - come).max(0);
+            if settled {
+                self.totals.missing += behind;
+            } else {
+                self.totals.pending += behind;
+            }
+        }
+        let interrupted = input.interruptions.iter().map(|(from, to)| to.since(*from)).sum::<Duration>();
+        GatewayTotals {
+            site: site.to_owned(),
+            gateway_id: name.to_owned(),
+            totals: self.totals,
+            uncounted,
+            interruptions: i64::try_from(input.interruptions.len()).unwrap_or(i64::MAX),
+            interrupted_seconds: i64::try_from(interrupted.as_millis().div_ceil(1000)).unwrap_or(i64::MAX),
+            unknown_since: input.unknown_since(now),
+            two_epochs_at_once: overlap(self.active.into_values().collect()),
+        }
+    }
+}
+
+/// Whether two of these spans overlap by more than clocks may err.
+fn overlap(mut spans: Vec<(Timestamp, Timestamp)>) -> bool {
+    spans.sort_unstable();
+    let mut end: Option<Timestamp> = None;
+    for (from, to) in spans {
+        // Both must have gone on for longer than the slack, else a clock that was set explains it.
+        let within = end.is_some_and(|end| end.min(to).since(from) > CLOCK_SLACK);
+        if within {
+            return true;
+        }
+        end = end.max(Some(to));
+    }
+    false
+}

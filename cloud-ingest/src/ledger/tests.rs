@@ -1,0 +1,311 @@
+//! Cases of the ledger, each as a lane written down in a few numbers.
+
+use std::time::Duration;
+
+use common::time::{HOUR_MICROS, Timestamp};
+
+use super::{account::*, *};
+
+/// 10:00 of some day; messages are sealed a second apart from then on.
+const START: i64 = 490_000 * HOUR_MICROS;
+
+fn second(n: i64) -> Timestamp {
+    Timestamp::from_micros(START + n * 1_000_000)
+}
+
+fn key(epoch: &str, lane: &str) -> LaneKey {
+    LaneKey { site: "s".into(), gateway: "g".into(), epoch: epoch.into(), lane: lane.into() }
+}
+
+/// Every message has ten rows, all stored.
+fn message(seq: i64) -> Refined {
+    Refined {
+        seq,
+        rows: 10,
+        rows_before: seq * 10,
+        oldest: 0,
+        sealed_at: second(seq),
+        readings: 10,
+        stored: 10,
+        ..Refined::default()
+    }
+}
+
+fn messages(seqs: impl IntoIterator<Item = i64>) -> Vec<Refined> {
+    seqs.into_iter().map(message).collect()
+}
+
+fn state(head: i64, oldest: i64) -> Option<LaneState> {
+    Some(LaneState { head, rows: head * 10, oldest, at: second(head) })
+}
+
+fn gap(first_seq: i64, last_seq: i64) -> Gap {
+    Gap { first_seq, last_seq, readings: (last_seq - first_seq + 1) * 10, ts: second(last_seq) }
+}
+
+fn inputs(lane: LaneInput, gateway: GatewayInput) -> Inputs {
+    Inputs {
+        lanes: [(key("e1", "readings"), lane)].into(),
+        gateways: [(("s".to_owned(), "g".to_owned()), gateway)].into(),
+    }
+}
+
+/// Epoch e1 runs, and the gateway was heard at second 100.
+fn running() -> GatewayInput {
+    GatewayInput { current_epoch: Some("e1".into()), heard_at: Some(second(100)), ..GatewayInput::default() }
+}
+
+#[test]
+fn each_seq_is_accounted_for() {
+    struct Case {
+        name: &'static str,
+        lane: LaneInput,
+        /// Whether the gateway has gone on to another epoch.
+        later: bool,
+        /// stored, declared, pending, missing, redelivered
+        expected: [i64; 5],
+        missing_seqs: &'static str,
+    }
+    let lane = LaneInput::default;
+    let case = |name, lane, expected| Case { name, lane, later: false, expected, missing_seqs: "" };
+    for Case { name, lane, later, expected, missing_seqs } in [
+        case(
+            "all there",
+            LaneInput { messages: messages(0..4), status: state(4, 4), ..lane() },
+            [40, 0, 0, 0, 0],
+        ),
+        Case {
+            missing_seqs: "2",
+            ..case(
+                "one lost",
+                LaneInput { messages: messages([0, 1, 3]), status: state(4, 4), ..lane() },
+                [30, 0, 0, 10, 0],
+            )
+        },
+        Case {
+            missing_seqs: "0, 2-4",
+            ..case(
+                "lost at start",
+                LaneInput { messages: messages([1, 5]), status: state(6, 6), ..lane() },
+                [20, 0, 0, 40, 0],
+            )
+        },
+        case(
+            "still held",
+            LaneInput { messages: messages([0, 1, 3]), status: state(6, 2), ..lane() },
+            [30, 0, 30, 0, 0],
+        ),
+        Case {
+            missing_seqs: "1-2",
+            ..case(
+                "lost and held",
+                LaneInput { messages: messages([0]), status: state(5, 3), ..lane() },
+                [10, 0, 20, 20, 0],
+            )
+        },
+        case(
+            "declared",
+            LaneInput { messages: messages([0, 3]), gaps: vec![gap(1, 2)], status: state(4, 4), ..lane() },
+            [20, 20, 0, 0, 0],
+        ),
+        case(
+            "declared, yet in part delivered",
+            LaneInput { messages: messages([0, 2, 4]), gaps: vec![gap(1, 3)], status: state(5, 5), ..lane() },
+            [30, 20, 0, 0, 0],
+        ),
+        Case {
+            missing_seqs: "3",
+            ..case(
+                "declared twice, wider the second time, and one lost beside",
+                LaneInput {
+                    messages: messages([0, 4]),
+                    gaps: vec![gap(1, 1), gap(1, 2)],
+                    status: state(5, 5),
+                    ..lane()
+                },
+                [20, 20, 0, 10, 0],
+            )
+        },
+        Case {
+            later: true,
+            missing_seqs: "2-3",
+            ..case(
+                "closed",
+                LaneInput { messages: messages([0, 1]), closing: state(4, 4), ..lane() },
+                [20, 0, 0, 20, 0],
+            )
+        },
+        Case {
+            later: true,
+            ..case(
+                "closed, but still in the outbox of the next run",
+                LaneInput { messages: messages([0, 1]), closing: state(4, 4), status: state(4, 2), ..lane() },
+                [20, 0, 20, 0, 0],
+            )
+        },
+        case(
+            "no status yet: what messages say is held counts",
+            LaneInput { messages: messages([0, 3]), ..lane() },
+            [20, 0, 20, 0, 0],
+        ),
+        Case {
+            missing_seqs: "1",
+            ..case(
+                "no status yet: a message let go of its forerunners",
+                LaneInput { messages: vec![message(0), Refined { oldest: 2, ..message(2) }], ..lane() },
+                [20, 0, 0, 10, 0],
+            )
+        },
+        case(
+            "delivered twice",
+            LaneInput {
+                messages: vec![
+                    message(0),
+                    Refined { redelivered: true, stored: 0, duplicates: 10, ..message(0) },
+                    message(1),
+                ],
+                status: state(2, 2),
+                ..lane()
+            },
+            [20, 0, 0, 0, 10],
+        ),
+        Case {
+            missing_seqs: "1",
+            ..case(
+                "refined, yet some rows are nowhere",
+                LaneInput {
+                    messages: vec![message(0), Refined { stored: 7, ..message(1) }],
+                    status: state(2, 2),
+                    ..lane()
+                },
+                [17, 0, 0, 3, 0],
+            )
+        },
+        case("nothing came yet", LaneInput { status: state(3, 0), ..lane() }, [0, 0, 30, 0, 0]),
+        case("dropped before anything came", LaneInput { gaps: vec![gap(0, 2)], ..lane() }, [0, 30, 0, 0, 0]),
+    ] {
+        let gateway = GatewayInput {
+            current_epoch: lane.status.or(lane.closing).map(|_| if later { "e2" } else { "e1" }.into()),
+            ..running()
+        };
+        let audit = account(&inputs(lane, gateway), second(110));
+        let sum = |of: fn(&LedgerRow) -> i64| audit.lanes.iter().map(of).sum::<i64>();
+        let got = [
+            sum(|r| r.stored),
+            sum(|r| r.declared),
+            sum(|r| r.pending),
+            sum(|r| r.missing),
+            sum(|r| r.redelivered),
+        ];
+        assert_eq!(got, expected, "{name}");
+        assert_eq!(sum(|r| r.expected), expected[..4].iter().sum::<i64>(), "{name}");
+        let seqs: Vec<&str> =
+            audit.lanes.iter().map(|r| r.missing_seqs.as_str()).filter(|s| !s.is_empty()).collect();
+        assert_eq!(seqs.join(", "), missing_seqs, "{name}");
+        assert_eq!(audit.balances(), expected[3] == 0, "{name}: {audit}");
+        assert_eq!(audit.gateways[0].totals.polled, expected[..4].iter().sum::<i64>(), "{name}");
+    }
+}
+
+#[test]
+fn lines_stand_in_the_hour_of_sealing() {
+    let late = |seq: i64| Refined { sealed_at: second(3600 + seq), ..message(seq) };
+    let lane = LaneInput { messages: vec![message(0), late(2)], status: state(3, 3), ..LaneInput::default() };
+    let audit = account(&inputs(lane, running()), second(110));
+    let lines: Vec<_> = audit.lanes.iter().map(|r| (r.hour, r.stored, r.missing)).collect();
+    assert_eq!(lines, [(second(0), 10, 10), (second(3600), 10, 0)]);
+}
+
+#[test]
+fn the_edge_equation() {
+    let lane = LaneInput { messages: messages(0..10), status: state(10, 10), ..LaneInput::default() };
+    let census = |sealed| Census { polled: sealed + 26, sealed, held: 20, rejected: 5, skipped: 1 };
+    // Sealed by the census; then polled, pending, uncounted, and whether it balances.
+    for (sealed, polled, pending, uncounted) in [(100, 126, 0, 0), (70, 126, 0, 30), (130, 156, 30, 0)] {
+        let gateway = GatewayInput { census: [("e1".to_owned(), census(sealed))].into(), ..running() };
+        let audit = account(&inputs(lane.clone(), gateway), second(110));
+        let totals = &audit.totals;
+        assert_eq!((totals.polled, totals.pending), (polled, pending), "{sealed}");
+        assert_eq!(audit.gateways[0].uncounted, uncounted, "{sealed}");
+        assert!(audit.balances(), "{audit}");
+    }
+    let gateway = GatewayInput { census: [("e1".to_owned(), census(100))].into(), ..running() };
+    let audit = account(&inputs(lane.clone(), gateway), second(110));
+    let equation =
+        "polled 126 = stored 100 + held 20 + rejected 5 + skipped 1 + quarantined 0 + declared 0 · missing 0";
+    assert_eq!(audit.to_string().lines().last(), Some(equation));
+    // Sealed in a run that is over and let go of, but never heard of: lost.
+    let closed = LaneInput { closing: state(10, 10), ..lane.clone() };
+    let gateway = GatewayInput { census: [("e1".to_owned(), census(130))].into(), ..running() };
+    let audit = account(&inputs(closed, gateway), second(110));
+    assert_eq!((audit.totals.missing, audit.balances()), (30, false));
+    // A census that does not add up.
+    let wrong = Census { polled: 200, ..census(100) };
+    let gateway = GatewayInput { census: [("e1".to_owned(), wrong)].into(), ..running() };
+    assert!(!account(&inputs(lane, gateway), second(110)).balances());
+}
+
+#[test]
+fn a_kill_costs_the_interval_that_it_declares() {
+    let lane = LaneInput { messages: messages(0..3), closing: state(3, 3), ..LaneInput::default() };
+    let gateway = GatewayInput {
+        current_epoch: Some("e2".into()),
+        interruptions: vec![(second(3), second(4) + Duration::from_millis(200))],
+        ..running()
+    };
+    let audit = account(&inputs(lane, gateway), second(110));
+    assert!(audit.balances());
+    assert_eq!((audit.gateways[0].interruptions, audit.gateways[0].interrupted_seconds), (1, 2));
+    assert!(audit.to_string().contains("s/g: interrupted 1 times; readings of 2 s at most"), "{audit}");
+}
+
+#[test]
+fn a_silent_gateway_is_unknown_and_one_that_said_farewell_is_not() {
+    let lane = LaneInput { messages: messages(0..3), status: state(3, 3), ..LaneInput::default() };
+    for (stopped, now, unknown) in
+        [(false, 100 + 180, None), (false, 100 + 181, Some(second(100))), (true, 100 + 181, None)]
+    {
+        let audit = account(&inputs(lane.clone(), GatewayInput { stopped, ..running() }), second(now));
+        assert_eq!(audit.gateways[0].unknown_since, unknown);
+        assert_eq!(audit.lanes[0].unknown_since, unknown);
+        assert!(audit.balances());
+    }
+}
+
+#[test]
+fn two_epochs_that_grow_at_once_are_a_gateway_id_in_use_twice() {
+    let run = |from: i64, to: i64| LaneInput {
+        messages: (from..to).map(|n| Refined { sealed_at: second(n * 60), ..message(n - from) }).collect(),
+        ..LaneInput::default()
+    };
+    for (first, second_run, at_once) in
+        [(run(0, 10), run(10, 20), false), (run(0, 10), run(8, 20), false), (run(0, 20), run(10, 15), true)]
+    {
+        let lanes = [(key("e1", "readings"), first), (key("e2", "readings"), second_run)].into();
+        let gateways = [(("s".to_owned(), "g".to_owned()), running())].into();
+        let audit = account(&Inputs { lanes, gateways }, second(110));
+        assert_eq!(audit.gateways[0].two_epochs_at_once, at_once);
+    }
+}
+
+#[test]
+fn other_lanes_and_senders_without_seq_are_no_part_of_the_equation() {
+    let aggregates = LaneInput { messages: messages([0, 2]), status: state(3, 3), ..LaneInput::default() };
+    let nameless = Refined { rows: 0, readings: 5, stored: 3, duplicates: 1, quarantined: 1, ..message(0) };
+    let json = LaneInput { messages: vec![nameless, nameless], ..LaneInput::default() };
+    let mut inputs = inputs(LaneInput { messages: messages(0..1), ..LaneInput::default() }, running());
+    inputs.lanes.insert(key("e1", "aggregates"), aggregates);
+    inputs.lanes.insert(key("", "json"), json);
+    let audit = account(&inputs, second(110));
+    assert_eq!((audit.totals.polled, audit.totals.stored, audit.totals.missing), (10, 10, 0));
+    assert_eq!(audit.totals.unnumbered, 10);
+    assert!(audit.totals.balances());
+    // But a lost aggregate is lost all the same.
+    assert!(!audit.balances());
+    let batch = delivery_ledger(&audit).unwrap();
+    assert_eq!(batch.num_rows(), 3);
+    let json = serde_json::to_value(&audit).unwrap();
+    assert_eq!(json["totals"]["stored"], 10);
+    assert_eq!(json["gateways"][0]["polled"], 10);
+    assert_eq!(json["balanced"], false);
+}

@@ -1,0 +1,156 @@
+//! The numbered steps of refinement: which segments make the next one, and who has done what.
+//!
+//! `ops/plan/{n}.json`, put-if-absent, n from 1 without holes:
+//!
+//! ```json
+//! {"n":7,"rules":"<sha-256>","segments":["bronze/sensor_data/year=…/….parquet"],"covered":{"<writer>":[[0,41]]}}
+//! ```
+//!
+//! Every hundredth plan also says in `covered` which segments all plans before it named, so that a start
+//! reads at most a hundred plans. Plan n + 1 is put only after `silver/sensor_readings` has
+//! `txn("refine", n)`. A segment that is listed and in no plan is new.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use crate::{lake::SegmentName, ranges::Ranges};
+
+/// App id of the refiner's transactions.
+pub const REFINE: &str = "refine";
+/// Every so many plans one sums up those before it.
+const SUMMARY: u64 = 100;
+
+/// One step.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Plan {
+    /// Number of the step, from 1.
+    pub n: u64,
+    /// SHA-256 of the quality rules to use.
+    pub rules: String,
+    /// Paths of the segments, in the order in which they are refined.
+    pub segments: Vec<String>,
+    /// Segment numbers by writer that all plans before this one named.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub covered: Option<BTreeMap<Uuid, Vec<(i64, i64)>>>,
+}
+
+/// A segment that a listing found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Listed {
+    /// Which one.
+    pub name: SegmentName,
+    /// Its size in bytes.
+    pub bytes: u64,
+}
+
+/// How much goes into one plan, which bounds the memory of a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// At most so many segments.
+    pub segments: usize,
+    /// At most so many bytes of segments, unless the first alone is larger.
+    pub bytes: u64,
+}
+
+/// Which segments are in a plan.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Planned {
+    /// Exact, by writer.
+    writers: BTreeMap<Uuid, Ranges>,
+}
+
+impl Planned {
+    /// Notes the segments of a plan, and those that it says were named before.
+    pub fn note(&mut self, plan: &Plan) {
+        for (writer, spans) in plan.covered.iter().flatten() {
+            let numbers = self.writers.entry(*writer).or_insert_with(Ranges::exact);
+            spans.iter().for_each(|(from, to)| numbers.insert(*from, *to));
+        }
+        for name in plan.segments.iter().filter_map(|path| SegmentName::parse(path)) {
+            let numbers = self.writers.entry(name.writer).or_insert_with(Ranges::exact);
+            numbers.insert(number(name), number(name));
+        }
+    }
+
+    /// Whether a plan names this segment.
+    pub fn contains(&self, name: SegmentName) -> bool {
+        self.writers.get(&name.writer).is_some_and(|numbers| numbers.contains(number(name)))
+    }
+
+    /// The next plan over what is listed and not planned, oldest first; `None` when there is nothing new.
+    /// The same listing gives the same plan.
+    pub fn next(&self, n: u64, rules: &str, listed: &[Listed], limits: Limits) -> Option<Plan> {
+        let mut new: Vec<&Listed> = listed.iter().filter(|segment| !self.contains(segment.name)).collect();
+        new.sort_unstable();
+        new.dedup();
+        let mut bytes = 0u64;
+        let fits = |segment: &&&Listed| {
+            let first = bytes == 0;
+            bytes = bytes.saturating_add(segment.bytes.max(1));
+            first || bytes <= limits.bytes
+        };
+        let segments: Vec<String> =
+            new.iter().take(limits.segments).take_while(fits).map(|s| s.name.path()).collect();
+        if segments.is_empty() {
+            return None;
+        }
+        let covered = n.is_multiple_of(SUMMARY).then(|| {
+            let spans = |numbers: &Ranges| numbers.iter().collect::<Vec<_>>();
+            self.writers.iter().map(|(writer, numbers)| (*writer, spans(numbers))).collect()
+        });
+        Some(Plan { n, rules: rules.to_owned(), segments, covered })
+    }
+}
+
+fn number(name: SegmentName) -> i64 {
+    i64::try_from(name.number).unwrap_or(i64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use common::time::{HOUR_MICROS, Timestamp};
+
+    use super::*;
+
+    fn segment(writer: u128, number: u64, bytes: u64) -> Listed {
+        let hour = Timestamp::from_micros(493_000 * HOUR_MICROS);
+        Listed { name: SegmentName { hour, writer: Uuid::from_u128(writer), number }, bytes }
+    }
+
+    #[test]
+    fn plans_take_everything_once_within_their_limits() {
+        let listed: Vec<Listed> =
+            (0..250).flat_map(|n| [segment(1, n, 10), segment(2, n, 10)]).rev().collect();
+        let limits = Limits { segments: 3, bytes: 25 };
+        let mut planned = Planned::default();
+        let (mut seen, mut plans) = (Vec::new(), Vec::new());
+        while let Some(plan) = planned.next(plans.len() as u64 + 1, "r", &listed, limits) {
+            assert_eq!(plan.segments.len(), 2, "25 bytes are two segments");
+            planned.note(&plan);
+            seen.extend(plan.segments.clone());
+            plans.push(plan);
+        }
+        seen.sort();
+        seen.dedup();
+        assert_eq!((seen.len(), plans.len()), (500, 250));
+
+        // A start needs the newest plans only, back to one that sums up.
+        let mut resumed = Planned::default();
+        for plan in plans.iter().rev() {
+            resumed.note(plan);
+            if plan.covered.is_some() {
+                break;
+            }
+        }
+        assert_eq!(resumed, planned);
+    }
+
+    #[test]
+    fn a_segment_above_the_limit_goes_alone() {
+        let listed = [segment(1, 0, 99), segment(1, 1, 1)];
+        let plan = Planned::default().next(1, "r", &listed, Limits { segments: 9, bytes: 10 }).unwrap();
+        assert_eq!(plan.segments, [listed[0].name.path()]);
+    }
+}

@@ -1,0 +1,510 @@
+//! The refiner: carries out plans, and puts the next one when the last is done. The shell around
+//! [`crate::plan`] and [`crate::silver`].
+//!
+//! A step at any moment of which the program may die:
+//!
+//! 1. Plan n is the newest. If `sensor_readings` lacks `txn("refine", n)`, plan n is carried out (again).
+//! 2. Otherwise new segments are listed, plan n + 1 is put, and carried out.
+//!
+//! Carrying out commits table by table ([`COMMIT_ORDER`](crate::silver::COMMIT_ORDER)); a table that has n
+//! skips it. What is read of silver to decide is what the plans before n committed: `sensor_readings` cannot
+//! hold rows of n yet, and of `messages` those of n are left out. So a second try gives the same rows.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
+    sync::Arc,
+    time::Duration,
+};
+
+use anyhow::Context;
+use arrow::{
+    array::{Array, AsArray, RecordBatch},
+    datatypes::{Float64Type, Int64Type, TimestampMicrosecondType},
+};
+use common::time::{Clock, HOUR_MICROS, Timestamp};
+use datafusion::{
+    common::TableReference,
+    logical_expr::Expr,
+    prelude::{ident, lit},
+    scalar::ScalarValue,
+};
+use deltalake::DeltaTable;
+use futures::{StreamExt, TryStreamExt};
+use object_store::{ObjectStoreExt, PutMode, PutOptions, path::Path};
+use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
+use tokio::sync::watch;
+
+use crate::{
+    lake::{self, SegmentName, Table},
+    metrics::Metrics,
+    plan::{Limits, Listed, Plan, Planned, REFINE},
+    quality::Rules,
+    silver::{Answers, Counts, Known, Name, Question, Segment, Step, names},
+    store::Store,
+    tables::{Tables, TablesError},
+};
+
+/// Everything is listed at the start and then this often; between, the last two hours are.
+const FULL_LISTING: Duration = Duration::from_secs(86_400);
+/// Tables are looked at for small files after so many plans.
+const COMPACT_EVERY: u64 = 16;
+/// Devices that are remembered as warned about.
+const WARNED: usize = 10_000;
+/// Segments read at the same time.
+const READ_AHEAD: usize = 4;
+
+/// What a step did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// Nothing new.
+    Idle,
+    /// A plan was carried out.
+    Refined(Counts),
+}
+
+/// Called before each commit; an error ends the step there. Tests cut the power with it.
+pub type BeforeCommit = Arc<dyn Fn(Table) -> anyhow::Result<()> + Send + Sync>;
+
+/// One refiner.
+pub struct Refiner {
+    store: Store,
+    tables: Tables,
+    rules: Arc<Rules>,
+    rules_hash: String,
+    limits: Limits,
+    metrics: Metrics,
+    before_commit: Option<BeforeCommit>,
+    /// What the log and the lake said; `None` when they must be asked again.
+    state: Option<State>,
+    warned: HashSet<(String, String)>,
+}
+
+/// What a refiner knows of the lake.
+struct State {
+    /// The newest plan.
+    newest: Option<Plan>,
+    /// Whether `sensor_readings` has it.
+    done: bool,
+    planned: Planned,
+    known: Known,
+    /// Version of each table at which its progress is known, and that progress.
+    progress: BTreeMap<Table, (Option<u64>, i64)>,
+    listed_all: Option<Timestamp>,
+}
+
+impl Refiner {
+    /// A refiner that makes new plans with `rules`.
+    pub fn new(store: &Store, tables: &Tables, rules: Rules, limits: Limits, metrics: Metrics) -> Self {
+        Self {
+            store: store.clone(),
+            tables: tables.clone(),
+            rules_hash: rules.hash(),
+            rules: Arc::new(rules),
+            limits,
+            metrics,
+            before_commit: None,
+            state: None,
+            warned: HashSet::new(),
+        }
+    }
+
+    /// Has `hook` called before every commit.
+    pub fn before_commit(&mut self, hook: BeforeCommit) {
+        self.before_commit = Some(hook);
+    }
+
+    /// Number of the newest plan that is known here; 0 for none.
+    pub fn newest(&self) -> u64 {
+        self.state.as_ref().and_then(|state| state.newest.as_ref()).map_or(0, |plan| plan.n)
+    }
+
+    /// Carries out the newest plan if it is not done; otherwise makes and carries out the next. `everything`
+    /// lists all of bronze instead of the last two hours.
+    ///
+    /// # Errors
+    /// The store's or another refiner's doing; the next step begins by asking the lake again.
+    pub async fn step(&mut self, now: Timestamp, everything: bool) -> anyhow::Result<Outcome> {
+        let mut state = match self.state.take() {
+            Some(state) => state,
+            None => self.load().await.context("reading the plans and what silver holds")?,
+        };
+        // `state` is put back only when the step succeeds.
+        let outcome = self.advance(&mut state, now, everything).await?;
+        self.state = Some(state);
+        Ok(outcome)
+    }
+
+    async fn advance(
+        &mut self,
+        state: &mut State,
+        now: Timestamp,
+        everything: bool,
+    ) -> anyhow::Result<Outcome> {
+        if state.done {
+            let all =
+                everything || state.listed_all.is_none_or(|at| now.since(at) >= FULL_LISTING || now < at);
+            let listed = self.list(now, all).await.context("listing bronze")?;
+            let n = state.newest.as_ref().map_or(1, |plan| plan.n + 1);
+            let Some(next) = state.planned.next(n, &self.rules_hash, &listed, self.limits) else {
+                if all {
+                    state.listed_all = Some(now);
+                }
+                return Ok(Outcome::Idle);
+            };
+            let plan = self.put(next).await?;
+            state.planned.note(&plan);
+            state.newest = Some(plan);
+            state.done = false;
+        }
+        let Some(plan) = state.newest.clone() else { return Ok(Outcome::Idle) };
+        let counts = self.carry_out(state, &plan).await.with_context(|| format!("plan {}", plan.n))?;
+        state.done = true;
+        if plan.n.is_multiple_of(COMPACT_EVERY) {
+            self.compact(state).await;
+        }
+        Ok(Outcome::Refined(counts))
+    }
+
+    async fn load(&self) -> anyhow::Result<State> {
+        let objects = self.store.objects();
+        let mut found: Vec<Path> = objects
+            .list(Some(&Path::from(lake::PLANS)))
+            .map_ok(|object| object.location)
+            .try_collect()
+            .await?;
+        found.sort();
+        let mut planned = Planned::default();
+        let mut newest = None;
+        for path in found.iter().rev() {
+            let plan: Plan = serde_json::from_slice(&objects.get(path).await?.bytes().await?)
+                .with_context(|| format!("reading {path}"))?;
+            planned.note(&plan);
+            let sums_up = plan.covered.is_some();
+            newest.get_or_insert(plan);
+            if sums_up {
+                break;
+            }
+        }
+        let readings = self.tables.snapshot(Table::SensorReadings).await?;
+        let messages = self.tables.snapshot(Table::Messages).await?;
+        let done = match (&newest, &readings) {
+            (None, _) => true,
+            (Some(_), None) => false,
+            (Some(plan), Some(readings)) => {
+                Tables::progress(readings, REFINE).await? >= Some(i64::try_from(plan.n)?)
+            }
+        };
+        let known = self.known(readings, messages).await?;
+        Ok(State { newest, done, planned, known, progress: BTreeMap::new(), listed_all: None })
+    }
+
+    /// What silver holds, as coarsely as [`Known`] keeps it.
+    async fn known(
+        &self,
+        readings: Option<DeltaTable>,
+        messages: Option<DeltaTable>,
+    ) -> anyhow::Result<Known> {
+        let session = self
+            .tables
+            .session_of(vec![(Table::SensorReadings, readings), (Table::Messages, messages)])
+            .await?;
+        let mut known = Known::default();
+        let sql = "select site, device_id, min(ts) f, max(ts) t \
+                   from silver.sensor_readings group by site, device_id";
+        for batch in session.sql(sql).await?.collect().await? {
+            let texts = [0, 1].map(|i| batch.column(i).as_string::<i32>());
+            let [from, to] = [2, 3].map(|i| micros(&batch, i));
+            let (from, to) = (from?, to?);
+            for row in 0..batch.num_rows() {
+                let [site, device] = texts.map(|column| column.value(row).to_owned());
+                known.readings(site, device, from[row], to[row]);
+            }
+        }
+        let sql = "select site, gateway_id, epoch, lane, min(seq) f, max(seq) t from silver.messages \
+                   where epoch <> '' group by site, gateway_id, epoch, lane";
+        for batch in session.sql(sql).await?.collect().await? {
+            let texts = [0, 1, 2, 3].map(|i| batch.column(i).as_string::<i32>());
+            let seqs = [4, 5].map(|i| batch.column(i).as_primitive::<Int64Type>());
+            for row in 0..batch.num_rows() {
+                let [site, gateway, epoch, lane] = texts.map(|column| column.value(row).to_owned());
+                known.messages(site, gateway, epoch, lane, (seqs[0].value(row), seqs[1].value(row)));
+            }
+        }
+        Ok(known)
+    }
+
+    async fn list(&self, now: Timestamp, all: bool) -> anyhow::Result<Vec<Listed>> {
+        let folders = if all {
+            vec![lake::BRONZE.to_owned()]
+        } else {
+            let hour = now.hour();
+            let before = Timestamp::from_micros(hour.as_micros() - HOUR_MICROS);
+            vec![lake::bronze_hour(before), lake::bronze_hour(hour)]
+        };
+        let mut listed = Vec::new();
+        for folder in folders {
+            let objects = self.store.objects();
+            let mut found = objects.list(Some(&Path::from(folder)));
+            while let Some(object) = found.try_next().await? {
+                if let Some(name) = SegmentName::parse(object.location.as_ref()) {
+                    listed.push(Listed { name, bytes: object.size });
+                }
+            }
+        }
+        Ok(listed)
+    }
+
+    /// Puts the plan, or takes the one that another refiner has put in its place.
+    async fn put(&self, plan: Plan) -> anyhow::Result<Plan> {
+        let objects = self.store.objects();
+        let create = PutOptions { mode: PutMode::Create, ..PutOptions::default() };
+        let rules = Path::from(lake::rules(&plan.rules));
+        match objects.put_opts(&rules, self.rules.to_toml().into(), create.clone()).await {
+            Ok(_) | Err(object_store::Error::AlreadyExists { .. }) => {}
+            Err(e) => return Err(e).context("keeping the quality rules"),
+        }
+        let path = Path::from(lake::plan(plan.n));
+        let text = serde_json::to_vec(&plan)?;
+        match objects.put_opts(&path, text.into(), create).await {
+            Ok(_) => Ok(plan),
+            Err(object_store::Error::AlreadyExists { .. }) => {
+                tracing::info!(plan = plan.n, "another refiner has put this plan");
+                Ok(serde_json::from_slice(&objects.get(&path).await?.bytes().await?)?)
+            }
+            Err(e) => Err(e).with_context(|| format!("putting {path}")),
+        }
+    }
+
+    async fn rules(&self, hash: &str) -> anyhow::Result<Arc<Rules>> {
+        if hash == self.rules_hash {
+            return Ok(Arc::clone(&self.rules));
+        }
+        let path = Path::from(lake::rules(hash));
+        let bytes = self.store.objects().get(&path).await?.bytes().await?;
+        let text = std::str::from_utf8(&bytes).with_context(|| format!("reading {path}"))?;
+        Ok(Arc::new(Rules::from_toml(text).with_context(|| format!("reading {path}"))?))
+    }
+
+    async fn carry_out(&mut self, state: &mut State, plan: &Plan) -> anyhow::Result<Counts> {
+        let n = i64::try_from(plan.n)?;
+        let rules = self.rules(&plan.rules).await?;
+        let segments = self.read(&plan.segments).await?;
+        let mut doubtful = Vec::new();
+        for segment in &segments {
+            doubtful.extend(names(segment)?.into_iter().filter(|name| state.known.may_hold(name)));
+        }
+        let committed = self.committed_messages(n, &doubtful).await.context("looking messages up")?;
+        // Decoding is work for the processor; the other tasks of this thread go on meanwhile.
+        let known = std::mem::take(&mut state.known);
+        let read = tokio::task::spawn_blocking(move || {
+            let step = Step::read(&rules, n, &segments, &committed)?;
+            let questions = step.questions(&known);
+            anyhow::Ok((step, known, questions))
+        });
+        let (step, known, questions) = read.await??;
+        state.known = known;
+        let answers = self.committed_readings(&questions).await.context("looking readings up")?;
+        let refined = tokio::task::spawn_blocking(move || step.settle(&answers)).await??;
+        for (table, rows) in refined.tables {
+            self.commit(state, table, rows, n).await?;
+        }
+        state.known.extend(refined.news);
+        self.warn(refined.offenders);
+        let counts = refined.counts;
+        self.metrics.refined(plan.n, counts);
+        tracing::debug!(plan = n, segments = plan.segments.len(), ?counts, "refined");
+        Ok(counts)
+    }
+
+    async fn read(&self, paths: &[String]) -> anyhow::Result<Vec<Segment>> {
+        futures::stream::iter(paths.to_vec())
+            .map(|path| {
+                let objects = self.store.objects();
+                async move {
+                    let bytes = objects.get(&Path::from(path.as_str())).await?.bytes().await?;
+                    let read = tokio::task::spawn_blocking(move || {
+                        let reader = ParquetRecordBatchReaderBuilder::try_new(bytes)?;
+                        let schema = Arc::clone(reader.schema());
+                        let batches = reader.build()?.collect::<Result<Vec<RecordBatch>, _>>()?;
+                        anyhow::Ok(arrow::compute::concat_batches(&schema, &batches)?)
+                    });
+                    let rows = read.await?.with_context(|| format!("reading {path}"))?;
+                    anyhow::Ok(Segment { path, rows })
+                }
+            })
+            .buffered(READ_AHEAD)
+            .try_collect()
+            .await
+    }
+
+    /// Payload hashes of messages that plans before `n` have committed.
+    async fn committed_messages(&self, n: i64, doubtful: &[Name]) -> anyhow::Result<HashMap<Name, String>> {
+        let mut committed = HashMap::new();
+        let Some(messages) = self.tables.snapshot(Table::Messages).await? else { return Ok(committed) };
+        let wanted: HashSet<&Name> = doubtful.iter().collect();
+        let (Some(first), Some(last)) =
+            (doubtful.iter().map(|n| n.seq).min(), doubtful.iter().map(|n| n.seq).max())
+        else {
+            return Ok(committed);
+        };
+        let epochs: BTreeSet<&str> = doubtful.iter().map(|name| name.epoch.as_str()).collect();
+        let session = self.tables.session_of(vec![(Table::Messages, Some(messages))]).await?;
+        let predicate = ident("epoch")
+            .in_list(epochs.into_iter().map(lit).collect(), false)
+            .and(ident("seq").between(lit(first), lit(last)))
+            .and(ident("plan").lt(lit(n)))
+            .and(Expr::Not(Box::new(ident("redelivered"))));
+        let rows = session
+            .table(TableReference::partial("silver", Table::Messages.name()))
+            .await?
+            .filter(predicate)?
+            .select_columns(&["site", "gateway_id", "epoch", "lane", "payload_sha256", "seq"])?
+            .collect()
+            .await?;
+        for batch in rows {
+            let texts = [0, 1, 2, 3, 4].map(|i| batch.column(i).as_string::<i32>());
+            let seqs = batch.column(5).as_primitive::<Int64Type>();
+            for row in 0..batch.num_rows() {
+                let [site, gateway, epoch, lane, hash] = texts.map(|column| column.value(row).to_owned());
+                let name = Name { site, gateway, epoch, lane, seq: seqs.value(row) };
+                if wanted.contains(&name) {
+                    committed.insert(name, hash);
+                }
+            }
+        }
+        Ok(committed)
+    }
+
+    async fn committed_readings(&self, questions: &[Question]) -> anyhow::Result<Answers> {
+        let mut answers = Answers::new();
+        let Some(readings) = self.tables.snapshot(Table::SensorReadings).await? else { return Ok(answers) };
+        let (Some(from), Some(to)) =
+            (questions.iter().map(|q| q.from).min(), questions.iter().map(|q| q.to).max())
+        else {
+            return Ok(answers);
+        };
+        let wanted: HashMap<(&str, &str), &Question> =
+            questions.iter().map(|q| ((q.site.as_str(), q.device.as_str()), q)).collect();
+        let sites: BTreeSet<&str> = questions.iter().map(|q| q.site.as_str()).collect();
+        let devices: BTreeSet<&str> = questions.iter().map(|q| q.device.as_str()).collect();
+        let instant = |micros| lit(ScalarValue::TimestampMicrosecond(Some(micros), Some("UTC".into())));
+        let predicate = ident("ts")
+            .between(instant(from), instant(to))
+            .and(ident("site").in_list(sites.into_iter().map(lit).collect(), false))
+            .and(ident("device_id").in_list(devices.into_iter().map(lit).collect(), false));
+        let session = self.tables.session_of(vec![(Table::SensorReadings, Some(readings))]).await?;
+        let mut rows = session
+            .table(TableReference::partial("silver", Table::SensorReadings.name()))
+            .await?
+            .filter(predicate)?
+            .select_columns(&["site", "device_id", "quality", "unit", "ts", "value"])?
+            .execute_stream()
+            .await?;
+        while let Some(batch) = rows.try_next().await? {
+            let texts = [0, 1, 2, 3].map(|i| batch.column(i).as_string::<i32>());
+            let ts = micros(&batch, 4)?;
+            let values = batch.column(5).as_primitive::<Float64Type>();
+            for (row, ts) in ts.iter().enumerate() {
+                let [site, device, quality, unit] = texts.map(|column| column.value(row));
+                if wanted.get(&(site, device)).is_some_and(|q| (q.from..=q.to).contains(ts)) {
+                    let value = values.is_valid(row).then(|| values.value(row));
+                    let of_device = answers.entry((site.to_owned(), device.to_owned())).or_default();
+                    of_device.insert(*ts, (value, quality.to_owned(), unit.to_owned()));
+                }
+            }
+        }
+        Ok(answers)
+    }
+
+    async fn commit(
+        &self,
+        state: &mut State,
+        table: Table,
+        rows: Vec<RecordBatch>,
+        n: i64,
+    ) -> anyhow::Result<()> {
+        if let Some(hook) = &self.before_commit {
+            hook(table)?;
+        }
+        let base = self.tables.snapshot(table).await?;
+        if let Some(base) = &base {
+            let progress = match state.progress.get(&table) {
+                Some((version, progress)) if *version == base.version() => *progress,
+                _ => Tables::progress(base, REFINE).await?.unwrap_or(0),
+            };
+            if progress >= n {
+                state.progress.insert(table, (base.version(), progress));
+                return Ok(());
+            }
+        }
+        let version = self.tables.append(table, base, rows, (REFINE, n)).await?;
+        state.progress.insert(table, (u64::try_from(version).ok(), n));
+        Ok(())
+    }
+
+    async fn compact(&self, state: &mut State) {
+        for table in crate::silver::COMMIT_ORDER {
+            match self.tables.compact(table).await {
+                Ok(false) => {}
+                // The version has moved on; the progress is read again at the next commit.
+                Ok(true) => drop(state.progress.remove(&table)),
+                Err(TablesError::Conflict { table, reason }) => {
+                    tracing::info!(table, reason, "not compacted")
+                }
+                Err(e) => tracing::warn!(error = %e, "not compacted"),
+            }
+        }
+    }
+
+    fn warn(&mut self, offenders: BTreeMap<(String, String), String>) {
+        for ((site, device), reason) in offenders {
+            if self.warned.len() < WARNED && self.warned.insert((site.clone(), device.clone())) {
+                tracing::warn!(site, device, reason, "readings quarantined");
+            }
+        }
+    }
+}
+
+/// Steps until `bronze` closes and everything in it is refined. `bronze` changes whenever a segment becomes
+/// durable in this process; segments of others are found every `interval`. `refined` has the newest plan that
+/// is in silver, and closes at the end.
+pub async fn run(
+    mut refiner: Refiner,
+    clock: Arc<dyn Clock>,
+    mut bronze: watch::Receiver<u64>,
+    interval: Duration,
+    refined: watch::Sender<u64>,
+) {
+    const FIRST_RETRY: Duration = Duration::from_millis(500);
+    let mut retry = FIRST_RETRY;
+    let mut ended = false;
+    loop {
+        match refiner.step(clock.now(), ended).await {
+            Ok(Outcome::Refined(_)) => {
+                retry = FIRST_RETRY;
+                refined.send_replace(refiner.newest());
+            }
+            Ok(Outcome::Idle) if ended => return,
+            Ok(Outcome::Idle) => {
+                retry = FIRST_RETRY;
+                tokio::select! {
+                    changed = bronze.changed() => ended = changed.is_err(),
+                    () = tokio::time::sleep(interval) => {}
+                }
+            }
+            Err(e) => {
+                refiner.metrics.refine_failed();
+                tracing::error!(error = format!("{e:#}"), retry_in = ?retry, "refinement stands still");
+                tokio::time::sleep(retry).await;
+                retry = (retry * 2).min(Duration::from_secs(30));
+            }
+        }
+        ended = ended || bronze.has_changed().is_err();
+    }
+}
+
+/// A column of instants in µs, whichever time zone it is labelled with.
+fn micros(batch: &RecordBatch, column: usize) -> anyhow::Result<Vec<i64>> {
+    let column = arrow::compute::cast(batch.column(column), &common::wire::instant())?;
+    Ok(column.as_primitive::<TimestampMicrosecondType>().values().to_vec())
+}

@@ -1,0 +1,578 @@
+//! The last minutes, in memory: what gateways send is readable by SQL and on the page before it is in the lake.
+//!
+//! Each serving process subscribes for itself, unshared, with a random client id and a clean session: nothing
+//! is acknowledged on its behalf, and what it misses is in silver all the same.
+//!
+//! * `live.readings`: per device the readings of the last `keep` (15 min by default) by event time, newest
+//!   [`MAX_ROWS`] in all, shared evenly by the devices.
+//! * `live.status`: per gateway when it was last heard. A gateway that was not heard for three heartbeats, or
+//!   whose last will was published, is `unknown since` the time it was last heard; never "0".
+//! * Open anomalies: raised and not cleared, by event id; the newest [`MAX_EVENTS`].
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use arrow::{
+    array::{
+        Array, ArrayRef, AsArray, BooleanBuilder, Float64Builder, Int64Builder, RecordBatch, StringBuilder,
+        TimestampMicrosecondBuilder,
+    },
+    datatypes::{
+        DataType, Field, Float64Type, Int32Type, Schema, SchemaRef, TimestampMicrosecondType, UInt8Type,
+    },
+    error::ArrowError,
+};
+use common::{
+    documents::Status,
+    reading::Quality,
+    time::{Clock, Timestamp},
+    wire::{self, Lane, Stream, Topic, instant},
+};
+use rumqttc::v5::{
+    AsyncClient, Event, MqttOptions,
+    mqttbytes::{
+        QoS,
+        v5::{Filter, Packet},
+    },
+};
+use tokio::sync::watch;
+use tracing::{debug, info, warn};
+
+/// Readings held in memory, of all devices: about 80 MB.
+const MAX_ROWS: usize = 1_000_000;
+/// Devices and gateways that are told apart; further ones are ignored until a restart.
+const MAX_NAMES: usize = 50_000;
+/// Anomalies held in memory.
+const MAX_EVENTS: usize = 256;
+/// Heartbeats that must be missed before a gateway's state is unknown.
+const MISSED: u32 = 3;
+
+/// How the last minutes are kept.
+#[derive(Clone, Copy, Debug)]
+pub struct Keep {
+    /// Event time kept per device.
+    pub keep: Duration,
+    /// How often a gateway says that it is there.
+    pub heartbeat: Duration,
+}
+
+impl Default for Keep {
+    fn default() -> Self {
+        Self { keep: Duration::from_secs(900), heartbeat: Duration::from_secs(60) }
+    }
+}
+
+/// A reading in memory.
+#[derive(Clone, Copy, Debug)]
+struct Point {
+    ts: Timestamp,
+    value: Option<f64>,
+    quality: Quality,
+    received_at: Timestamp,
+}
+
+/// The newest readings of one device.
+#[derive(Debug)]
+struct Ring {
+    device_type: Arc<str>,
+    asset: Arc<str>,
+    unit: Arc<str>,
+    points: VecDeque<Point>,
+}
+
+/// What a gateway was last known to be.
+#[derive(Clone, Debug)]
+struct Gateway {
+    online: bool,
+    last_heard: Timestamp,
+    version: String,
+    epoch: String,
+    /// Messages sealed and still held: the depth of its outbox.
+    outbox: Option<u64>,
+}
+
+/// A gateway's state as the page and `live.status` show it.
+#[derive(Clone, Debug, PartialEq, serde::Serialize)]
+pub struct GatewayView {
+    /// The plant.
+    pub site: String,
+    /// The edge agent.
+    pub gateway_id: String,
+    /// Whether it said that it is there, and was heard since.
+    pub online: bool,
+    /// When anything was last heard of it.
+    pub last_heard: Timestamp,
+    /// Set when nothing is known of it since then.
+    pub unknown_since: Option<Timestamp>,
+    /// Its release.
+    pub version: String,
+    /// Its present run.
+    pub epoch: String,
+    /// Messages in its outbox, as it said last.
+    pub outbox: Option<u64>,
+}
+
+/// A device's newest reading and its course.
+#[derive(Clone, Debug, PartialEq, serde::Serialize)]
+pub struct DeviceView {
+    /// The plant.
+    pub site: String,
+    /// Device.
+    pub device_id: String,
+    /// What it measures.
+    pub device_type: String,
+    /// The machine that it hangs on.
+    pub asset_id: String,
+    /// UCUM code.
+    pub unit: String,
+    /// Event time of the newest reading.
+    pub ts: Timestamp,
+    /// Its value; none when it is bad.
+    pub value: Option<f64>,
+    /// `good`, `uncertain` or `bad`.
+    pub quality: &'static str,
+    /// Means of equal stretches of the time kept, oldest first; none where nothing was measured.
+    pub course: Vec<Option<f64>>,
+}
+
+/// An anomaly as it was last reported.
+#[derive(Clone, Debug, PartialEq, serde::Serialize)]
+pub struct EventView {
+    /// UUID.
+    pub event_id: String,
+    /// The plant.
+    pub site: String,
+    /// The machine.
+    pub asset_id: String,
+    /// The device that weighs most.
+    pub device_id: String,
+    /// The model that raised it.
+    pub model: String,
+    /// How bad.
+    pub severity: String,
+    /// The model's score.
+    pub score: f64,
+    /// What the score was compared with.
+    pub threshold: f64,
+    /// When it began.
+    pub started_at: Timestamp,
+    /// When it ended.
+    pub ended_at: Option<Timestamp>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    devices: BTreeMap<(String, String), Ring>,
+    gateways: BTreeMap<(String, String), Gateway>,
+    events: BTreeMap<String, EventView>,
+}
+
+/// The last minutes. Clones share them.
+#[derive(Clone)]
+pub struct Live {
+    keep: Keep,
+    clock: Arc<dyn Clock>,
+    state: Arc<Mutex<State>>,
+}
+
+impl std::fmt::Debug for Live {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Live").field("keep", &self.keep).finish_non_exhaustive()
+    }
+}
+
+/// Columns of `live.readings`.
+pub fn readings_schema() -> SchemaRef {
+    let text = |name: &str| Field::new(name, DataType::Utf8, false);
+    Arc::new(Schema::new(vec![
+        Field::new("ts", instant(), false),
+        text("site"),
+        text("device_id"),
+        text("device_type"),
+        text("asset_id"),
+        Field::new("value", DataType::Float64, true),
+        text("unit"),
+        text("quality"),
+        Field::new("received_at", instant(), false),
+    ]))
+}
+
+/// Columns of `live.status`.
+pub fn status_schema() -> SchemaRef {
+    let text = |name: &str| Field::new(name, DataType::Utf8, false);
+    Arc::new(Schema::new(vec![
+        text("site"),
+        text("gateway_id"),
+        Field::new("online", DataType::Boolean, false),
+        Field::new("last_heard", instant(), false),
+        Field::new("unknown_since", instant(), true),
+        text("version"),
+        text("epoch"),
+        Field::new("outbox", DataType::Int64, true),
+    ]))
+}
+
+impl Live {
+    /// Nothing heard so far.
+    pub fn new(keep: Keep, clock: Arc<dyn Clock>) -> Self {
+        Self { keep, clock, state: Arc::default() }
+    }
+
+    /// Takes in one message of a gateway. What cannot be read is left to bronze and quarantine.
+    pub fn push(&self, topic: &Topic, payload: &[u8], retained: bool) {
+        let now = self.clock.now();
+        match &topic.stream {
+            Stream::Status => {
+                if let Ok(status) = serde_json::from_slice::<Status>(payload) {
+                    self.lock().status(topic, &status, retained, now);
+                }
+            }
+            Stream::Lane(lane @ (Lane::Readings | Lane::Anomalies)) => {
+                // Decoded before the lock is taken: it is the expensive part.
+                let Ok(batch) = wire::decode(*lane, payload) else { return };
+                let mut state = self.lock();
+                state.heard(topic, now);
+                match lane {
+                    Lane::Readings => state.readings(topic, &batch, now, self.keep.keep),
+                    _ => state.anomalies(topic, &batch),
+                }
+            }
+            _ => self.lock().heard(topic, now),
+        }
+    }
+
+    /// `live.readings` as it is now.
+    ///
+    /// # Errors
+    /// Never, as long as the columns are those of [`readings_schema`].
+    pub fn readings(&self) -> Result<RecordBatch, ArrowError> {
+        let state = self.lock();
+        let mut ts = instants();
+        let mut received = instants();
+        let mut value = Float64Builder::new();
+        let mut texts: [StringBuilder; 6] = Default::default();
+        for ((site, device), ring) in &state.devices {
+            for point in &ring.points {
+                ts.append_value(point.ts.as_micros());
+                received.append_value(point.received_at.as_micros());
+                value.append_option(point.value);
+                let row: [&str; 6] =
+                    [site, device, &ring.device_type, &ring.asset, &ring.unit, point.quality.as_str()];
+                texts.iter_mut().zip(row).for_each(|(column, text)| column.append_value(text));
+            }
+        }
+        drop(state);
+        let [site, device, device_type, asset, unit, quality] =
+            texts.map(|mut column| Arc::new(column.finish()) as ArrayRef);
+        let (ts, value, received) =
+            (Arc::new(ts.finish()), Arc::new(value.finish()), Arc::new(received.finish()));
+        let columns: Vec<ArrayRef> =
+            vec![ts, site, device, device_type, asset, value, unit, quality, received];
+        RecordBatch::try_new(readings_schema(), columns)
+    }
+
+    /// `live.status` as it is now.
+    ///
+    /// # Errors
+    /// Never, as long as the columns are those of [`status_schema`].
+    pub fn status(&self) -> Result<RecordBatch, ArrowError> {
+        let mut texts: [StringBuilder; 4] = Default::default();
+        let (mut online, mut outbox) = (BooleanBuilder::new(), Int64Builder::new());
+        let (mut heard, mut unknown) = (instants(), instants());
+        for gateway in self.gateways() {
+            let row = [&gateway.site, &gateway.gateway_id, &gateway.version, &gateway.epoch];
+            texts.iter_mut().zip(row).for_each(|(column, text)| column.append_value(text));
+            online.append_value(gateway.online);
+            heard.append_value(gateway.last_heard.as_micros());
+            unknown.append_option(gateway.unknown_since.map(Timestamp::as_micros));
+            outbox.append_option(gateway.outbox.and_then(|n| i64::try_from(n).ok()));
+        }
+        let [site, gateway, version, epoch] = texts.map(|mut column| Arc::new(column.finish()) as ArrayRef);
+        let columns: Vec<ArrayRef> = vec![
+            site,
+            gateway,
+            Arc::new(online.finish()),
+            Arc::new(heard.finish()),
+            Arc::new(unknown.finish()),
+            version,
+            epoch,
+            Arc::new(outbox.finish()),
+        ];
+        RecordBatch::try_new(status_schema(), columns)
+    }
+
+    /// Every gateway that was ever heard.
+    pub fn gateways(&self) -> Vec<GatewayView> {
+        let now = self.clock.now();
+        let patience = self.keep.heartbeat * MISSED;
+        let view = |((site, id), gateway): (&(String, String), &Gateway)| {
+            let silent = now.since(gateway.last_heard) > patience;
+            let online = gateway.online && !silent;
+            GatewayView {
+                site: site.clone(),
+                gateway_id: id.clone(),
+                online,
+                last_heard: gateway.last_heard,
+                unknown_since: (!online).then_some(gateway.last_heard),
+                version: gateway.version.clone(),
+                epoch: gateway.epoch.clone(),
+                outbox: gateway.outbox,
+            }
+        };
+        self.lock().gateways.iter().map(view).collect()
+    }
+
+    /// The newest reading of every device, and its course in `steps` stretches.
+    pub fn devices(&self, steps: usize) -> Vec<DeviceView> {
+        let view = |((site, id), ring): (&(String, String), &Ring)| {
+            let newest = ring.points.back()?;
+            Some(DeviceView {
+                site: site.clone(),
+                device_id: id.clone(),
+                device_type: ring.device_type.as_ref().to_owned(),
+                asset_id: ring.asset.as_ref().to_owned(),
+                unit: ring.unit.as_ref().to_owned(),
+                ts: newest.ts,
+                value: newest.value,
+                quality: newest.quality.as_str(),
+                course: course(&ring.points, self.keep.keep, steps),
+            })
+        };
+        self.lock().devices.iter().filter_map(view).collect()
+    }
+
+    /// Anomalies that were reported since this process began: open ones first, then the newest.
+    pub fn events(&self) -> Vec<EventView> {
+        let mut events: Vec<_> = self.lock().events.values().cloned().collect();
+        events.sort_by_key(|e| (e.ended_at.is_some(), std::cmp::Reverse(e.started_at)));
+        events
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn instants() -> TimestampMicrosecondBuilder {
+    TimestampMicrosecondBuilder::new().with_timezone("UTC")
+}
+
+impl State {
+    /// Whatever a gateway sends shows that it is there.
+    fn heard(&mut self, topic: &Topic, now: Timestamp) {
+        if let Some(gateway) = self.gateway(topic) {
+            gateway.last_heard = gateway.last_heard.max(now);
+            gateway.online = true;
+        }
+    }
+
+    fn status(&mut self, topic: &Topic, status: &Status, retained: bool, now: Timestamp) {
+        let Some(gateway) = self.gateway(topic) else { return };
+        gateway.online = status.online;
+        if status.online {
+            // A retained document tells when it was written, not that someone is there now.
+            let at = if retained { status.at.min(now) } else { now };
+            gateway.last_heard = gateway.last_heard.max(at);
+            gateway.version.clone_from(&status.version);
+            gateway.epoch = status.epoch.to_string();
+            gateway.outbox = Some(status.lanes.iter().map(|l| l.head.saturating_sub(l.oldest)).sum());
+        } else if gateway.last_heard == Timestamp::default() {
+            // The last will: the broker sends it, so it is no sign of life.
+            gateway.last_heard = status.at.min(now);
+        }
+    }
+
+    fn gateway(&mut self, topic: &Topic) -> Option<&mut Gateway> {
+        let key = (topic.site.clone(), topic.gateway.clone());
+        if self.gateways.len() >= MAX_NAMES && !self.gateways.contains_key(&key) {
+            return None;
+        }
+        let unheard = Gateway {
+            online: false,
+            last_heard: Timestamp::default(),
+            version: String::new(),
+            epoch: String::new(),
+            outbox: None,
+        };
+        Some(self.gateways.entry(key).or_insert(unheard))
+    }
+
+    /// Columns by position: [`wire::decode`] has checked them.
+    fn readings(&mut self, topic: &Topic, batch: &RecordBatch, now: Timestamp, keep: Duration) {
+        let ts = batch.column(0).as_primitive::<TimestampMicrosecondType>();
+        let value = batch.column(6).as_primitive::<Float64Type>();
+        let quality = batch.column(7).as_primitive::<UInt8Type>();
+        let per_device = (MAX_ROWS / self.devices.len().max(1)).max(1);
+        for row in 0..batch.num_rows() {
+            let key = (topic.site.clone(), text(batch.column(1), row).to_owned());
+            if self.devices.len() >= MAX_NAMES && !self.devices.contains_key(&key) {
+                continue;
+            }
+            let ring = self.devices.entry(key).or_insert_with(|| Ring {
+                device_type: text(batch.column(2), row).into(),
+                asset: text(batch.column(3), row).into(),
+                unit: text(batch.column(4), row).into(),
+                points: VecDeque::new(),
+            });
+            let point = Point {
+                ts: Timestamp::from_micros(ts.value(row)),
+                value: value.is_valid(row).then(|| value.value(row)),
+                quality: Quality::from_code(quality.value(row)).unwrap_or(Quality::Bad),
+                received_at: now,
+            };
+            ring.push(point, keep, per_device);
+        }
+    }
+
+    fn anomalies(&mut self, topic: &Topic, batch: &RecordBatch) {
+        let score = batch.column(7).as_primitive::<Float64Type>();
+        let threshold = batch.column(8).as_primitive::<Float64Type>();
+        let started = batch.column(9).as_primitive::<TimestampMicrosecondType>();
+        let ended = batch.column(10).as_primitive::<TimestampMicrosecondType>();
+        for row in 0..batch.num_rows() {
+            let event = EventView {
+                event_id: batch.column(0).as_string::<i32>().value(row).to_owned(),
+                site: topic.site.clone(),
+                asset_id: text(batch.column(2), row).to_owned(),
+                device_id: text(batch.column(3), row).to_owned(),
+                model: text(batch.column(4), row).to_owned(),
+                severity: text(batch.column(6), row).to_owned(),
+                score: score.value(row),
+                threshold: threshold.value(row),
+                started_at: Timestamp::from_micros(started.value(row)),
+                ended_at: ended.is_valid(row).then(|| Timestamp::from_micros(ended.value(row))),
+            };
+            // Redelivered out of order: an event that has ended stays ended.
+            match self.events.get(&event.event_id) {
+                Some(known) if known.ended_at.is_some() && event.ended_at.is_none() => {}
+                _ => drop(self.events.insert(event.event_id.clone(), event)),
+            }
+        }
+        while self.events.len() > MAX_EVENTS {
+            let oldest = self.events.values().min_by_key(|e| e.started_at).map(|e| e.event_id.clone());
+            let Some(oldest) = oldest else { break };
+            self.events.remove(&oldest);
+        }
+    }
+}
+
+impl Ring {
+    /// Keeps the points in order of event time, one for each instant.
+    fn push(&mut self, point: Point, keep: Duration, most: usize) {
+        let newest = self.points.back().map_or(point.ts, |p| p.ts.max(point.ts));
+        if point.ts < newest - keep {
+            return;
+        }
+        let at = match self.points.back() {
+            Some(last) if last.ts < point.ts => self.points.len(),
+            _ => self.points.partition_point(|p| p.ts < point.ts),
+        };
+        match self.points.get_mut(at) {
+            Some(same) if same.ts == point.ts => *same = point,
+            _ => self.points.insert(at, point),
+        }
+        while self.points.len() > most || self.points.front().is_some_and(|p| p.ts < newest - keep) {
+            self.points.pop_front();
+        }
+    }
+}
+
+/// The text of a dictionary column; null is empty.
+fn text(column: &ArrayRef, row: usize) -> &str {
+    let dictionary = column.as_dictionary::<Int32Type>();
+    match dictionary.key(row) {
+        Some(key) => dictionary.values().as_string::<i32>().value(key),
+        None => "",
+    }
+}
+
+/// Means of `steps` equal stretches up to the newest point; the points themselves when they are fewer.
+fn course(points: &VecDeque<Point>, keep: Duration, steps: usize) -> Vec<Option<f64>> {
+    let usable = |point: &Point| point.value.filter(|_| point.quality != Quality::Bad);
+    let (Some(first), Some(last)) = (points.front(), points.back()) else { return Vec::new() };
+    if points.len() <= steps {
+        return points.iter().map(usable).collect();
+    }
+    let span = last.ts.since(first.ts).min(keep).as_micros().max(1);
+    let mut sums = vec![(0.0, 0u32); steps.max(1)];
+    for point in points {
+        let at = point.ts.since(first.ts).as_micros() * (sums.len() as u128 - 1) / span;
+        let slot = usize::try_from(at).unwrap_or(usize::MAX).min(sums.len() - 1);
+        if let Some(value) = usable(point) {
+            sums[slot] = (sums[slot].0 + value, sums[slot].1 + 1);
+        }
+    }
+    sums.into_iter().map(|(sum, n)| (n > 0).then(|| sum / f64::from(n))).collect()
+}
+
+/// Where the live messages come from.
+#[derive(Clone, Debug)]
+pub struct Subscription {
+    /// Address, credentials and TLS; the client id is replaced by a random one.
+    pub mqtt: MqttOptions,
+    /// Root of the topics.
+    pub root: String,
+}
+
+/// Feeds `live` from the broker until `stop` becomes true. A broker that is away is tried again, every second
+/// at first, then less often up to every 15 s.
+pub async fn follow(subscription: Subscription, live: Live, mut stop: watch::Receiver<bool>) {
+    let mut wait = Duration::from_secs(1);
+    while !*stop.borrow() {
+        let ended = tokio::select! {
+            ended = follow_once(&subscription, &live) => ended,
+            _ = stop.wait_for(|stop| *stop) => return,
+        };
+        if ended.connected {
+            wait = Duration::from_secs(1);
+        }
+        warn!(broker = %ended.why, retry_in = ?wait, "live subscription lost");
+        tokio::select! {
+            () = tokio::time::sleep(wait) => {}
+            _ = stop.wait_for(|stop| *stop) => return,
+        }
+        wait = (wait * 2).min(Duration::from_secs(15));
+    }
+}
+
+struct Ended {
+    connected: bool,
+    why: String,
+}
+
+async fn follow_once(subscription: &Subscription, live: &Live) -> Ended {
+    let mut options = subscription.mqtt.clone();
+    options.set_client_id(format!("tailrace-live-{}", uuid::Uuid::now_v7().simple()));
+    options.set_clean_start(true);
+    let (client, mut events) = AsyncClient::new(options, 16);
+    let mut connected = false;
+    loop {
+        match events.poll().await {
+            Ok(Event::Incoming(Packet::ConnAck(_))) => {
+                connected = true;
+                let filters = ["readings", "anomalies", "status", "control", "aggregates"].map(|stream| {
+                    Filter::new(format!("{}/+/+/{stream}", subscription.root), QoS::AtMostOnce)
+                });
+                // From a task of its own: the request channel is emptied by this loop.
+                let client = client.clone();
+                tokio::spawn(async move {
+                    if let Err(error) = client.subscribe_many(filters).await {
+                        debug!(%error, "live subscription");
+                    }
+                });
+                info!("live subscription is up");
+            }
+            Ok(Event::Incoming(Packet::Publish(message))) => {
+                let topic = std::str::from_utf8(&message.topic).ok();
+                if let Some(topic) = topic.and_then(|t| Topic::parse(&subscription.root, t)) {
+                    live.push(&topic, &message.payload, message.retain);
+                }
+            }
+            Ok(_) => {}
+            Err(error) => return Ended { connected, why: error.to_string() },
+        }
+    }
+}

@@ -1,0 +1,387 @@
+//! The servers as clients see them, over a lake in memory.
+
+use std::sync::atomic::{AtomicI64, Ordering};
+
+use arrow::array::{ArrayRef, RecordBatch, StringArray, TimestampMicrosecondArray, new_null_array};
+use common::{
+    documents::{LaneStatus, Status},
+    time::{Pacer, SystemClock},
+    wire::{Lane, Stream, Topic},
+};
+use datafusion::common::ParamValues;
+use futures::TryStreamExt;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    time::Instant,
+};
+
+use super::{sql::SqlError, *};
+use crate::{lake::Table, store::Store};
+
+struct Lake {
+    tables: Tables,
+    queries: Arc<Queries>,
+}
+
+async fn lake(limits: Limits) -> Lake {
+    let tables = Tables::open(&Store::open("memory:///").unwrap()).await.unwrap();
+    let source = tables.clone();
+    let session: SessionSource = Arc::new(move || {
+        let tables = source.clone();
+        Box::pin(async move { tables.session().await })
+    });
+    let live = Live::new(Keep::default(), Arc::new(SystemClock));
+    let catalog = Arc::new(Catalog::open(session, &live, 64 << 20).await.unwrap());
+    let ledger = Arc::new(LedgerTable::new(tables.clone(), Arc::new(SystemClock)));
+    catalog.add("ops", "delivery_ledger", ledger).unwrap();
+    Lake { tables, queries: Arc::new(Queries::new(catalog, limits)) }
+}
+
+fn limits() -> Limits {
+    Limits { timeout: Duration::from_secs(20), rows: 1_000 }
+}
+
+/// An asset with nulls and empty text where nothing else is needed.
+async fn add_asset(tables: &Tables, id: &str, version: i64) {
+    let schema = Table::Assets.schema();
+    let columns = schema.fields().iter().map(|field| -> ArrayRef {
+        match field.name().as_str() {
+            "asset_id" => Arc::new(StringArray::from(vec![id])),
+            "updated_at" => Arc::new(TimestampMicrosecondArray::from(vec![0]).with_timezone("UTC")),
+            _ if field.is_nullable() => new_null_array(field.data_type(), 1),
+            _ => Arc::new(StringArray::from(vec!["s"])),
+        }
+    });
+    let batch = RecordBatch::try_new(Arc::clone(&schema), columns.collect()).unwrap();
+    let base = tables.snapshot(Table::Assets).await.unwrap();
+    tables.append(Table::Assets, base, vec![batch], ("test", version)).await.unwrap();
+}
+
+#[tokio::test]
+async fn only_what_reads_the_lake_may_run() {
+    let lake = lake(limits()).await;
+    let mut wrong = Vec::new();
+    for (sql, sqlstate) in [
+        ("INSERT INTO gold.assets SELECT * FROM gold.assets", "25006"),
+        ("UPDATE gold.assets SET path = 'x'", "25006"),
+        ("DELETE FROM gold.assets", "25006"),
+        ("TRUNCATE gold.assets", "25006"),
+        ("CREATE TABLE x (a INT)", "25006"),
+        ("CREATE TABLE x AS SELECT 1", "25006"),
+        ("CREATE VIEW x AS SELECT 1", "25006"),
+        ("DROP TABLE gold.assets", "25006"),
+        ("ALTER TABLE gold.assets ADD COLUMN a INT", "25006"),
+        ("COPY (SELECT 1) TO '/tmp/x.csv'", "25006"),
+        ("COPY gold.assets FROM '/etc/passwd'", "25006"),
+        ("SELECT 1 INTO x", "25006"),
+        ("WITH x AS (INSERT INTO gold.assets SELECT * FROM gold.assets) SELECT 1", "25006"),
+        ("EXPLAIN INSERT INTO gold.assets SELECT * FROM gold.assets", "25006"),
+        ("EXPLAIN ANALYZE DELETE FROM gold.assets", "25006"),
+        ("EXPLAIN EXPLAIN SELECT 1", "42601"),
+        ("PREPARE x AS DELETE FROM gold.assets", "25006"),
+        ("SET datafusion.execution.batch_size = 1", "42501"),
+        ("SET datafusion.runtime.memory_limit = '9T'", "42501"),
+        ("BEGIN", "0A000"),
+        ("DECLARE c CURSOR FOR SELECT 1", "0A000"),
+        ("SELECT 1; SELECT 2", "42601"),
+        ("", "42601"),
+        ("SELEKT", "42601"),
+        ("SELECT * FROM '/etc/passwd'", "42P01"),
+        ("SELECT * FROM gold.nothing", "42P01"),
+        ("SELECT nothing FROM gold.assets", "42703"),
+        ("SELECT read_csv('/etc/passwd')", "42883"),
+        ("SELECT 1/0", "22012"),
+        ("SELECT 'x'::float8", "22P02"),
+        ("SELECT * FROM generate_series(1, 1001)", "54000"),
+    ] {
+        match lake.queries.run(sql, u64::MAX).await {
+            Err(error) if error.sqlstate() == sqlstate => {}
+            other => wrong.push(format!("{sql}: {other:?}")),
+        }
+    }
+    for (sql, rows) in [
+        ("SELECT * FROM gold.assets", 0),
+        ("WITH x AS (SELECT 1 AS a) SELECT a FROM x", 1),
+        ("VALUES (1), (2)", 2),
+        ("EXPLAIN SELECT 1", 2),
+        ("SHOW COLUMNS FROM gold.assets", 11),
+        ("SELECT * FROM generate_series(1, 1000)", 1000),
+        ("SELECT * FROM silver.readings_now", 0),
+        ("SELECT * FROM live.status", 0),
+        ("SELECT * FROM ops.delivery_ledger", 0),
+        ("SELECT version(), current_setting('server_version_num'), current_schema(), pg_is_in_recovery()", 1),
+        ("SELECT quote_ident('a b'), array_upper(ARRAY[1], 1), string_to_array('a,b', ',')", 1),
+    ] {
+        let answer = lake.queries.run(sql, u64::MAX).await;
+        let counted = answer.as_ref().map(|a| a.batches.iter().map(RecordBatch::num_rows).sum::<usize>());
+        if !counted.as_ref().is_ok_and(|counted| *counted == rows) {
+            wrong.push(format!("{sql}: {counted:?}"));
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
+}
+
+#[tokio::test]
+async fn a_query_ends_in_time() {
+    let timeout = Duration::from_millis(200);
+    let lake = lake(Limits { timeout, ..limits() }).await;
+    let began = Instant::now();
+    let sql = "SELECT count(*) FROM generate_series(1, 100000000000) a";
+    let error = lake.queries.run(sql, u64::MAX).await.unwrap_err();
+    assert!(matches!(error, SqlError::Timeout(t) if t == timeout), "{error}");
+    assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
+}
+
+#[tokio::test]
+async fn a_prepared_statement_sees_new_snapshots() {
+    let Lake { tables, queries } = lake(limits()).await;
+    let text = "SELECT asset_id FROM gold.assets WHERE asset_id <> $1 ORDER BY 1";
+    let parsed = datafusion::sql::sqlparser::parser::Parser::parse_sql(
+        &datafusion::sql::sqlparser::dialect::PostgreSqlDialect {},
+        text,
+    );
+    let prepared = queries.plan(parsed.unwrap().remove(0)).await.unwrap();
+    let mut seen = Vec::new();
+    for (version, asset) in ["pump-01", "pump-02"].into_iter().enumerate() {
+        add_asset(&tables, asset, version as i64).await;
+        tokio::time::sleep(catalog::FRESH_FOR).await;
+        let params = ParamValues::from(vec![datafusion::scalar::ScalarValue::from("none")]);
+        let bound = Queries::bind(&prepared, &params).unwrap();
+        let deadline = Instant::now() + limits().timeout;
+        let (_, rows) = queries.execute(bound, limits(), deadline).await.unwrap();
+        let rows: Vec<RecordBatch> = rows.try_collect().await.unwrap();
+        seen.push(rows.iter().map(RecordBatch::num_rows).sum::<usize>());
+    }
+    assert_eq!(seen, [1, 2]);
+}
+
+#[tokio::test]
+async fn buckets_begin_where_timescale_has_them() {
+    let lake = lake(limits()).await;
+    for (width, at, expected) in [
+        ("60.000s", "2026-03-01T06:00:59.9Z", "2026-03-01T06:00:00Z"),
+        ("5 minutes", "2026-03-01T06:09:00Z", "2026-03-01T06:05:00Z"),
+        ("1 hour", "2026-03-01T06:09:00Z", "2026-03-01T06:00:00Z"),
+        ("1 day", "2026-03-01T06:09:00Z", "2026-03-01T00:00:00Z"),
+        // Mondays.
+        ("1 week", "2026-03-01T06:09:00Z", "2026-02-23T00:00:00Z"),
+    ] {
+        let sql = format!(
+            "SELECT time_bucket('{width}', arrow_cast('{at}', 'Timestamp(Microsecond, Some(\"UTC\"))'))"
+        );
+        let answer = lake.queries.run(&sql, 1).await.unwrap_or_else(|e| panic!("{sql}: {e}"));
+        assert_eq!(json::rows(&answer.batches)[0][0], expected, "{width}");
+    }
+}
+
+/// A clock that stands where it was put.
+#[derive(Default)]
+struct Still(AtomicI64);
+
+impl Clock for Still {
+    fn now(&self) -> Timestamp {
+        Timestamp::from_micros(self.0.load(Ordering::SeqCst))
+    }
+    fn pacer(&self) -> Box<dyn Pacer> {
+        Box::new(SystemClock)
+    }
+}
+
+fn status(online: bool, at: i64) -> Vec<u8> {
+    let epoch = Uuid::from_u128(7);
+    let lane = LaneStatus { epoch, lane: Lane::Readings, head: 12, rows: 0, oldest: 9 };
+    let status = Status {
+        v: 1,
+        online,
+        at: Timestamp::from_micros(at),
+        epoch,
+        version: "1".into(),
+        config_sha256: String::new(),
+        models: Vec::new(),
+        lanes: vec![lane],
+    };
+    serde_json::to_vec(&status).unwrap()
+}
+
+#[test]
+fn a_silent_gateway_is_unknown_since_it_was_last_heard() {
+    const S: i64 = 1_000_000;
+    let clock = Arc::new(Still::default());
+    let keep = Keep { heartbeat: Duration::from_secs(60), ..Keep::default() };
+    let live = Live::new(keep, Arc::clone(&clock) as Arc<dyn Clock>);
+    let topic = Topic { site: "s".into(), gateway: "g".into(), stream: Stream::Status };
+    let check = |at: i64, message: Option<(&[u8], bool)>, unknown_since: Option<i64>| {
+        clock.0.store(at, Ordering::SeqCst);
+        if let Some((payload, retained)) = message {
+            live.push(&topic, payload, retained);
+        }
+        let seen = live.gateways()[0].clone();
+        assert_eq!(seen.unknown_since, unknown_since.map(Timestamp::from_micros), "at {at}: {seen:?}");
+        assert_eq!(seen.online, unknown_since.is_none());
+    };
+    // A retained status is as old as it says.
+    check(1_000 * S, Some((&status(true, 10 * S), true)), Some(10 * S));
+    check(1_001 * S, Some((&status(true, 1_001 * S), false)), None);
+    check(1_181 * S, None, None);
+    check(1_182 * S, None, Some(1_001 * S));
+    check(1_200 * S, Some((&status(true, 1_200 * S), false)), None);
+    // The last will is the broker's word, not the gateway's.
+    check(1_210 * S, Some((&status(false, 10 * S), false)), Some(1_200 * S));
+    assert_eq!(live.gateways()[0].outbox, Some(3));
+    live.push(&topic, b"no JSON", false);
+    live.push(&Topic { stream: Stream::Lane(Lane::Readings), ..topic.clone() }, b"poison", false);
+    assert_eq!(live.readings().unwrap().num_rows(), 0);
+}
+
+/// Sends one request and returns the status and the whole answer.
+async fn exchange(address: SocketAddr, head: &str, body: &str) -> (u16, String) {
+    let mut socket = TcpStream::connect(address).await.unwrap();
+    let request = format!("{head}\r\nConnection: close\r\nContent-Length: {}\r\n\r\n{body}", body.len());
+    socket.write_all(request.as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    socket.read_to_string(&mut answer).await.unwrap();
+    (answer[9..12].parse().unwrap(), answer)
+}
+
+struct Running {
+    http: SocketAddr,
+    pressed: mpsc::Receiver<char>,
+    recorded: mpsc::Receiver<Maintenance>,
+    _stop: watch::Sender<bool>,
+}
+
+async fn running(users: BTreeMap<String, SecretRef>) -> Running {
+    let tables = Tables::open(&Store::open("memory:///").unwrap()).await.unwrap();
+    add_asset(&tables, "pump-01", 1).await;
+    let (keys, pressed) = mpsc::channel(4);
+    let (records, recorded) = mpsc::channel(4);
+    let (stop, stopped) = watch::channel(false);
+    let any = || TcpListener::bind("127.0.0.1:0");
+    let (pg, http) = (any().await.unwrap(), any().await.unwrap());
+    let address = http.local_addr().unwrap();
+    let settings = ServeSettings { users, ..ServeSettings::loopback() };
+    let parts = Parts {
+        tables,
+        clock: Arc::new(SystemClock),
+        metrics: Arc::new(telemetry::registry()),
+        maintenance: Arc::new(move |record| {
+            let records = records.clone();
+            Box::pin(async move { Ok(records.send(record).await?) })
+        }),
+        control: Some(Control { keys, labels: vec![('c', "cut the cable".into()), ('q', "stop".into())] }),
+    };
+    tokio::spawn(serve_on(pg, http, settings, parts, stopped));
+    Running { http: address, pressed, recorded, _stop: stop }
+}
+
+#[tokio::test]
+async fn http_answers_its_own_page_only() {
+    let mut server = running(BTreeMap::new()).await;
+    let json = "Content-Type: application/json";
+    let local = "Host: 127.0.0.1:8080";
+    let sql = r#"{"sql": "SELECT 1 AS a, 'x' AS b, NULL::float8 AS c"}"#;
+    for (head, body, status, part) in [
+        (format!("GET / HTTP/1.1\r\n{local}"), "", 200, "content-security-policy: default-src 'none'"),
+        (format!("GET /app.js HTTP/1.1\r\n{local}"), "", 200, "text/javascript"),
+        ("GET / HTTP/1.1\r\nHost: evil.example".into(), "", 421, "is not this machine"),
+        (format!("GET /readyz HTTP/1.1\r\n{local}"), "", 200, "ready"),
+        (format!("GET /metrics HTTP/1.1\r\n{local}"), "", 200, "# EOF"),
+        (format!("GET /api/v1/audit HTTP/1.1\r\n{local}"), "", 200, r#""balanced":true"#),
+        (format!("GET /api/v1/overview HTTP/1.1\r\n{local}"), "", 200, r#""problems":[]"#),
+        (format!("GET /nothing HTTP/1.1\r\n{local}"), "", 404, r#""message""#),
+        (format!("POST /api/v1/sql HTTP/1.1\r\n{local}\r\n{json}"), sql, 200, r#""rows":[[1,"x",null]]"#),
+        (
+            format!("POST /api/v1/sql HTTP/1.1\r\n{local}\r\n{json}"),
+            sql,
+            200,
+            r#"{"name":"a","type":"int8"}"#,
+        ),
+        (format!("POST /api/v1/sql HTTP/1.1\r\n{local}"), sql, 415, "application/json"),
+        (
+            format!("POST /api/v1/sql HTTP/1.1\r\n{local}\r\n{json}\r\nOrigin: http://evil.example"),
+            sql,
+            403,
+            "origins",
+        ),
+        (
+            format!("POST /api/v1/sql HTTP/1.1\r\n{local}\r\n{json}\r\nOrigin: http://127.0.0.1:8080"),
+            sql,
+            200,
+            "rows",
+        ),
+        (
+            format!("POST /api/v1/sql HTTP/1.1\r\n{local}\r\n{json}"),
+            r#"{"sql": "DROP TABLE gold.assets"}"#,
+            403,
+            r#""sqlstate":"25006""#,
+        ),
+        (format!("POST /api/v1/sql HTTP/1.1\r\n{local}\r\n{json}"), r#"{"sql": "SELEKT"}"#, 400, "42601"),
+        (format!("POST /api/v1/sql HTTP/1.1\r\n{local}\r\n{json}"), r#"{"sq": ""}"#, 422, "sq"),
+        (format!("POST /api/v1/sql HTTP/1.1\r\n{local}\r\n{json}"), "{", 400, "message"),
+        (format!("POST /api/v1/demo HTTP/1.1\r\n{local}\r\n{json}"), r#"{"key": "c"}"#, 202, ""),
+        (format!("POST /api/v1/demo HTTP/1.1\r\n{local}\r\n{json}"), r#"{"key": "q"}"#, 422, "no button"),
+        (
+            format!("POST /api/v1/maintenance HTTP/1.1\r\n{local}\r\n{json}"),
+            r#"{"asset": "pump-01", "done_at": "2026-03-01T06:00:00Z"}"#,
+            202,
+            r#""site":"s""#,
+        ),
+        (
+            format!("POST /api/v1/maintenance HTTP/1.1\r\n{local}\r\n{json}"),
+            r#"{"asset": "pump-99"}"#,
+            404,
+            "no asset",
+        ),
+        (
+            format!("POST /api/v1/maintenance HTTP/1.1\r\n{local}\r\n{json}"),
+            r#"{"asset": "pump-01", "done_at": "2999-01-01T00:00:00Z"}"#,
+            422,
+            "future",
+        ),
+    ] {
+        let (got, answer) = exchange(server.http, &head, body).await;
+        assert!(got == status && answer.contains(part), "{head} {body}\n{answer}");
+    }
+    let large = format!(r#"{{"sql": "SELECT '{}'"}}"#, "x".repeat(70_000));
+    let head = format!("POST /api/v1/sql HTTP/1.1\r\n{local}\r\n{json}");
+    assert_eq!(exchange(server.http, &head, &large).await.0, 413);
+    assert_eq!(server.pressed.try_recv(), Ok('c'));
+    assert_eq!(server.recorded.try_recv().unwrap().asset_id, "pump-01");
+}
+
+#[tokio::test]
+async fn http_asks_for_a_user_where_there_are_some() {
+    let folder = tempfile::tempdir().unwrap();
+    let secret = folder.path().join("password");
+    std::fs::write(&secret, "s3cret\n").unwrap();
+    let reference = serde_json::json!({ "ada": format!("file:{}", secret.display()) });
+    let server = running(serde_json::from_value(reference).unwrap()).await;
+    for (path, credentials, status) in [
+        ("/", "", 401),
+        ("/healthz", "", 200),
+        ("/", "\r\nAuthorization: Basic YWRhOnMzY3JldA==", 200),
+        ("/", "\r\nAuthorization: Basic YWRhOndyb25n", 401),
+    ] {
+        let head = format!("GET {path} HTTP/1.1\r\nHost: localhost{credentials}");
+        assert_eq!(exchange(server.http, &head, "").await.0, status, "{path} {credentials}");
+    }
+}
+
+#[tokio::test]
+async fn a_port_in_use_is_named_with_its_key() {
+    let taken = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let error = bind(taken.local_addr().unwrap(), "serve.pg_port").await.unwrap_err();
+    let text = format!("{error:#}");
+    let port = taken.local_addr().unwrap().port().to_string();
+    assert!(text.contains("serve.pg_port") && text.contains(&port), "{text}");
+}
+
+#[test]
+fn listening_to_everyone_needs_users() {
+    let mut mistakes = Mistakes::default();
+    let open = ServeSettings { pg: SocketAddr::from(([0, 0, 0, 0], 5433)), ..ServeSettings::loopback() };
+    open.check(&mut mistakes);
+    assert_eq!(mistakes.list.len(), 1);
+    assert!(mistakes.to_string().contains("nobody needs a password"), "{mistakes}");
+}

@@ -1,0 +1,272 @@
+//! Settings of the cloud side: `default.toml` documents every key.
+
+use std::{collections::BTreeMap, net::IpAddr, path::Path, time::Duration};
+
+use common::{
+    config::{self, Layers, Mistakes, SecretRef},
+    time::duration,
+    units::Unit,
+};
+use serde::Deserialize;
+use url::Url;
+
+use crate::{decode::JsonSource, quality::TypeRule};
+
+/// The documented defaults.
+pub const DEFAULTS: &str = include_str!("../default.toml");
+
+/// Everything that can be configured.
+#[derive(Clone, Debug, Deserialize)]
+#[expect(missing_docs, reason = "default.toml documents every key")]
+pub struct Settings {
+    pub roles: Vec<Role>,
+    pub store: StoreSettings,
+    pub mqtt: MqttSettings,
+    pub json: Vec<JsonSource>,
+    pub bronze: BronzeSettings,
+    pub refine: RefineSettings,
+    pub quality: QualitySettings,
+    pub gold: GoldSettings,
+    pub serve: ServeSection,
+}
+
+/// What a process does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Role {
+    /// From the broker into bronze.
+    Ingest,
+    /// From bronze into silver and gold.
+    Refine,
+    /// SQL, HTTP, dashboard.
+    Serve,
+}
+
+/// `[store]`
+#[derive(Clone, Debug, Deserialize)]
+#[expect(missing_docs, reason = "default.toml documents every key")]
+pub struct StoreSettings {
+    pub url: String,
+}
+
+/// `[mqtt]`
+#[derive(Clone, Debug, Deserialize)]
+#[expect(missing_docs, reason = "default.toml documents every key")]
+pub struct MqttSettings {
+    pub url: String,
+    pub root: String,
+    pub client_id: String,
+    pub username: String,
+    pub password: SecretRef,
+    pub ca: String,
+    #[serde(with = "duration")]
+    pub keep_alive: Duration,
+    #[serde(with = "duration")]
+    pub session_expiry: Duration,
+    #[serde(with = "duration")]
+    pub max_backoff: Duration,
+    #[serde(with = "duration")]
+    pub heartbeat: Duration,
+    pub inflight: u16,
+    pub max_packet: u32,
+}
+
+/// `[bronze]`
+#[derive(Clone, Debug, Deserialize)]
+#[expect(missing_docs, reason = "default.toml documents every key")]
+pub struct BronzeSettings {
+    #[serde(with = "duration")]
+    pub max_age: Duration,
+    pub max_bytes: usize,
+}
+
+/// `[refine]`
+#[derive(Clone, Debug, Deserialize)]
+#[expect(missing_docs, reason = "default.toml documents every key")]
+pub struct RefineSettings {
+    #[serde(with = "duration")]
+    pub interval: Duration,
+    pub plan_segments: usize,
+    pub plan_bytes: u64,
+}
+
+/// `[quality]`
+#[derive(Clone, Debug, Deserialize)]
+#[expect(missing_docs, reason = "default.toml documents every key")]
+pub struct QualitySettings {
+    #[serde(with = "duration")]
+    pub future_tolerance: Duration,
+    pub types: BTreeMap<String, TypeRule>,
+    pub devices: BTreeMap<String, [f64; 2]>,
+}
+
+/// `[gold]`
+#[derive(Clone, Debug, Deserialize)]
+#[expect(missing_docs, reason = "default.toml documents every key")]
+pub struct GoldSettings {
+    #[serde(with = "duration")]
+    pub interval: Duration,
+    #[serde(with = "duration")]
+    pub hold: Duration,
+}
+
+/// `[serve]`
+#[derive(Clone, Debug, Deserialize)]
+#[expect(missing_docs, reason = "default.toml documents every key")]
+pub struct ServeSection {
+    pub listen: IpAddr,
+    pub pg_port: u16,
+    pub http_port: u16,
+    pub users: Vec<User>,
+    pub tls_certificate: String,
+    pub tls_key: String,
+    #[serde(with = "duration")]
+    pub statement_timeout: Duration,
+    pub row_cap: u64,
+    pub memory_limit: usize,
+    pub max_connections: usize,
+    #[serde(with = "duration")]
+    pub heartbeat: Duration,
+}
+
+/// `[[serve.users]]`
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct User {
+    /// As it is given to log in.
+    pub name: String,
+    /// Where the password is.
+    pub password: SecretRef,
+}
+
+impl Settings {
+    /// Reads the layers and checks what they say.
+    ///
+    /// # Errors
+    /// All mistakes, each with its fix.
+    pub fn load(file: Option<&Path>) -> Result<Settings, Mistakes> {
+        let layers = Layers { defaults: DEFAULTS, file, env_prefix: "TAILRACE_CLOUD" };
+        let settings: Settings = config::load(&layers)?;
+        let origin = file.map_or_else(|| "the environment".to_owned(), |path| path.display().to_string());
+        let mut mistakes = Mistakes::of(origin);
+        settings.check(&mut mistakes);
+        mistakes.into_result(settings)
+    }
+
+    /// Whether the process has this role.
+    pub fn has(&self, role: Role) -> bool {
+        self.roles.contains(&role)
+    }
+
+    fn check(&self, m: &mut Mistakes) {
+        m.require(!self.roles.is_empty(), "roles", "empty", "write ingest, refine, serve or some of them");
+        let url = Url::parse(&self.mqtt.url);
+        let scheme = url.as_ref().map_or("", |url| url.scheme());
+        m.require(
+            matches!(scheme, "mqtt" | "mqtts") && url.as_ref().is_ok_and(|url| url.host_str().is_some()),
+            "mqtt.url",
+            format!("{:?} names no broker", self.mqtt.url),
+            "write mqtt://HOST:PORT, or mqtts://HOST:PORT for TLS",
+        );
+        let root = &self.mqtt.root;
+        let plain = !root.is_empty() && !root.starts_with('/') && !root.ends_with('/');
+        m.require(
+            plain && !root.contains(['+', '#']),
+            "mqtt.root",
+            format!("{root:?} cannot begin a topic"),
+            "write words with / between them, without + and #",
+        );
+        m.require(!self.mqtt.client_id.is_empty(), "mqtt.client_id", "empty", "give each replica its own");
+        let millis = |d: Duration| format!("{} is too short", duration::format(d));
+        let seconds = |n| Duration::from_secs(n);
+        m.require(
+            self.mqtt.keep_alive >= seconds(5),
+            "mqtt.keep_alive",
+            millis(self.mqtt.keep_alive),
+            "write 5s or more",
+        );
+        m.require(
+            self.mqtt.heartbeat >= seconds(1),
+            "mqtt.heartbeat",
+            millis(self.mqtt.heartbeat),
+            "write 1s or more",
+        );
+        m.require(self.mqtt.inflight >= 2, "mqtt.inflight", self.mqtt.inflight, "write 2 or more");
+        m.require(self.bronze.max_bytes > 0, "bronze.max_bytes", "0", "write 1048576 or more");
+        m.require(self.refine.plan_segments > 0, "refine.plan_segments", "0", "write 1 or more");
+        for (name, rule) in &self.quality.types {
+            m.require(
+                Unit::parse(&rule.unit).is_some(),
+                &format!("quality.types.{name}"),
+                format!("{:?} is no known UCUM unit", rule.unit),
+                "see common/src/units.rs for those that convert",
+            );
+        }
+        let ranges = self.quality.types.iter().map(|(name, rule)| (name, rule.range));
+        for (name, [low, high]) in ranges.chain(self.quality.devices.iter().map(|(name, r)| (name, *r))) {
+            m.require(
+                low < high,
+                &format!("quality: {name}"),
+                format!("[{low}, {high}]"),
+                "write [LOW, HIGH]",
+            );
+        }
+        m.require(
+            self.serve.listen.is_loopback() || !self.serve.users.is_empty(),
+            "serve.listen",
+            format!("{} can be reached from other machines, and nobody needs a password", self.serve.listen),
+            "add [[serve.users]], or listen on 127.0.0.1",
+        );
+        m.require(
+            self.serve.tls_certificate.is_empty() == self.serve.tls_key.is_empty(),
+            "serve.tls_certificate",
+            "of certificate and key only one is given",
+            "give both or neither",
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn load(text: &str) -> Result<Settings, Mistakes> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("cloud-ingest.toml");
+        std::fs::write(&path, text).unwrap();
+        Settings::load(Some(&path))
+    }
+
+    #[test]
+    fn the_defaults_hold() {
+        let settings = load("").unwrap();
+        assert!(settings.has(Role::Ingest) && settings.has(Role::Refine) && settings.has(Role::Serve));
+        assert!(settings.serve.listen.is_loopback());
+    }
+
+    #[test]
+    fn mistakes_come_together() {
+        let text = load(
+            "[mqtt]\nurl = \"http://x\"\nkeep_alive = \"1s\"\n[serve]\nlisten = \"0.0.0.0\"\n\
+             [quality.devices]\nx = [2, 1]\n[quality.types.smell]\nunit = \"ou\"\nrange = [0, 1]\n",
+        )
+        .unwrap_err()
+        .to_string();
+        for part in ["mqtt.url", "mqtt.keep_alive", "serve.listen", "[2, 1]", "quality.types.smell"] {
+            assert!(text.contains(part), "{part:?} not in {text}");
+        }
+    }
+
+    #[test]
+    fn lists_and_maps_of_ones_own() {
+        let settings = load(
+            "roles = [\"serve\"]\n[[json]]\nfilter = \"x/#\"\nsite = \"s\"\ngateway = \"g\"\n\
+             [quality.types.smell]\nunit = \"1\"\nrange = [0, 1.5]\n\
+             [[serve.users]]\nname = \"grafana\"\npassword = \"env:PW\"\n",
+        )
+        .unwrap();
+        assert_eq!((settings.roles.len(), settings.json.len()), (1, 1));
+        assert_eq!(settings.quality.types["smell"].range, [0.0, 1.5]);
+        assert_eq!(settings.serve.users[0].name, "grafana");
+    }
+}

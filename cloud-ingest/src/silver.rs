@@ -1,0 +1,265 @@
+//! Silver: from the segments of a plan and what is committed already to the rows of every table. Pure.
+//!
+//! ```text
+//! Step::read      decode, check, convert     → candidates, quarantine, rows of the other tables
+//! Step::questions which committed readings might collide with candidates
+//! Step::settle    one row per (site, device_id, ts) over all time → Refined
+//! ```
+//!
+//! * A message that is committed with the same payload is skipped whole and recorded as redelivered; one
+//!   with another payload under the same name is refined, and reported (`message_conflict`).
+//! * Of readings with the same (site, device_id, ts) the first stays. An equal one is a duplicate; one with
+//!   another value, quality or unit is quarantined (`conflict`).
+//! * Every message: readings = stored + duplicates + quarantined, in rows of its lane.
+//! * The same segments, rules and committed rows give the same result, in the same order.
+//!
+//! JSON messages have no name of their own; in `silver/messages` they stand with an empty epoch, lane `json`
+//! and their place in the segment as seq, so that what was received from them can be counted too.
+
+mod messages;
+mod rows;
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
+};
+
+use arrow::array::RecordBatch;
+use common::time::Timestamp;
+
+pub use self::messages::{Name, Segment, names};
+use self::{
+    messages::{Delivered, Places},
+    rows::{Candidates, Quarantined},
+};
+use crate::{
+    decode::MaintenanceRecord,
+    lake::Table,
+    quality::{Reject, Rules, mend},
+    ranges::Ranges,
+};
+
+/// Gap in event time, in µs, below which two committed spans of a device are held as one: 5 min.
+const TIME_SLACK: i64 = 300_000_000;
+/// Most spans held for a device or a lane.
+const SPANS: usize = 16;
+
+/// A reading that is committed: value (`None` for null), quality and unit.
+pub type Committed = (Option<f64>, String, String);
+
+/// What is committed, as coarsely as memory allows; never narrower than the truth.
+#[derive(Clone, Debug, Default)]
+pub struct Known {
+    /// Event times in µs by (site, device).
+    readings: HashMap<(String, String), Ranges>,
+    /// Seqs by (site, gateway, epoch, lane).
+    messages: HashMap<(String, String, String, String), Ranges>,
+}
+
+impl Known {
+    /// Notes that readings of a device are committed within `from..=to`.
+    pub fn readings(&mut self, site: String, device: String, from: i64, to: i64) {
+        let spans = self.readings.entry((site, device));
+        spans.or_insert_with(|| Ranges::coarse(TIME_SLACK, SPANS)).insert(from, to);
+    }
+
+    /// Notes that messages of a lane are committed within `from..=to`.
+    pub fn messages(&mut self, site: String, gateway: String, epoch: String, lane: String, seqs: (i64, i64)) {
+        let spans = self.messages.entry((site, gateway, epoch, lane));
+        spans.or_insert_with(|| Ranges::coarse(0, SPANS)).insert(seqs.0, seqs.1);
+    }
+
+    /// Whether the message may be committed.
+    pub fn may_hold(&self, name: &Name) -> bool {
+        let lane = (name.site.clone(), name.gateway.clone(), name.epoch.clone(), name.lane.clone());
+        self.messages.get(&lane).is_some_and(|seqs| seqs.contains(name.seq))
+    }
+
+    /// Takes over what a step has committed.
+    pub fn extend(&mut self, news: News) {
+        for (site, device, from, to) in news.readings {
+            self.readings(site, device, from, to);
+        }
+        for name in news.messages {
+            self.messages(name.site, name.gateway, name.epoch, name.lane, (name.seq, name.seq));
+        }
+    }
+}
+
+/// What a step adds to [`Known`] once it is committed.
+#[derive(Clone, Debug, Default)]
+pub struct News {
+    /// Site, device, first and last event time in µs.
+    readings: Vec<(String, String, i64, i64)>,
+    messages: Vec<Name>,
+}
+
+/// Committed readings of these devices, within these times in µs, must be known before a step can settle.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Question {
+    /// The plant.
+    pub site: String,
+    /// The device.
+    pub device: String,
+    /// First event time.
+    pub from: i64,
+    /// Last event time, included.
+    pub to: i64,
+}
+
+/// Answers to [`Question`]s: committed readings by site and device, then time.
+pub type Answers = HashMap<(String, String), HashMap<i64, Committed>>;
+
+/// The rows of a plan.
+#[derive(Debug)]
+pub struct Refined {
+    /// By table, in the order of commits; `sensor_readings` is last and always there.
+    pub tables: Vec<(Table, Vec<RecordBatch>)>,
+    /// What the step adds to what is committed.
+    pub news: News,
+    /// In readings and messages.
+    pub counts: Counts,
+    /// Devices with quarantined readings, each with the first reason and the configuration that would mend it.
+    pub offenders: BTreeMap<(String, String), String>,
+}
+
+/// What came of a plan, in readings unless stated otherwise.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the names are the ledger's")]
+pub struct Counts {
+    pub messages: u64,
+    pub redelivered_messages: u64,
+    pub readings: u64,
+    pub stored: u64,
+    pub duplicates: u64,
+    pub quarantined: u64,
+}
+
+/// A plan that is being carried out.
+pub struct Step {
+    rules: Arc<Rules>,
+    plan: i64,
+    places: Places,
+    candidates: Candidates,
+    quarantine: Vec<Quarantined>,
+    delivered: Vec<Delivered>,
+    batches: BTreeMap<Table, Vec<RecordBatch>>,
+    maintenance: Vec<(MaintenanceRecord, usize)>,
+}
+
+impl Step {
+    /// Reads the plan's segments. `committed` holds the payload hashes of those of its messages that earlier
+    /// plans have committed.
+    ///
+    /// # Errors
+    /// When a segment does not have bronze's columns.
+    pub fn read(
+        rules: &Arc<Rules>,
+        plan: i64,
+        segments: &[Segment],
+        committed: &HashMap<Name, String>,
+    ) -> anyhow::Result<Step> {
+        let mut step = Step {
+            rules: Arc::clone(rules),
+            plan,
+            places: Places::default(),
+            candidates: Candidates::default(),
+            quarantine: Vec::new(),
+            delivered: Vec::new(),
+            batches: BTreeMap::new(),
+            maintenance: Vec::new(),
+        };
+        let mut seen = committed.clone();
+        for segment in segments {
+            step.read_segment(segment, &mut seen)?;
+        }
+        Ok(step)
+    }
+
+    /// What must be looked up, given what may be committed.
+    pub fn questions(&self, known: &Known) -> Vec<Question> {
+        self.candidates.questions(known)
+    }
+
+    /// Decides on every candidate and lays out the rows.
+    ///
+    /// # Errors
+    /// When rows do not fit the lake's schemas, which is a fault of this program.
+    pub fn settle(mut self, answers: &Answers) -> anyhow::Result<Refined> {
+        let (readings, mut news) = self.candidates.settle(answers, &mut self.delivered, &mut self.quarantine);
+        let sensor_readings =
+            rows::sensor_readings(&self.candidates, &readings, &self.delivered, &self.places)?;
+        // Candidates are settled by device; quarantine is kept in the order of arrival.
+        self.quarantine.sort_by_key(|q| (q.message, q.row));
+        news.messages = self.delivered.iter().filter_map(|d| d.name.clone()).collect();
+        let counts = self.counts();
+        let offenders = self.offenders();
+        let results = rows::quality_results(self.plan, counts, &self.quarantine, &self.delivered)?;
+        let mut batches = std::mem::take(&mut self.batches);
+        batches.insert(Table::Quarantine, rows::quarantine(&self.quarantine, &self.delivered, &self.places)?);
+        batches.insert(Table::Messages, rows::messages(self.plan, &self.delivered, &self.places)?);
+        batches
+            .insert(Table::Maintenance, rows::maintenance(&self.maintenance, &self.delivered, &self.places)?);
+        batches.insert(Table::QualityResults, results);
+        let mut tables: Vec<(Table, Vec<RecordBatch>)> = COMMIT_ORDER
+            .into_iter()
+            .filter_map(|table| Some((table, batches.remove(&table)?)))
+            .filter(|(_, rows)| rows.iter().any(|batch| batch.num_rows() > 0))
+            .collect();
+        tables.push((Table::SensorReadings, sensor_readings));
+        Ok(Refined { tables, news, counts, offenders })
+    }
+
+    fn counts(&self) -> Counts {
+        let count = |n: i64| n.unsigned_abs();
+        self.delivered.iter().fold(Counts::default(), |sum, d| Counts {
+            messages: sum.messages + 1,
+            redelivered_messages: sum.redelivered_messages + u64::from(d.redelivered),
+            readings: sum.readings + count(d.readings),
+            stored: sum.stored + count(d.stored),
+            duplicates: sum.duplicates + count(d.duplicates),
+            quarantined: sum.quarantined + count(d.quarantined),
+        })
+    }
+
+    fn offenders(&self) -> BTreeMap<(String, String), String> {
+        let mut offenders = BTreeMap::new();
+        for q in &self.quarantine {
+            let site = self.delivered[q.message].site.clone();
+            if let (Some(site), Some(device)) = (site, &q.device_id) {
+                let device_type = q.device_type.as_deref().unwrap_or("");
+                let fix =
+                    mend(&q.reject, device, device_type).map_or(String::new(), |fix| format!("; {fix}"));
+                offenders
+                    .entry((site, device.clone()))
+                    .or_insert_with(|| format!("{}: {}{fix}", q.reject.rule, q.reject.reason));
+            }
+        }
+        offenders
+    }
+
+    /// Quarantines a whole message.
+    fn refuse(&mut self, message: usize, readings: i64, reject: Reject) {
+        self.delivered[message].quarantined += readings;
+        self.quarantine.push(Quarantined::message(message, readings, reject));
+    }
+}
+
+/// The order of commits within a plan.
+pub const COMMIT_ORDER: [Table; 10] = [
+    Table::Quarantine,
+    Table::Messages,
+    Table::Aggregates,
+    Table::Anomalies,
+    Table::Control,
+    Table::Status,
+    Table::Registry,
+    Table::Maintenance,
+    Table::QualityResults,
+    Table::SensorReadings,
+];
+
+/// The newest `received_at` of a plan: its time, without asking a clock.
+fn newest(delivered: &[Delivered]) -> Timestamp {
+    delivered.iter().map(|d| d.received_at).max().unwrap_or_default()
+}

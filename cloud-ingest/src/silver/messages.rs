@@ -1,0 +1,403 @@
+//! The messages of a segment, one by one: who sent it, was it here before, what is in it.
+
+use std::{collections::HashMap, sync::Arc};
+
+use anyhow::Context;
+use arrow::{
+    array::{
+        Array, ArrayRef, AsArray, BooleanArray, Float64Array, Int64Array, RecordBatch, StringArray,
+        TimestampMicrosecondArray,
+    },
+    compute::{cast, kernels::cmp::eq, nullif},
+    datatypes::{Int64Type, TimestampMicrosecondType},
+};
+use common::{documents::Status, time::Timestamp, wire::Lane};
+use sha2::{Digest, Sha256};
+
+use super::{
+    Step,
+    rows::{Quarantined, instants},
+};
+use crate::{
+    decode::{BadSample, Claim, Content, Sample, decode},
+    lake::{Table, bronze_schema},
+    quality::{Profile, Reject, Rules, hex},
+};
+
+/// A bronze object that was read.
+#[derive(Clone, Debug)]
+pub struct Segment {
+    /// Its path in the lake.
+    pub path: String,
+    /// With bronze's columns.
+    pub rows: RecordBatch,
+}
+
+/// What names a message for ever.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[expect(missing_docs, reason = "DESIGN.md section 2 has the words")]
+pub struct Name {
+    pub site: String,
+    pub gateway: String,
+    pub epoch: String,
+    pub lane: String,
+    pub seq: i64,
+}
+
+/// The names of all messages of a segment that have one.
+///
+/// # Errors
+/// When the segment does not have bronze's columns.
+pub fn names(segment: &Segment) -> anyhow::Result<Vec<Name>> {
+    let columns = Columns::of(segment)?;
+    Ok((0..segment.rows.num_rows()).filter_map(|row| columns.name(row)).collect())
+}
+
+/// A message, and what became of its readings.
+#[derive(Debug)]
+pub(super) struct Delivered {
+    pub(super) name: Option<Name>,
+    pub(super) site: Option<String>,
+    pub(super) gateway: Option<String>,
+    pub(super) topic: String,
+    pub(super) received_at: Timestamp,
+    /// Index into [`Places::segments`].
+    pub(super) segment: usize,
+    pub(super) offset: i64,
+    /// Stands in `silver/messages`.
+    pub(super) recorded: bool,
+    pub(super) rows: i64,
+    pub(super) rows_before: i64,
+    pub(super) oldest: i64,
+    pub(super) sealed_at: Timestamp,
+    pub(super) clock: String,
+    pub(super) hash: String,
+    pub(super) readings: i64,
+    pub(super) stored: i64,
+    pub(super) duplicates: i64,
+    pub(super) quarantined: i64,
+    pub(super) redelivered: bool,
+}
+
+/// Paths of the plan's segments.
+#[derive(Debug, Default)]
+pub(super) struct Places {
+    pub(super) segments: Vec<String>,
+}
+
+impl Step {
+    pub(super) fn read_segment(
+        &mut self,
+        segment: &Segment,
+        seen: &mut HashMap<Name, String>,
+    ) -> anyhow::Result<()> {
+        let columns = Columns::of(segment)?;
+        self.places.segments.push(segment.path.clone());
+        for row in 0..segment.rows.num_rows() {
+            let payload = columns.payload.value(row);
+            let claim = columns.claim(row);
+            let topic = columns.topic.value(row);
+            let mut message = columns.delivered(row, self.places.segments.len() - 1);
+            message.hash = hex(&Sha256::digest(payload));
+            let earlier = match &message.name {
+                Some(name) => seen.insert(name.clone(), message.hash.clone()),
+                None => None,
+            };
+            if earlier.as_ref() == Some(&message.hash) {
+                message.redelivered = true;
+                message.readings = message.rows;
+                message.duplicates = message.rows;
+                self.delivered.push(message);
+                continue;
+            }
+            let (sender, content) = decode(&self.rules.root, &self.rules.json, topic, claim, payload);
+            message.site = sender.site;
+            message.gateway = sender.gateway;
+            message.recorded |= sender.nameless_readings;
+            let at = self.delivered.len();
+            self.delivered.push(message);
+            if let Some(earlier) = earlier {
+                self.delivered[at].redelivered = true;
+                let reason = format!("a payload with SHA-256 {earlier} came under the same name before");
+                tracing::error!(topic, reason, "two messages of one name; is a gateway id in use twice?");
+                self.refuse(at, 0, Reject::new("message_conflict", reason));
+            }
+            self.take(at, content, claim.is_some())?;
+        }
+        Ok(())
+    }
+
+    fn take(&mut self, at: usize, content: Result<Content, Reject>, named: bool) -> anyhow::Result<()> {
+        let rows = self.delivered[at].rows;
+        match content {
+            Err(reject) => {
+                // Without a name nobody says how many readings there were: the message counts as one.
+                let readings = if named { rows } else { i64::from(self.delivered[at].recorded) };
+                self.delivered[at].readings = readings;
+                self.refuse(at, readings, reject);
+            }
+            Ok(Content::Lane(Lane::Readings, batch)) => {
+                self.delivered[at].readings = rows;
+                let message = &mut self.delivered[at];
+                self.candidates.wire(&self.rules, at, message, &batch, &mut self.quarantine);
+            }
+            Ok(Content::Lane(lane, batch)) => {
+                let (table, rows_of_lane) = self.lane(at, lane, &batch)?;
+                self.batches.entry(table).or_default().push(rows_of_lane);
+                self.delivered[at].readings = rows;
+                self.delivered[at].stored = rows;
+            }
+            Ok(Content::Json { samples, bad }) => self.json(at, &samples, bad),
+            Ok(Content::Status(status)) => {
+                let batch = self.status(at, &status)?;
+                self.batches.entry(Table::Status).or_default().push(batch);
+            }
+            Ok(Content::Registry(written_at, document)) => {
+                let message = &self.delivered[at];
+                let columns: Vec<ArrayRef> = vec![
+                    text(message.site.as_deref().unwrap_or(""), 1),
+                    text(message.gateway.as_deref().unwrap_or(""), 1),
+                    Arc::new(instants([written_at].into_iter())),
+                    Arc::new(instants([message.received_at].into_iter())),
+                    text(&document, 1),
+                    text(&self.places.segments[message.segment], 1),
+                ];
+                let batch = RecordBatch::try_new(Table::Registry.schema(), columns)?;
+                self.batches.entry(Table::Registry).or_default().push(batch);
+            }
+            Ok(Content::Maintenance(record)) => self.maintenance.push((record, at)),
+        }
+        Ok(())
+    }
+
+    fn json(&mut self, at: usize, samples: &[(i64, Sample)], bad: Vec<BadSample>) {
+        let message = &mut self.delivered[at];
+        message.readings = i64::try_from(samples.len() + bad.len()).unwrap_or(i64::MAX);
+        message.rows = message.readings;
+        for bad in bad {
+            message.quarantined += 1;
+            self.quarantine.push(Quarantined {
+                row: Some(bad.row),
+                device_id: bad.device_id,
+                ..Quarantined::message(at, 1, bad.reject)
+            });
+        }
+        self.candidates.json(&self.rules, at, message, samples, &mut self.quarantine);
+    }
+
+    /// The rows of a lane other than readings, in the lake's columns.
+    fn lane(&self, at: usize, lane: Lane, batch: &RecordBatch) -> anyhow::Result<(Table, RecordBatch)> {
+        let message = &self.delivered[at];
+        let n = batch.num_rows();
+        let (table, epoch, seq) = match lane {
+            Lane::Control => (Table::Control, "message_epoch", "message_seq"),
+            Lane::Anomalies => (Table::Anomalies, "epoch", "seq"),
+            Lane::Aggregates | Lane::Readings => (Table::Aggregates, "epoch", "seq"),
+        };
+        let name = message.name.as_ref().context("a message of a lane has a name")?;
+        let own: [(&str, ArrayRef); 6] = [
+            ("site", text(&name.site, n)),
+            ("gateway_id", text(&name.gateway, n)),
+            ("received_at", Arc::new(instants(std::iter::repeat_n(message.received_at, n)))),
+            (epoch, text(&name.epoch, n)),
+            (seq, Arc::new(Int64Array::from(vec![name.seq; n]))),
+            ("segment", text(&self.places.segments[message.segment], n)),
+        ];
+        let schema = table.schema();
+        let mut columns = Vec::with_capacity(schema.fields().len());
+        for field in schema.fields() {
+            let column = match own.iter().find(|(name, _)| name == field.name()) {
+                Some((_, column)) => Arc::clone(column),
+                None => {
+                    let sent = batch.column_by_name(field.name());
+                    cast(sent.with_context(|| format!("column {}", field.name()))?, field.data_type())?
+                }
+            };
+            // The wire writes "no asset" as empty text.
+            let column = match field.name().as_str() {
+                "asset_id" | "device_id" if field.is_nullable() => {
+                    nullif(&column, &eq(&column, &StringArray::new_scalar(""))?)?
+                }
+                _ => column,
+            };
+            columns.push(column);
+        }
+        let rows = RecordBatch::try_new(schema, columns)?;
+        Ok((table, if lane == Lane::Aggregates { canonical(&self.rules, rows)? } else { rows }))
+    }
+
+    /// One row for each lane that the document names; one with a null lane when it names none.
+    fn status(&self, at: usize, status: &Status) -> anyhow::Result<RecordBatch> {
+        let message = &self.delivered[at];
+        let n = status.lanes.len().max(1);
+        let lanes = || (0..n).map(|i| status.lanes.get(i));
+        let number = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
+        let columns: Vec<ArrayRef> = vec![
+            text(message.site.as_deref().unwrap_or(""), n),
+            text(message.gateway.as_deref().unwrap_or(""), n),
+            Arc::new(BooleanArray::from(vec![status.online; n])),
+            Arc::new(instants(std::iter::repeat_n(status.at, n))),
+            Arc::new(instants(std::iter::repeat_n(message.received_at, n))),
+            text(&status.version, n),
+            text(&status.config_sha256, n),
+            text(&status.epoch.to_string(), n),
+            Arc::new(StringArray::from_iter(lanes().map(|l| l.map(|l| l.epoch.to_string())))),
+            Arc::new(StringArray::from_iter(lanes().map(|l| l.map(|l| l.lane.as_str())))),
+            Arc::new(Int64Array::from_iter(lanes().map(|l| l.map(|l| number(l.head))))),
+            Arc::new(Int64Array::from_iter(lanes().map(|l| l.map(|l| number(l.rows))))),
+            Arc::new(Int64Array::from_iter(lanes().map(|l| l.map(|l| number(l.oldest))))),
+            text(&self.places.segments[message.segment], n),
+        ];
+        Ok(RecordBatch::try_new(Table::Status.schema(), columns)?)
+    }
+}
+
+/// Aggregates in the canonical units of their device types. One whose unit does not convert stays as it was
+/// sent; gold takes a device's unit from its rows.
+fn canonical(rules: &Rules, rows: RecordBatch) -> anyhow::Result<RecordBatch> {
+    let schema = rows.schema();
+    let column = |name: &str| rows.column_by_name(name).map(|c| c.as_string::<i32>());
+    let (Some(ids), Some(types), Some(units), Some(kinds)) =
+        (column("device_id"), column("device_type"), column("unit"), column("kind"))
+    else {
+        anyhow::bail!("aggregates without the columns of a device");
+    };
+    let profiles: Vec<_> = (0..rows.num_rows())
+        .map(|i| rules.profile(ids.value(i), types.value(i), units.value(i), kinds.value(i)).ok())
+        .collect();
+    let same = |(i, profile): (usize, &Option<Profile>)| {
+        profile.as_ref().is_none_or(|p| p.unit == units.value(i) && p.device_type == types.value(i))
+    };
+    if profiles.iter().enumerate().all(same) {
+        return Ok(rows);
+    }
+    let mut columns = rows.columns().to_vec();
+    for (field, column) in schema.fields().iter().zip(&mut columns) {
+        let stated = Arc::clone(column);
+        match field.name().as_str() {
+            name @ ("unit" | "device_type") => {
+                let texts = stated.as_string::<i32>();
+                let mended = profiles.iter().enumerate().map(|(i, profile)| match profile {
+                    Some(p) if name == "unit" => p.unit.as_str(),
+                    Some(p) => p.device_type.as_str(),
+                    None => texts.value(i),
+                });
+                *column = Arc::new(StringArray::from_iter_values(mended));
+            }
+            name @ ("min" | "max" | "mean" | "stddev" | "first" | "last") => {
+                let shifted = name != "stddev";
+                let values = stated.as_primitive::<arrow::datatypes::Float64Type>();
+                let mended = values.iter().zip(&profiles).map(|(value, profile)| match profile {
+                    Some(p) if shifted => value.map(|v| v * p.scale + p.shift),
+                    Some(p) => value.map(|v| v * p.scale.abs()),
+                    None => value,
+                });
+                *column = Arc::new(Float64Array::from_iter(mended));
+            }
+            _ => {}
+        }
+    }
+    Ok(RecordBatch::try_new(schema, columns)?)
+}
+
+/// The same text `n` times.
+pub(super) fn text(value: &str, n: usize) -> ArrayRef {
+    Arc::new(StringArray::from_iter_values(std::iter::repeat_n(value, n)))
+}
+
+/// The columns of a segment that matter here.
+struct Columns<'a> {
+    received_at: &'a TimestampMicrosecondArray,
+    topic: &'a StringArray,
+    payload: &'a arrow::array::BinaryArray,
+    gateway: &'a StringArray,
+    v: &'a Int64Array,
+    epoch: &'a StringArray,
+    lane: &'a StringArray,
+    numbers: [&'a Int64Array; 4],
+    sealed_at: &'a TimestampMicrosecondArray,
+    clock: &'a StringArray,
+}
+
+impl<'a> Columns<'a> {
+    fn of(segment: &'a Segment) -> anyhow::Result<Columns<'a>> {
+        let expected = bronze_schema();
+        let rows = &segment.rows;
+        for field in expected.fields() {
+            let found = rows.column_by_name(field.name()).map(|column| column.data_type());
+            let fits = found == Some(field.data_type());
+            anyhow::ensure!(fits, "{}: column {} is {found:?}", segment.path, field.name());
+        }
+        let column = |name: &str| rows.column_by_name(name).with_context(|| format!("column {name}"));
+        let texts = |name: &str| column(name).map(|c| c.as_string::<i32>());
+        let ints = |name: &str| column(name).map(|c| c.as_primitive::<Int64Type>());
+        let times = |name: &str| column(name).map(|c| c.as_primitive::<TimestampMicrosecondType>());
+        Ok(Columns {
+            received_at: times("received_at")?,
+            topic: texts("topic")?,
+            payload: column("payload")?.as_binary::<i32>(),
+            gateway: texts("gateway")?,
+            v: ints("v")?,
+            epoch: texts("epoch")?,
+            lane: texts("lane")?,
+            numbers: [ints("seq")?, ints("rows")?, ints("rows_before")?, ints("oldest")?],
+            sealed_at: times("sealed_at")?,
+            clock: texts("clock")?,
+        })
+    }
+
+    fn number(&self, which: usize, row: usize) -> i64 {
+        let column = self.numbers[which];
+        if column.is_valid(row) { column.value(row) } else { 0 }
+    }
+
+    fn name(&self, row: usize) -> Option<Name> {
+        if self.epoch.is_null(row) || self.lane.is_null(row) || self.gateway.is_null(row) {
+            return None;
+        }
+        let (site, gateway) = self.gateway.value(row).split_once('/')?;
+        Some(Name {
+            site: site.to_owned(),
+            gateway: gateway.to_owned(),
+            epoch: self.epoch.value(row).to_owned(),
+            lane: self.lane.value(row).to_owned(),
+            seq: self.number(0, row),
+        })
+    }
+
+    fn claim(&self, row: usize) -> Option<Claim> {
+        self.name(row)?;
+        let lane = self.lane.value(row).parse().ok()?;
+        Some(Claim { v: self.v.value(row), lane, rows: self.number(1, row) })
+    }
+
+    fn delivered(&self, row: usize, segment: usize) -> Delivered {
+        let name = self.name(row);
+        let received_at = Timestamp::from_micros(self.received_at.value(row));
+        let sealed_at = match self.sealed_at.is_valid(row) {
+            true => Timestamp::from_micros(self.sealed_at.value(row)),
+            false => received_at,
+        };
+        Delivered {
+            site: name.as_ref().map(|n| n.site.clone()),
+            gateway: name.as_ref().map(|n| n.gateway.clone()),
+            topic: self.topic.value(row).to_owned(),
+            received_at,
+            segment,
+            offset: i64::try_from(row).unwrap_or(i64::MAX),
+            recorded: name.is_some(),
+            name,
+            rows: self.number(1, row),
+            rows_before: self.number(2, row),
+            oldest: self.number(3, row),
+            sealed_at,
+            clock: if self.clock.is_valid(row) { self.clock.value(row) } else { "synced" }.to_owned(),
+            hash: String::new(),
+            readings: 0,
+            stored: 0,
+            duplicates: 0,
+            quarantined: 0,
+            redelivered: false,
+        }
+    }
+}

@@ -1,0 +1,615 @@
+//! Candidates for `sensor_readings`, how they are settled, and the rows of each table.
+//!
+//! Candidates are columns, 25 bytes each and no text: a reading points at its *slot* (device, type, unit,
+//! kind, asset as this sender states them) and at its message, and words are interned once a plan. The
+//! columns of text are dictionaries over those words; the Delta writer widens them batch by batch.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
+};
+
+use arrow::{
+    array::{
+        Array, ArrayRef, AsArray, BooleanArray, DictionaryArray, Float64Array, Int32Array, Int64Array,
+        RecordBatch, StringArray, TimestampMicrosecondArray,
+    },
+    compute::cast,
+    datatypes::{Float64Type, Int32Type, TimestampMicrosecondType, UInt8Type},
+};
+use common::{reading::Quality, time::Timestamp};
+
+use super::{
+    Answers, Counts, Known, News, Question, TIME_SLACK,
+    messages::{Delivered, Places},
+    newest,
+};
+use crate::{
+    decode::{MaintenanceRecord, Sample},
+    lake::{Table, year_month},
+    quality::{Profile, Reject, Rules},
+};
+
+/// Rows in one batch of `sensor_readings`.
+const BATCH: usize = 64 * 1024;
+/// Microseconds in a day.
+const DAY: i64 = 86_400_000_000;
+
+/// A row of `silver/quarantine`.
+#[derive(Debug)]
+pub(super) struct Quarantined {
+    /// Index of its message in the plan.
+    pub(super) message: usize,
+    /// Of the reading in its message; `None` when the message as a whole failed.
+    pub(super) row: Option<i64>,
+    pub(super) readings: i64,
+    pub(super) device_id: Option<String>,
+    pub(super) device_type: Option<String>,
+    pub(super) ts: Option<String>,
+    pub(super) value: Option<String>,
+    pub(super) unit: Option<String>,
+    pub(super) reject: Reject,
+}
+
+impl Quarantined {
+    /// A message as a whole.
+    pub(super) fn message(message: usize, readings: i64, reject: Reject) -> Self {
+        Self {
+            message,
+            row: None,
+            readings,
+            device_id: None,
+            device_type: None,
+            ts: None,
+            value: None,
+            unit: None,
+            reject,
+        }
+    }
+}
+
+/// Words that stand for text; -1 for none.
+#[derive(Debug, Default)]
+struct Words {
+    list: Vec<String>,
+    index: HashMap<String, i32>,
+}
+
+impl Words {
+    fn intern(&mut self, word: &str) -> i32 {
+        if let Some(known) = self.index.get(word) {
+            return *known;
+        }
+        let new = i32::try_from(self.list.len()).expect("fewer than 2^31 words in a plan");
+        self.list.push(word.to_owned());
+        self.index.insert(word.to_owned(), new);
+        new
+    }
+}
+
+/// A device as one sender states it.
+#[derive(Debug)]
+struct Slot {
+    /// Index of (site, device id).
+    device: u32,
+    profile: Profile,
+    device_id: i32,
+    device_type: i32,
+    asset_id: i32,
+    site: i32,
+    unit: i32,
+    kind: i32,
+}
+
+/// Readings that have passed the rules, in columns.
+#[derive(Debug, Default)]
+pub(super) struct Candidates {
+    words: Words,
+    /// (site, device id) by index.
+    devices: Vec<(String, String)>,
+    device_index: HashMap<(String, String), u32>,
+    slots: Vec<Slot>,
+    slot_index: HashMap<String, Result<u32, Reject>>,
+    ts: Vec<i64>,
+    /// NaN for none.
+    value: Vec<f64>,
+    quality: Vec<u8>,
+    slot: Vec<u32>,
+    message: Vec<u32>,
+    row: Vec<u32>,
+}
+
+/// How a sender states a device.
+#[derive(Clone, Copy)]
+struct Stated<'a> {
+    site: &'a str,
+    device_id: &'a str,
+    device_type: &'a str,
+    asset_id: &'a str,
+    unit: &'a str,
+    kind: &'a str,
+}
+
+impl Candidates {
+    /// Takes the readings of a message with the columns of the wire.
+    pub(super) fn wire(
+        &mut self,
+        rules: &Rules,
+        at: usize,
+        message: &mut Delivered,
+        batch: &RecordBatch,
+        quarantine: &mut Vec<Quarantined>,
+    ) {
+        // `wire::decode` has checked the columns and their types.
+        let ts = batch.column(0).as_primitive::<TimestampMicrosecondType>();
+        let words: [&DictionaryArray<Int32Type>; 5] =
+            [1, 2, 3, 4, 5].map(|i| batch.column(i).as_dictionary());
+        let values = words.map(|column| column.values().as_string::<i32>());
+        let values_of = batch.column(6).as_primitive::<Float64Type>();
+        let quality = batch.column(7).as_primitive::<UInt8Type>();
+        let site = message.site.clone().unwrap_or_default();
+        // By the device's key in this message: the keys of its other words, and the slot they lead to.
+        let mut cache: Vec<Option<([i32; 5], Result<u32, Reject>)>> = vec![None; values[0].len()];
+        for row in 0..batch.num_rows() {
+            let keys = words.map(|column| column.keys().value(row));
+            let cached = usize::try_from(keys[0]).ok().and_then(|key| cache.get_mut(key));
+            let resolved;
+            let slot = match cached {
+                Some(Some((same, slot))) if *same == keys => &*slot,
+                cached => {
+                    let word = |i: usize| values[i].value(usize::try_from(keys[i]).unwrap_or(0));
+                    let stated = Stated {
+                        site: &site,
+                        device_id: word(0),
+                        device_type: word(1),
+                        asset_id: word(2),
+                        unit: word(3),
+                        kind: word(4),
+                    };
+                    resolved = self.resolve(rules, stated);
+                    if let Some(cached) = cached {
+                        *cached = Some((keys, resolved.clone()));
+                    }
+                    &resolved
+                }
+            };
+            let instant = Timestamp::from_micros(ts.value(row));
+            let value = values_of.is_valid(row).then(|| values_of.value(row));
+            let passed = slot.clone().and_then(|slot| {
+                let profile = &self.slots[slot as usize].profile;
+                let value = rules.check(profile, instant, value, quality.value(row), message.received_at)?;
+                Ok((slot, value))
+            });
+            match passed {
+                Ok((slot, value)) => self.push(instant, value, quality.value(row), slot, at, row),
+                Err(reject) => {
+                    let word = |i: usize| {
+                        let key = usize::try_from(keys[i]).unwrap_or(0);
+                        Some(values[i].value(key).to_owned())
+                    };
+                    message.quarantined += 1;
+                    quarantine.push(Quarantined {
+                        row: i64::try_from(row).ok(),
+                        device_id: word(0),
+                        device_type: word(1),
+                        ts: Some(instant.to_string()),
+                        value: value.map(|v| v.to_string()),
+                        unit: word(3),
+                        ..Quarantined::message(at, 1, reject)
+                    });
+                }
+            }
+        }
+    }
+
+    /// Takes the readings of a JSON message.
+    pub(super) fn json(
+        &mut self,
+        rules: &Rules,
+        at: usize,
+        message: &mut Delivered,
+        samples: &[(i64, Sample)],
+        quarantine: &mut Vec<Quarantined>,
+    ) {
+        let site = message.site.clone().unwrap_or_default();
+        for (row, sample) in samples {
+            let stated = Stated {
+                site: &site,
+                device_id: &sample.device_id,
+                device_type: &sample.device_type,
+                asset_id: &sample.asset_id,
+                unit: &sample.unit,
+                kind: "gauge",
+            };
+            let passed = self.resolve(rules, stated).and_then(|slot| {
+                let profile = &self.slots[slot as usize].profile;
+                let checked =
+                    rules.check(profile, sample.ts, sample.value, sample.quality, message.received_at);
+                Ok((slot, checked?))
+            });
+            match passed {
+                Ok((slot, value)) => {
+                    let row = usize::try_from(*row).unwrap_or(usize::MAX);
+                    self.push(sample.ts, value, sample.quality, slot, at, row);
+                }
+                Err(reject) => {
+                    message.quarantined += 1;
+                    quarantine.push(Quarantined {
+                        row: Some(*row),
+                        device_id: Some(sample.device_id.clone()),
+                        device_type: Some(sample.device_type.clone()),
+                        ts: Some(sample.ts.to_string()),
+                        value: sample.value.map(|v| v.to_string()),
+                        unit: Some(sample.unit.clone()),
+                        ..Quarantined::message(at, 1, reject)
+                    });
+                }
+            }
+        }
+    }
+
+    fn push(&mut self, ts: Timestamp, value: f64, quality: u8, slot: u32, message: usize, row: usize) {
+        self.ts.push(ts.as_micros());
+        self.value.push(value);
+        self.quality.push(quality);
+        self.slot.push(slot);
+        self.message.push(u32::try_from(message).unwrap_or(u32::MAX));
+        self.row.push(u32::try_from(row).unwrap_or(u32::MAX));
+    }
+
+    fn resolve(&mut self, rules: &Rules, stated: Stated<'_>) -> Result<u32, Reject> {
+        let Stated { site, device_id, device_type, asset_id, unit, kind } = stated;
+        let key = [site, device_id, device_type, asset_id, unit, kind].join("\u{1f}");
+        if let Some(known) = self.slot_index.get(&key) {
+            return known.clone();
+        }
+        let made = rules.profile(device_id, device_type, unit, kind).map(|profile| {
+            let named = (site.to_owned(), device_id.to_owned());
+            let devices = &mut self.devices;
+            let device = *self.device_index.entry(named.clone()).or_insert_with(|| {
+                devices.push(named);
+                u32::try_from(devices.len() - 1).unwrap_or(u32::MAX)
+            });
+            let slot = Slot {
+                device,
+                device_id: self.words.intern(device_id),
+                device_type: self.words.intern(&profile.device_type),
+                asset_id: if asset_id.is_empty() { -1 } else { self.words.intern(asset_id) },
+                site: self.words.intern(site),
+                unit: self.words.intern(&profile.unit),
+                kind: self.words.intern(kind),
+                profile,
+            };
+            self.slots.push(slot);
+            u32::try_from(self.slots.len() - 1).unwrap_or(u32::MAX)
+        });
+        self.slot_index.insert(key, made.clone());
+        made
+    }
+
+    fn device(&self, i: usize) -> u32 {
+        self.slots[self.slot[i] as usize].device
+    }
+
+    /// Spans of event time of each device that may hold committed readings.
+    pub(super) fn questions(&self, known: &Known) -> Vec<Question> {
+        let spans: Vec<_> = self.devices.iter().map(|device| known.readings.get(device)).collect();
+        let mut open = BTreeMap::<u32, (i64, i64)>::new();
+        for (i, ts) in self.ts.iter().enumerate() {
+            let device = self.device(i);
+            if spans[device as usize].is_some_and(|spans| spans.contains(*ts)) {
+                let span = open.entry(device).or_insert((*ts, *ts));
+                *span = (span.0.min(*ts), span.1.max(*ts));
+            }
+        }
+        open.into_iter()
+            .map(|(device, (from, to))| {
+                let (site, device) = self.devices[device as usize].clone();
+                Question { site, device, from, to }
+            })
+            .collect()
+    }
+
+    /// Decides on every candidate. Returns those that are stored, by device and time, and the spans that
+    /// they cover.
+    pub(super) fn settle(
+        &self,
+        answers: &Answers,
+        delivered: &mut [Delivered],
+        quarantine: &mut Vec<Quarantined>,
+    ) -> (Vec<usize>, News) {
+        let mut order: Vec<usize> = (0..self.ts.len()).collect();
+        order.sort_unstable_by_key(|i| (self.device(*i), self.ts[*i], *i));
+        let answers: Vec<_> = self.devices.iter().map(|device| answers.get(device)).collect();
+        let mut stored = Vec::with_capacity(order.len());
+        let mut news = News::default();
+        let mut last: Option<usize> = None;
+        for i in order {
+            let (device, ts) = (self.device(i), self.ts[i]);
+            let earlier = last.filter(|l| self.device(*l) == device && self.ts[*l] == ts);
+            let committed = answers[device as usize].and_then(|rows| rows.get(&ts));
+            let message = &mut delivered[self.message[i] as usize];
+            let conflict = match (committed, earlier) {
+                (Some((value, quality, unit)), _) => {
+                    let unit_here = &self.slots[self.slot[i] as usize].profile.unit;
+                    let same = same(value.unwrap_or(f64::NAN), self.value[i])
+                        && quality == quality_word(self.quality[i])
+                        && unit == unit_here;
+                    (!same).then(|| format!("{} {unit} {quality} is stored", shown(value.as_ref())))
+                }
+                (None, Some(first)) => {
+                    let unit = |i: usize| self.slots[self.slot[i] as usize].unit;
+                    let equal = same(self.value[first], self.value[i])
+                        && self.quality[first] == self.quality[i]
+                        && unit(first) == unit(i);
+                    (!equal).then(|| format!("{} came first", self.value[first]))
+                }
+                (None, None) => {
+                    message.stored += 1;
+                    stored.push(i);
+                    last = Some(i);
+                    extend(&mut news, &self.devices[device as usize], ts);
+                    continue;
+                }
+            };
+            match conflict {
+                None => message.duplicates += 1,
+                Some(reason) => {
+                    message.quarantined += 1;
+                    quarantine.push(self.conflict(i, reason));
+                }
+            }
+        }
+        (stored, news)
+    }
+
+    fn conflict(&self, i: usize, reason: String) -> Quarantined {
+        let slot = &self.slots[self.slot[i] as usize];
+        let (_, device_id) = &self.devices[slot.device as usize];
+        Quarantined {
+            row: Some(i64::from(self.row[i])),
+            device_id: Some(device_id.clone()),
+            device_type: Some(slot.profile.device_type.clone()),
+            ts: Some(Timestamp::from_micros(self.ts[i]).to_string()),
+            value: (!self.value[i].is_nan()).then(|| self.value[i].to_string()),
+            unit: Some(slot.profile.unit.clone()),
+            ..Quarantined::message(self.message[i] as usize, 1, Reject::new("conflict", reason))
+        }
+    }
+}
+
+/// Grows the device's last span, or begins one where the gap is long.
+fn extend(news: &mut News, device: &(String, String), ts: i64) {
+    match news.readings.last_mut() {
+        Some((site, id, _, to)) if *site == device.0 && *id == device.1 && ts - *to <= TIME_SLACK => *to = ts,
+        _ => news.readings.push((device.0.clone(), device.1.clone(), ts, ts)),
+    }
+}
+
+fn same(a: f64, b: f64) -> bool {
+    a == b || (a.is_nan() && b.is_nan())
+}
+
+fn shown(value: Option<&f64>) -> String {
+    value.map_or_else(|| "null".to_owned(), f64::to_string)
+}
+
+fn quality_word(code: u8) -> &'static str {
+    Quality::from_code(code).unwrap_or(Quality::Bad).as_str()
+}
+
+/// The rows of `silver/sensor_readings`, ordered by device and time within a batch.
+pub(super) fn sensor_readings(
+    candidates: &Candidates,
+    stored: &[usize],
+    delivered: &[Delivered],
+    places: &Places,
+) -> anyhow::Result<Vec<RecordBatch>> {
+    let mut words = candidates.words.list.clone();
+    let mut word = |text: &str| {
+        words.push(text.to_owned());
+        i32::try_from(words.len() - 1).unwrap_or(i32::MAX)
+    };
+    let qualities = [0u8, 1, 2].map(|code| word(quality_word(code)));
+    let segments: Vec<i32> = places.segments.iter().map(|path| word(path)).collect();
+    let messages: Vec<(i32, i32)> = delivered
+        .iter()
+        .map(|d| (word(d.gateway.as_deref().unwrap_or("")), d.name.as_ref().map_or(-1, |n| word(&n.epoch))))
+        .collect();
+    let words: ArrayRef = Arc::new(StringArray::from(words));
+    stored
+        .chunks(BATCH)
+        .map(|rows| {
+            let slot = |i: &usize| &candidates.slots[candidates.slot[*i] as usize];
+            let from = |i: &usize| &delivered[candidates.message[*i] as usize];
+            let text = |keys: &mut dyn Iterator<Item = i32>| -> anyhow::Result<ArrayRef> {
+                let keys = Int32Array::from_iter(keys.map(|key| (key >= 0).then_some(key)));
+                Ok(Arc::new(DictionaryArray::<Int32Type>::try_new(keys, Arc::clone(&words))?))
+            };
+            let months = Months::of(rows.iter().map(|i| candidates.ts[*i]));
+            let ts = rows.iter().map(|i| Timestamp::from_micros(candidates.ts[*i]));
+            let value = rows.iter().map(|i| candidates.value[*i]);
+            let seq = rows.iter().map(|i| from(i).name.as_ref().map(|n| n.seq));
+            let message = |i: &usize| messages[candidates.message[*i] as usize];
+            let quality = |i: &usize| qualities[usize::from(candidates.quality[*i].min(2))];
+            let columns: Vec<ArrayRef> = vec![
+                Arc::new(instants(ts)),
+                text(&mut rows.iter().map(|i| slot(i).device_id))?,
+                text(&mut rows.iter().map(|i| slot(i).device_type))?,
+                text(&mut rows.iter().map(|i| slot(i).asset_id))?,
+                text(&mut rows.iter().map(|i| slot(i).site))?,
+                text(&mut rows.iter().map(|i| message(i).0))?,
+                Arc::new(Float64Array::from_iter(value.map(|v| (!v.is_nan()).then_some(v)))),
+                text(&mut rows.iter().map(|i| slot(i).unit))?,
+                text(&mut rows.iter().map(|i| slot(i).kind))?,
+                text(&mut rows.iter().map(quality))?,
+                Arc::new(instants(rows.iter().map(|i| from(i).received_at))),
+                text(&mut rows.iter().map(|i| message(i).1))?,
+                Arc::new(Int64Array::from_iter(seq)),
+                text(&mut rows.iter().map(|i| segments[from(i).segment]))?,
+                Arc::new(Int64Array::from(months.years)),
+                Arc::new(Int64Array::from(months.months)),
+            ];
+            let schema = Table::SensorReadings.schema();
+            let widened: Result<Vec<ArrayRef>, _> =
+                schema.fields().iter().zip(columns).map(|(f, column)| cast(&column, f.data_type())).collect();
+            Ok(RecordBatch::try_new(schema, widened?)?)
+        })
+        .collect()
+}
+
+/// Year and month of instants; the calendar is asked once a day of them.
+struct Months {
+    years: Vec<i64>,
+    months: Vec<i64>,
+}
+
+impl Months {
+    fn of(micros: impl Iterator<Item = i64>) -> Months {
+        let (mut years, mut months) = (Vec::new(), Vec::new());
+        let mut last = (i64::MIN, (0, 0));
+        for ts in micros {
+            let day = ts.div_euclid(DAY);
+            if day != last.0 {
+                last = (day, year_month(Timestamp::from_micros(ts)));
+            }
+            years.push(last.1.0);
+            months.push(last.1.1);
+        }
+        Months { years, months }
+    }
+}
+
+pub(super) fn quarantine(
+    quarantine: &[Quarantined],
+    delivered: &[Delivered],
+    places: &Places,
+) -> anyhow::Result<Vec<RecordBatch>> {
+    let from = |q: &Quarantined| &delivered[q.message];
+    let texts = |of: &dyn Fn(&Quarantined) -> Option<String>| -> ArrayRef {
+        Arc::new(StringArray::from_iter(quarantine.iter().map(of)))
+    };
+    let ints = |of: &dyn Fn(&Quarantined) -> Option<i64>| -> ArrayRef {
+        Arc::new(Int64Array::from_iter(quarantine.iter().map(of)))
+    };
+    let columns: Vec<ArrayRef> = vec![
+        Arc::new(instants(quarantine.iter().map(|q| from(q).received_at))),
+        texts(&|q| Some(from(q).topic.clone())),
+        texts(&|q| from(q).site.clone()),
+        texts(&|q| from(q).gateway.clone()),
+        texts(&|q| q.device_id.clone()),
+        texts(&|q| q.device_type.clone()),
+        texts(&|q| q.ts.clone()),
+        texts(&|q| q.value.clone()),
+        texts(&|q| q.unit.clone()),
+        texts(&|q| Some(q.reject.rule.to_owned())),
+        texts(&|q| Some(q.reject.reason.clone())),
+        texts(&|q| from(q).name.as_ref().map(|n| n.epoch.clone())),
+        texts(&|q| from(q).name.as_ref().map(|n| n.lane.clone())),
+        ints(&|q| from(q).name.as_ref().map(|n| n.seq)),
+        texts(&|q| Some(places.segments[from(q).segment].clone())),
+        ints(&|q| Some(from(q).offset)),
+        ints(&|q| q.row),
+        ints(&|q| Some(q.readings)),
+        Arc::new(TimestampMicrosecondArray::from(vec![None::<i64>; quarantine.len()]).with_timezone("UTC")),
+    ];
+    Ok(vec![RecordBatch::try_new(Table::Quarantine.schema(), columns)?])
+}
+
+pub(super) fn messages(
+    plan: i64,
+    delivered: &[Delivered],
+    places: &Places,
+) -> anyhow::Result<Vec<RecordBatch>> {
+    let rows: Vec<&Delivered> = delivered.iter().filter(|d| d.recorded).collect();
+    let texts = |of: &dyn Fn(&Delivered) -> String| -> ArrayRef {
+        Arc::new(StringArray::from_iter_values(rows.iter().map(|d| of(d))))
+    };
+    let ints = |of: &dyn Fn(&Delivered) -> i64| -> ArrayRef {
+        Arc::new(Int64Array::from_iter_values(rows.iter().map(|d| of(d))))
+    };
+    let columns: Vec<ArrayRef> = vec![
+        texts(&|d| d.site.clone().unwrap_or_default()),
+        texts(&|d| d.gateway.clone().unwrap_or_default()),
+        texts(&|d| d.name.as_ref().map_or(String::new(), |n| n.epoch.clone())),
+        texts(&|d| d.name.as_ref().map_or("json".to_owned(), |n| n.lane.clone())),
+        ints(&|d| d.name.as_ref().map_or(d.offset, |n| n.seq)),
+        ints(&|d| d.rows),
+        ints(&|d| d.rows_before),
+        ints(&|d| d.oldest),
+        Arc::new(instants(rows.iter().map(|d| d.sealed_at))),
+        texts(&|d| d.clock.clone()),
+        texts(&|d| d.hash.clone()),
+        ints(&|d| d.readings),
+        ints(&|d| d.stored),
+        ints(&|d| d.duplicates),
+        ints(&|d| d.quarantined),
+        Arc::new(BooleanArray::from_iter(rows.iter().map(|d| Some(d.redelivered)))),
+        Arc::new(instants(rows.iter().map(|d| d.received_at))),
+        texts(&|d| places.segments[d.segment].clone()),
+        ints(&|_| plan),
+    ];
+    Ok(vec![RecordBatch::try_new(Table::Messages.schema(), columns)?])
+}
+
+pub(super) fn maintenance(
+    records: &[(MaintenanceRecord, usize)],
+    delivered: &[Delivered],
+    places: &Places,
+) -> anyhow::Result<Vec<RecordBatch>> {
+    let texts = |of: &dyn Fn(&MaintenanceRecord) -> Option<String>| -> ArrayRef {
+        Arc::new(StringArray::from_iter(records.iter().map(|(record, _)| of(record))))
+    };
+    let segments = records.iter().map(|(_, at)| places.segments[delivered[*at].segment].as_str());
+    let columns: Vec<ArrayRef> = vec![
+        texts(&|r| Some(r.id.clone())),
+        texts(&|r| Some(r.site.clone())),
+        texts(&|r| Some(r.asset_id.clone())),
+        Arc::new(instants(records.iter().map(|(record, _)| record.done_at))),
+        texts(&|r| r.action.clone()),
+        texts(&|r| r.note.clone()),
+        Arc::new(instants(records.iter().map(|(_, at)| delivered[*at].received_at))),
+        Arc::new(StringArray::from_iter_values(segments)),
+    ];
+    Ok(vec![RecordBatch::try_new(Table::Maintenance.schema(), columns)?])
+}
+
+/// One row for all rules together (`all`), and one for each that something broke.
+pub(super) fn quality_results(
+    plan: i64,
+    counts: Counts,
+    quarantine: &[Quarantined],
+    delivered: &[Delivered],
+) -> anyhow::Result<Vec<RecordBatch>> {
+    if delivered.is_empty() {
+        return Ok(Vec::new());
+    }
+    let total = i64::try_from(counts.readings).unwrap_or(i64::MAX);
+    let mut failed = BTreeMap::<&str, (i64, Option<String>)>::new();
+    for q in quarantine {
+        let entry = failed.entry(q.reject.rule).or_insert((0, None));
+        entry.0 += q.readings;
+        entry.1.get_or_insert_with(|| match &q.device_id {
+            Some(device) => format!("{device}: {}", q.reject.reason),
+            None => q.reject.reason.clone(),
+        });
+    }
+    let all = i64::try_from(counts.quarantined).unwrap_or(i64::MAX);
+    let rows: Vec<(&str, (i64, Option<String>))> =
+        std::iter::once(("all", (all, None))).chain(failed).collect();
+    let n = rows.len();
+    let columns: Vec<ArrayRef> = vec![
+        Arc::new(Int64Array::from(vec![plan; n])),
+        Arc::new(StringArray::from_iter_values(rows.iter().map(|(rule, _)| rule))),
+        Arc::new(Int64Array::from_iter_values(rows.iter().map(|(_, (failed, _))| total - failed))),
+        Arc::new(Int64Array::from_iter_values(rows.iter().map(|(_, (failed, _))| *failed))),
+        Arc::new(StringArray::from_iter(rows.iter().map(|(_, (_, sample))| sample.clone()))),
+        Arc::new(instants(std::iter::repeat_n(newest(delivered), n))),
+    ];
+    Ok(vec![RecordBatch::try_new(Table::QualityResults.schema(), columns)?])
+}
+
+/// A column of instants.
+pub(super) fn instants(values: impl Iterator<Item = Timestamp>) -> TimestampMicrosecondArray {
+    TimestampMicrosecondArray::from_iter_values(values.map(Timestamp::as_micros)).with_timezone("UTC")
+}

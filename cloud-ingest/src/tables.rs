@@ -1,0 +1,474 @@
+//! The Delta tables: rows and progress in one commit.
+//!
+//! A writer loads a snapshot, compares the `txn` it finds in it with the step it is about to take, computes
+//! its rows from that snapshot, and commits *from* it. delta-rs refuses such a commit when another one with
+//! the same app id came in between ([`TablesError::Conflict`]); it does **not** refuse one from a fresh
+//! snapshot that already holds the step, so the comparison is the writer's own duty.
+//!
+//! * A commit is durable when it returns (see [`crate::store`]).
+//! * Data files: zstd level 1, DELTA_BINARY_PACKED for instants and sequence numbers.
+//! * A checkpoint is written every 100 commits, which is Delta's default.
+//! * The cost of a commit grows with the number of active files, so whoever writes a table calls
+//!   [`Tables::compact`] now and then; it changes no row (`dataChange=false`).
+
+use std::{
+    collections::BTreeMap,
+    num::NonZeroU64,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use anyhow::Context;
+use arrow::{array::RecordBatch, datatypes::DataType};
+use datafusion::{
+    catalog::MemorySchemaProvider,
+    common::TableReference as TableRef,
+    datasource::empty::EmptyTable,
+    execution::runtime_env::RuntimeEnv,
+    prelude::{SessionConfig, SessionContext},
+};
+use deltalake::{
+    DeltaTable, DeltaTableError,
+    delta_datafusion::DeltaSessionContext,
+    kernel::{
+        Action, StructType, Transaction,
+        engine::arrow_conversion::TryIntoKernel,
+        transaction::{CommitBuilder, CommitProperties, TableReference, TransactionError},
+    },
+    operations::create::CreateBuilder,
+    protocol::{DeltaOperation, SaveMode},
+    writer::{DeltaWriter, RecordBatchWriter},
+};
+use parquet::{
+    basic::{Compression, Encoding, ZstdLevel},
+    file::properties::WriterProperties,
+    schema::types::ColumnPath,
+};
+
+use crate::{lake::Table, store::Store};
+
+/// Name of the catalog, which is the database of the PostgreSQL wire.
+pub const CATALOG: &str = "tailrace";
+/// A partition with more small files than this is worth compacting.
+const SMALL_FILES: usize = 24;
+/// Files of at least this size are left alone.
+const COMPACTED_BYTES: u64 = 64 * 1024 * 1024;
+
+/// Why a commit did not happen; grouped by what the caller does next.
+#[derive(Debug, thiserror::Error)]
+pub enum TablesError {
+    /// Another writer committed first: load the newest snapshot and compare its progress again.
+    #[error("another writer changed {table} first: {reason}")]
+    Conflict {
+        /// Path of the table.
+        table: String,
+        /// What delta-rs says.
+        reason: String,
+    },
+    /// The store or the table failed: try again later, from the newest snapshot, since the commit may have
+    /// landed all the same.
+    #[error("writing {table}: {source}")]
+    Failed {
+        /// Path of the table.
+        table: String,
+        /// What failed.
+        source: anyhow::Error,
+    },
+}
+
+impl TablesError {
+    fn of(table: Table, error: DeltaTableError) -> Self {
+        let conflict = match &error {
+            DeltaTableError::VersionAlreadyExists(_) | DeltaTableError::VersionMismatch(..) => true,
+            DeltaTableError::Transaction { source } => {
+                matches!(source, TransactionError::CommitConflict(_) | TransactionError::MaxCommitAttempts(_))
+            }
+            _ => false,
+        };
+        if conflict {
+            TablesError::Conflict { table: table.path(), reason: error.to_string() }
+        } else {
+            TablesError::Failed { table: table.path(), source: error.into() }
+        }
+    }
+
+    fn failed(table: Table, source: impl Into<anyhow::Error>) -> Self {
+        TablesError::Failed { table: table.path(), source: source.into() }
+    }
+}
+
+/// All tables of a lake. Clones share the cache of snapshots.
+#[derive(Clone)]
+pub struct Tables {
+    store: Store,
+    /// The newest snapshot seen of each table, from which newer ones are loaded incrementally.
+    newest: Arc<Mutex<BTreeMap<Table, DeltaTable>>>,
+    /// Knows the store for reading.
+    runtime: Arc<RuntimeEnv>,
+}
+
+impl Tables {
+    /// The tables of the lake in `store`; none of them needs to exist.
+    ///
+    /// # Errors
+    /// When the query engine cannot be set up.
+    pub async fn open(store: &Store) -> anyhow::Result<Tables> {
+        let tables =
+            Tables { store: store.clone(), newest: Arc::default(), runtime: Arc::new(RuntimeEnv::default()) };
+        for table in Table::ALL {
+            tables.snapshot(table).await?;
+        }
+        Ok(tables)
+    }
+
+    /// The store that holds the tables.
+    pub fn store(&self) -> &Store {
+        &self.store
+    }
+
+    /// The newest snapshot of a table; `None` while it does not exist.
+    ///
+    /// # Errors
+    /// When the log cannot be read.
+    pub async fn snapshot(&self, table: Table) -> anyhow::Result<Option<DeltaTable>> {
+        let known = self.lock().get(&table).cloned();
+        let snapshot = match known {
+            Some(mut known) => {
+                known.update_state().await.with_context(|| format!("reading the log of {}", table.path()))?;
+                known
+            }
+            None => {
+                let mut found = self.store.delta(&table.path())?;
+                let exists = found.verify_deltatable_existence().await;
+                if !exists.with_context(|| format!("looking for {}", table.path()))? {
+                    return Ok(None);
+                }
+                found.load().await.with_context(|| format!("reading the log of {}", table.path()))?;
+                found
+            }
+        };
+        self.remember(table, &snapshot);
+        Ok(Some(snapshot))
+    }
+
+    /// The last version of `app` that was committed to the table at this snapshot. Reads the log since the
+    /// last checkpoint.
+    ///
+    /// # Errors
+    /// When the log cannot be read.
+    pub async fn progress(snapshot: &DeltaTable, app: &str) -> anyhow::Result<Option<i64>> {
+        let log = snapshot.log_store();
+        Ok(snapshot.snapshot()?.transaction_version(log.as_ref(), app).await?)
+    }
+
+    /// Appends rows and sets `txn` (app id and version) in one commit from `base`, which is the snapshot in
+    /// which the caller found that the step is not there yet; with `None` the table is created. Without rows,
+    /// only the progress is committed. Returns the table's new version.
+    ///
+    /// # Errors
+    /// See [`TablesError`].
+    pub async fn append(
+        &self,
+        table: Table,
+        base: Option<DeltaTable>,
+        rows: Vec<RecordBatch>,
+        txn: (&str, i64),
+    ) -> Result<i64, TablesError> {
+        let failed = |e| TablesError::of(table, e);
+        let mut base = self.base(table, base).await?;
+        let mut writer = RecordBatchWriter::for_table(&base)
+            .map_err(failed)?
+            .with_writer_properties(writer_properties(table));
+        for batch in rows.into_iter().filter(|batch| batch.num_rows() > 0) {
+            writer.write(batch).await.map_err(failed)?;
+        }
+        let actions = writer.flush().await.map_err(failed)?.into_iter().map(Action::Add).collect();
+        let partitions = table.partitions().iter().map(|name| (*name).to_owned()).collect::<Vec<_>>();
+        let operation = DeltaOperation::Write {
+            mode: SaveMode::Append,
+            partition_by: (!partitions.is_empty()).then_some(partitions),
+            predicate: None,
+        };
+        let reference = base.snapshot().map_err(failed)?.snapshot();
+        let committed = CommitBuilder::from(properties(txn))
+            .with_actions(actions)
+            .build(Some(reference as &dyn TableReference), base.log_store(), operation)
+            .await
+            .map_err(failed)?;
+        base.state = Some(committed.snapshot());
+        self.remember(table, &base);
+        Ok(version(&base))
+    }
+
+    /// Replaces the rows that match `predicate` (SQL over the table's columns; all rows with `None`) by
+    /// `rows`, which must match it too, and sets `txn`, in one commit from `base`. Returns the table's new
+    /// version.
+    ///
+    /// # Errors
+    /// See [`TablesError`].
+    pub async fn replace(
+        &self,
+        table: Table,
+        base: Option<DeltaTable>,
+        predicate: Option<&str>,
+        rows: Vec<RecordBatch>,
+        txn: (&str, i64),
+    ) -> Result<i64, TablesError> {
+        let failed = |e| TablesError::of(table, e);
+        let base = self.base(table, base).await?;
+        let rows = if rows.is_empty() { vec![RecordBatch::new_empty(table.schema())] } else { rows };
+        // One partition, so that a small replacement is one small file.
+        let one = [("datafusion.execution.target_partitions".to_owned(), "1".to_owned())].into();
+        let session = DeltaSessionContext::new_with_session_overrides(&one).map_err(failed)?;
+        base.update_datafusion_session(&session.state()).map_err(failed)?;
+        let mut write = base
+            .write(rows)
+            .with_session_state(Arc::new(session.state()))
+            .with_save_mode(SaveMode::Overwrite)
+            .with_writer_properties(writer_properties(table))
+            .with_commit_properties(properties(txn));
+        if let Some(predicate) = predicate {
+            write = write.with_replace_where(predicate);
+        }
+        let written = write.await.map_err(failed)?;
+        self.remember(table, &written);
+        Ok(version(&written))
+    }
+
+    /// Packs small files when a partition has many. Only the table's own writer calls this, between two of
+    /// its commits. Returns whether there was something to do.
+    ///
+    /// # Errors
+    /// See [`TablesError`]; leaving it undone does no harm.
+    pub async fn compact(&self, table: Table) -> Result<bool, TablesError> {
+        let failed = |e| TablesError::of(table, e);
+        let Some(snapshot) = self.snapshot(table).await.map_err(|e| TablesError::failed(table, e))? else {
+            return Ok(false);
+        };
+        let mut small = BTreeMap::<String, usize>::new();
+        for file in snapshot.snapshot().map_err(failed)?.log_data().iter() {
+            if u64::try_from(file.size()).unwrap_or(0) < COMPACTED_BYTES {
+                let path = file.path().into_owned();
+                let partition = path.rsplit_once('/').map_or(String::new(), |(folder, _)| folder.to_owned());
+                *small.entry(partition).or_default() += 1;
+            }
+        }
+        if small.values().all(|files| *files <= SMALL_FILES) {
+            return Ok(false);
+        }
+        let session = DeltaSessionContext::default();
+        snapshot.update_datafusion_session(&session.state()).map_err(failed)?;
+        let (compacted, metrics) = snapshot
+            .optimize()
+            .with_session_state(Arc::new(session.state()))
+            .with_target_size(NonZeroU64::new(2 * COMPACTED_BYTES).expect("not zero"))
+            .with_writer_properties(writer_properties(table))
+            .await
+            .map_err(failed)?;
+        tracing::debug!(
+            table = table.path(),
+            removed = metrics.num_files_removed,
+            added = metrics.num_files_added,
+            "compacted"
+        );
+        self.remember(table, &compacted);
+        Ok(true)
+    }
+
+    /// A session with every table at its newest snapshot as `silver.x`, `gold.x`, `ops.x`; one that does not
+    /// exist yet is there, empty.
+    ///
+    /// # Errors
+    /// When a log cannot be read.
+    pub async fn session(&self) -> anyhow::Result<SessionContext> {
+        let mut snapshots = Vec::with_capacity(Table::ALL.len());
+        for table in Table::ALL {
+            snapshots.push((table, self.snapshot(table).await?));
+        }
+        self.session_of(snapshots).await
+    }
+
+    /// A session with these tables at these snapshots.
+    ///
+    /// # Errors
+    /// When a snapshot cannot be read.
+    pub async fn session_of(
+        &self,
+        snapshots: Vec<(Table, Option<DeltaTable>)>,
+    ) -> anyhow::Result<SessionContext> {
+        let mut config = SessionConfig::new()
+            .with_default_catalog_and_schema(CATALOG, "public")
+            .with_information_schema(true)
+            .set_bool("datafusion.execution.parquet.schema_force_view_types", false)
+            .set_bool("datafusion.execution.parquet.pushdown_filters", true);
+        config.options_mut().execution.time_zone = Some("+00:00".into());
+        let context = SessionContext::new_with_config_rt(config, Arc::clone(&self.runtime));
+        let state = Arc::new(context.state());
+        let catalog = context.catalog(CATALOG).context("the session's own catalog")?;
+        for layer in ["silver", "gold", "ops"] {
+            catalog.register_schema(layer, Arc::new(MemorySchemaProvider::new()))?;
+        }
+        for (table, snapshot) in snapshots {
+            let name = TableRef::partial(table.layer(), table.name());
+            match snapshot {
+                Some(snapshot) => {
+                    snapshot.update_datafusion_session(state.as_ref())?;
+                    let provider = snapshot.table_provider().with_session(Arc::clone(&state)).await?;
+                    context.register_table(name, provider)?;
+                }
+                None => {
+                    context.register_table(name, Arc::new(EmptyTable::new(table.schema())))?;
+                }
+            }
+        }
+        Ok(context)
+    }
+
+    async fn base(&self, table: Table, base: Option<DeltaTable>) -> Result<DeltaTable, TablesError> {
+        match base {
+            Some(base) => Ok(base),
+            None => self.create(table).await,
+        }
+    }
+
+    async fn create(&self, table: Table) -> Result<DeltaTable, TablesError> {
+        let location = self.store.delta(&table.path()).map_err(|e| TablesError::failed(table, e))?;
+        let schema: StructType =
+            table.schema().as_ref().try_into_kernel().map_err(|e| TablesError::failed(table, e))?;
+        let created = CreateBuilder::new()
+            .with_log_store(location.log_store())
+            .with_table_name(table.name())
+            .with_columns(schema.fields().cloned())
+            .with_partition_columns(table.partitions().iter().copied())
+            .await;
+        let created = match created {
+            Ok(created) => created,
+            Err(e) if location.verify_deltatable_existence().await.unwrap_or(false) => {
+                return Err(TablesError::Conflict { table: table.path(), reason: e.to_string() });
+            }
+            Err(e) => return Err(TablesError::of(table, e)),
+        };
+        self.remember(table, &created);
+        Ok(created)
+    }
+
+    /// Keeps a snapshot unless a newer one is there.
+    fn remember(&self, table: Table, snapshot: &DeltaTable) {
+        let mut newest = self.lock();
+        if newest.get(&table).is_none_or(|known| known.version() < snapshot.version()) {
+            newest.insert(table, snapshot.clone());
+        }
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<Table, DeltaTable>> {
+        self.newest.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn version(table: &DeltaTable) -> i64 {
+    table.version().and_then(|v| i64::try_from(v).ok()).unwrap_or(0)
+}
+
+fn properties((app, version): (&str, i64)) -> CommitProperties {
+    CommitProperties::default().with_application_transaction(Transaction::new(app, version))
+}
+
+fn writer_properties(table: Table) -> WriterProperties {
+    let level = ZstdLevel::try_new(1).expect("1 is a level of zstd");
+    let mut builder = WriterProperties::builder().set_compression(Compression::ZSTD(level));
+    for field in table.schema().fields() {
+        let packed = matches!(field.data_type(), DataType::Timestamp(..)) || field.name() == "seq";
+        if packed {
+            let column = ColumnPath::from(field.name().as_str());
+            builder = builder
+                .set_column_dictionary_enabled(column.clone(), false)
+                .set_column_encoding(column, Encoding::DELTA_BINARY_PACKED);
+        }
+    }
+    builder.build()
+}
+
+#[cfg(test)]
+mod tests {
+    use arrow::{
+        array::{AsArray, Int64Array, StringArray, TimestampMicrosecondArray},
+        datatypes::Int64Type,
+    };
+
+    use super::*;
+
+    const TABLE: Table = Table::QualityResults;
+
+    fn rows(plan: i64, rules: &[&str]) -> Vec<RecordBatch> {
+        let n = rules.len();
+        let columns: Vec<arrow::array::ArrayRef> = vec![
+            Arc::new(Int64Array::from(vec![plan; n])),
+            Arc::new(StringArray::from(rules.to_vec())),
+            Arc::new(Int64Array::from(vec![1; n])),
+            Arc::new(Int64Array::from(vec![2; n])),
+            Arc::new(StringArray::from(vec![None::<&str>; n])),
+            Arc::new(TimestampMicrosecondArray::from(vec![7; n]).with_timezone("UTC")),
+        ];
+        vec![RecordBatch::try_new(TABLE.schema(), columns).unwrap()]
+    }
+
+    async fn count(tables: &Tables, sql: &str) -> i64 {
+        let batches = tables.session().await.unwrap().sql(sql).await.unwrap().collect().await.unwrap();
+        batches[0].column(0).as_primitive::<Int64Type>().value(0)
+    }
+
+    async fn check(store: &Store) {
+        let tables = Tables::open(store).await.unwrap();
+        assert!(tables.snapshot(TABLE).await.unwrap().is_none());
+        let all = "select count(*) from ops.quality_results";
+        assert_eq!(count(&tables, all).await, 0);
+
+        tables.append(TABLE, None, rows(1, &["a", "b"]), ("refine", 1)).await.unwrap();
+        let first = tables.snapshot(TABLE).await.unwrap().unwrap();
+        assert_eq!(Tables::progress(&first, "refine").await.unwrap(), Some(1));
+        assert_eq!(Tables::progress(&first, "other").await.unwrap(), None);
+
+        // Progress without rows, and a writer that does not know of it.
+        tables.append(TABLE, Some(first.clone()), vec![], ("refine", 2)).await.unwrap();
+        let stale = tables.append(TABLE, Some(first.clone()), rows(2, &["c"]), ("refine", 2)).await;
+        assert!(matches!(stale, Err(TablesError::Conflict { .. })), "{stale:?}");
+        let created = tables.append(TABLE, None, rows(2, &["c"]), ("refine", 2)).await;
+        assert!(matches!(created, Err(TablesError::Conflict { .. })), "{created:?}");
+        assert_eq!(count(&tables, all).await, 2);
+
+        // Replace what matches, in one commit with the progress.
+        let base = tables.snapshot(TABLE).await.unwrap();
+        tables.replace(TABLE, base, Some("rule = 'b'"), rows(9, &["b"]), ("refine", 3)).await.unwrap();
+        assert_eq!(count(&tables, &format!("{all} where rule = 'b' and plan = 9")).await, 1);
+        assert_eq!(count(&tables, all).await, 2);
+        let base = tables.snapshot(TABLE).await.unwrap();
+        tables.replace(TABLE, base, Some("rule = 'b'"), vec![], ("refine", 4)).await.unwrap();
+        assert_eq!(count(&tables, all).await, 1);
+
+        // Many small files become few, and nothing else changes.
+        for n in 5..40 {
+            let base = tables.snapshot(TABLE).await.unwrap();
+            tables.append(TABLE, base, rows(n, &["x"]), ("refine", n)).await.unwrap();
+        }
+        assert!(tables.compact(TABLE).await.unwrap());
+        assert!(!tables.compact(TABLE).await.unwrap());
+        let compacted = tables.snapshot(TABLE).await.unwrap().unwrap();
+        assert_eq!(compacted.snapshot().unwrap().log_data().num_files(), 1);
+        assert_eq!(Tables::progress(&compacted, "refine").await.unwrap(), Some(39));
+        assert_eq!(count(&tables, all).await, 36);
+        if store.url().scheme() == "file" {
+            let reopened = Tables::open(&Store::open(store.url().as_str()).unwrap()).await.unwrap();
+            assert_eq!(count(&reopened, all).await, 36);
+        }
+    }
+
+    #[tokio::test]
+    async fn memory() {
+        check(&Store::open("memory:///").unwrap()).await;
+    }
+
+    #[tokio::test]
+    async fn local_files() {
+        let folder = tempfile::tempdir().unwrap();
+        check(&Store::open(folder.path().to_str().unwrap()).unwrap()).await;
+    }
+}

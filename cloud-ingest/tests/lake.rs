@@ -1,0 +1,307 @@
+//! From messages to silver, in one process, without a broker: whatever happens on the way, the same rows.
+
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use arrow::{
+    array::{ArrayRef, DictionaryArray, Float64Array, RecordBatch, TimestampMicrosecondArray, UInt8Array},
+    datatypes::Int32Type,
+    util::pretty::pretty_format_batches,
+};
+use cloud_ingest::{
+    bronze::{self, Bronze, Limits, Message},
+    ingest,
+    lake::{SegmentName, Table},
+    metrics::Metrics,
+    plan,
+    quality::Rules,
+    refine::{self, Outcome, Refiner},
+    silver::{COMMIT_ORDER, Counts},
+    store::Store,
+    subscribe::{AckToken, Inbox},
+    tables::Tables,
+};
+use common::{
+    time::{Clock, SystemClock, Timestamp},
+    wire::{self, ClockState, Identity, Lane},
+};
+use tokio::sync::{mpsc, watch};
+use uuid::Uuid;
+
+const ROOT: &str = "tailrace/v1";
+const LIMITS: plan::Limits = plan::Limits { segments: 4, bytes: 1 << 20 };
+
+fn now() -> Timestamp {
+    "2026-03-01T06:30:00Z".parse().unwrap()
+}
+
+fn at(seconds: u64) -> Timestamp {
+    now() - Duration::from_secs(1_000) + Duration::from_secs(seconds)
+}
+
+fn message(topic: &str, payload: impl Into<bytes::Bytes>, identity: Option<Identity>) -> Message {
+    Message {
+        received_at: now(),
+        topic: format!("{ROOT}/{topic}"),
+        payload: payload.into(),
+        content_type: None,
+        qos: 1,
+        dup: false,
+        gateway: Some(("plant".into(), "gw".into())),
+        identity,
+    }
+}
+
+/// A message of lane `readings`: (second, device, value in °F).
+fn readings(seq: u64, rows: &[(u64, &str, f64)]) -> Message {
+    let identity = Identity {
+        v: 1,
+        epoch: Uuid::from_u128(7),
+        lane: Lane::Readings,
+        seq,
+        rows: rows.len() as u64,
+        rows_before: 0,
+        oldest: 0,
+        sealed_at: now(),
+        clock: ClockState::Synced,
+    };
+    let word = |word: &'static str| -> ArrayRef {
+        Arc::new(rows.iter().map(|_| word).collect::<DictionaryArray<Int32Type>>())
+    };
+    let ts = rows.iter().map(|(second, ..)| at(*second).as_micros());
+    let columns: Vec<ArrayRef> = vec![
+        Arc::new(TimestampMicrosecondArray::from_iter_values(ts).with_timezone("UTC")),
+        Arc::new(rows.iter().map(|(_, device, _)| *device).collect::<DictionaryArray<Int32Type>>()),
+        word("temperature"),
+        word("pump-01"),
+        word("[degF]"),
+        word("gauge"),
+        Arc::new(Float64Array::from_iter_values(rows.iter().map(|(.., value)| *value))),
+        Arc::new(UInt8Array::from(vec![0; rows.len()])),
+    ];
+    let batch = RecordBatch::try_new(wire::schema(Lane::Readings), columns).unwrap();
+    message("plant/gw/readings", wire::encode(&batch, &identity).unwrap(), Some(identity))
+}
+
+/// Puts messages as segment `number` of one writer.
+async fn put(store: &Store, number: u64, messages: &[Message]) {
+    let name = SegmentName { hour: now().hour(), writer: Uuid::from_u128(1), number };
+    let bytes = bronze::encode(&bronze::rows(messages).unwrap()).unwrap();
+    bronze::put(store.objects().as_ref(), &name, bytes.into()).await.unwrap();
+}
+
+fn refiner(store: &Store, tables: &Tables) -> Refiner {
+    let rules = Rules::new(ROOT, &[], Duration::from_secs(300), &BTreeMap::new(), &BTreeMap::new());
+    Refiner::new(store, tables, rules, LIMITS, Metrics::default())
+}
+
+async fn refine_all(refiner: &mut Refiner) -> Counts {
+    let mut sum = Counts::default();
+    while let Outcome::Refined(c) = refiner.step(now(), true).await.unwrap() {
+        sum.messages += c.messages;
+        sum.redelivered_messages += c.redelivered_messages;
+        sum.readings += c.readings;
+        sum.stored += c.stored;
+        sum.duplicates += c.duplicates;
+        sum.quarantined += c.quarantined;
+    }
+    sum
+}
+
+async fn ask(tables: &Tables, sql: &str) -> String {
+    let session = tables.session().await.unwrap();
+    let rows = session.sql(sql).await.unwrap().collect().await.unwrap();
+    pretty_format_batches(&rows).unwrap().to_string()
+}
+
+/// Every row of every table that the refiner writes.
+async fn everything(tables: &Tables) -> String {
+    let mut all = String::new();
+    for table in COMMIT_ORDER {
+        let columns: Vec<String> =
+            table.schema().fields().iter().map(|f| format!("\"{}\"", f.name())).collect();
+        let columns = columns.join(", ");
+        let sql = format!("select {columns} from {}.{} order by {columns}", table.layer(), table.name());
+        all += &format!("{}\n{}\n", table.path(), ask(tables, &sql).await);
+    }
+    all
+}
+
+/// Segments with everything that can go wrong in them.
+async fn fill(store: &Store) {
+    let one = readings(0, &[(0, "a", 212.0), (1, "a", 213.0), (0, "b", 32.0)]);
+    // Another payload under a name that was used before.
+    let mut twice = readings(0, &[(0, "a", 214.0), (60, "a", 50.0)]);
+    twice.received_at = now() + Duration::from_secs(1);
+    let mut poison = readings(3, &[(5, "a", 1.0); 4]);
+    poison.payload = poison.payload.slice(..poison.payload.len() / 2);
+    let json = br#"[{"device_id":"j","timestamp":1772346000,"value":20.5,"device_type":"temperature"},
+                    {"device_id":"j","timestamp":1772346000,"value":20.5,"device_type":"temperature"},
+                    {"device_id":"j","timestamp":"never","value":1}]"#;
+    let status = format!(
+        r#"{{"v":1,"online":true,"at":"{}","epoch":"{}","version":"0.1.0","lanes":[]}}"#,
+        now(),
+        Uuid::from_u128(7)
+    );
+    let work = format!(r#"{{"id":"w1","site":"plant","asset_id":"pump-01","done_at":"{}"}}"#, now());
+    put(store, 0, &[one.clone(), readings(1, &[(2, "a", 214.0), (3, "a", 9_999.0)])]).await;
+    put(store, 1, &[one.clone(), message("plant/gw/json", &json[..], None)]).await;
+    put(store, 2, &[readings(2, &[(1, "a", 213.0), (2, "a", 215.0), (900, "a", 70.0)]), poison]).await;
+    put(store, 3, &[twice, message("plant/gw/status", status, None), message("elsewhere", "?", None)]).await;
+    put(store, 4, &[message("_cloud/maintenance", work, None), readings(4, &[(4, "a", 71.0)]), one]).await;
+}
+
+#[tokio::test]
+async fn every_reading_is_accounted_for() {
+    let store = Store::open("memory:///").unwrap();
+    let tables = Tables::open(&store).await.unwrap();
+    fill(&store).await;
+    let counts = refine_all(&mut refiner(&store, &tables)).await;
+    let expected = Counts {
+        messages: 12,
+        redelivered_messages: 3,
+        readings: 24,
+        // a: 0 1 2 900 60 4, b: 0, j: 1
+        stored: 8,
+        // 2 × 3 redelivered, one of j, one of seq 2
+        duplicates: 8,
+        // out of range 1, undecodable 4, conflicts 2, j without a time 1
+        quarantined: 8,
+    };
+    assert_eq!(counts, expected);
+    let sum = "select sum(readings), sum(stored), sum(duplicates), sum(quarantined), \
+               sum(cast(readings <> stored + duplicates + quarantined as bigint)) u from silver.messages";
+    assert!(ask(&tables, sum).await.contains("| 24 "), "{}", ask(&tables, sum).await);
+    let values = "select device_id, value, unit, quality, year, month from silver.sensor_readings \
+                  where device_id in ('a', 'b') order by device_id, ts limit 2";
+    let text = ask(&tables, values).await;
+    assert!(text.contains("| a         | 100.0") && text.contains("| Cel  | good    | 2026 | 3 "), "{text}");
+    let rules =
+        ask(&tables, "select rule, sum(readings) n from silver.quarantine group by rule order by 1").await;
+    for part in [
+        "| conflict         | 2 |",
+        "| payload          | 4 |",
+        "| range            | 1 |",
+        "| topic            | 0 |",
+    ] {
+        assert!(rules.contains(part), "{part}\n{rules}");
+    }
+    let doubles = "select count(*) n from (select 1 from silver.sensor_readings \
+                   group by site, device_id, ts having count(*) > 1)";
+    assert!(ask(&tables, doubles).await.contains("| 0 |"));
+    let schema = tables.session().await.unwrap().table("silver.sensor_readings").await.unwrap();
+    for (got, wanted) in schema.schema().fields().iter().zip(Table::SensorReadings.schema().fields()) {
+        assert_eq!((got.name(), got.data_type()), (wanted.name(), wanted.data_type()));
+    }
+}
+
+#[tokio::test]
+async fn a_power_cut_between_any_two_commits_changes_nothing() {
+    let straight = {
+        let store = Store::open("memory:///").unwrap();
+        let tables = Tables::open(&store).await.unwrap();
+        fill(&store).await;
+        refine_all(&mut refiner(&store, &tables)).await;
+        everything(&tables).await
+    };
+    for cut in COMMIT_ORDER {
+        let store = Store::open("memory:///").unwrap();
+        let mut tables = Tables::open(&store).await.unwrap();
+        fill(&store).await;
+        // Each life of the refiner ends at its first commit to `cut`, then one lives on for one plan.
+        for life in 0..8 {
+            let mut refiner = refiner(&store, &tables);
+            if life % 2 == 0 {
+                let died = Arc::new(AtomicBool::new(false));
+                let dying = Arc::clone(&died);
+                refiner.before_commit(Arc::new(move |table| {
+                    dying.store(dying.load(Ordering::Relaxed) || table == cut, Ordering::Relaxed);
+                    anyhow::ensure!(table != cut, "the power is gone");
+                    Ok(())
+                }));
+                let step = refiner.step(now(), true).await;
+                assert_eq!(step.is_err(), died.load(Ordering::Relaxed));
+            } else {
+                refiner.step(now(), true).await.unwrap();
+            }
+            tables = Tables::open(&store).await.unwrap();
+        }
+        assert_eq!(everything(&tables).await, straight, "cut before {}", cut.path());
+    }
+}
+
+#[tokio::test]
+async fn two_refiners_do_no_harm() {
+    let store = Store::open("memory:///").unwrap();
+    let tables = Tables::open(&store).await.unwrap();
+    fill(&store).await;
+    let others = Tables::open(&store).await.unwrap();
+    let (mut a, mut b) = (refiner(&store, &tables), refiner(&store, &others));
+    for _ in 0..6 {
+        // Whoever loses begins anew from what the other has done.
+        let _ = tokio::join!(a.step(now(), true), b.step(now(), true));
+    }
+    let alone = {
+        let store = Store::open("memory:///").unwrap();
+        let tables = Tables::open(&store).await.unwrap();
+        fill(&store).await;
+        refine_all(&mut refiner(&store, &tables)).await;
+        everything(&tables).await
+    };
+    assert_eq!(everything(&tables).await, alone);
+}
+
+#[tokio::test]
+async fn from_the_inbox_to_silver_and_a_clean_stop() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = Store::open(folder.path().to_str().unwrap()).unwrap();
+    let tables = Tables::open(&store).await.unwrap();
+    let clock: Arc<dyn Clock> = Arc::new(SystemClock);
+    let (inbound, received) = mpsc::channel(8);
+    let (durable, mut acknowledge) = mpsc::channel::<cloud_ingest::subscribe::Durable>(4);
+    let (progress, segments) = watch::channel(0);
+    let (refined, _) = watch::channel(0);
+    let limits = Limits { max_age: Duration::from_millis(20), max_bytes: 1 << 20, max_messages: 4 };
+    let inbox = Inbox::new(&inbound, Arc::clone(&clock));
+    let writing = tokio::spawn(ingest::run(
+        Bronze::new(Uuid::from_u128(9), limits),
+        store.clone(),
+        Arc::clone(&clock),
+        received,
+        durable,
+        progress,
+        Metrics::default(),
+    ));
+    let refining = tokio::spawn(refine::run(
+        refiner(&store, &tables),
+        clock,
+        segments,
+        Duration::from_secs(60),
+        refined,
+    ));
+    tokio::spawn(async move {
+        while let Some(durable) = acknowledge.recv().await {
+            for token in durable.tokens {
+                if let AckToken::Local(told) = token {
+                    told.send(()).unwrap();
+                }
+            }
+        }
+    });
+    for n in 0..20 {
+        let json = format!(r#"{{"device_id":"x","timestamp":{},"value":{n}}}"#, 1_772_344_800 + n);
+        inbox.submit(format!("{ROOT}/plant/other/json"), json.into()).await.unwrap();
+    }
+    drop(inbound);
+    writing.await.unwrap();
+    refining.await.unwrap();
+    let count = ask(&tables, "select count(*) n, count(distinct ts) d from silver.sensor_readings").await;
+    assert!(count.contains("| 20 | 20 |"), "{count}");
+    assert!(inbox.submit("x".into(), "{}".into()).await.is_err(), "nobody is there any more");
+}

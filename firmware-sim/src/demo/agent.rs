@@ -81,7 +81,7 @@ pub(super) fn install_model(home: &Path) -> anyhow::Result<()> {
 pub(super) async fn run(options: Options, mut orders: mpsc::Receiver<Order>) -> anyhow::Result<()> {
     let settings = Settings::load(Some(&options.config))?;
     let plant = Arc::new(Plant::demo(options.anchor, options.gateway as u64)?);
-    let buses = settings.i2c.len() + settings.spi.len();
+    let buses = settings.sources.len();
     let clock = SimClock::new(options.anchor, buses);
     let of_chips = clock.clone();
     let time = SimTime::new(move || of_chips.now());

@@ -11,10 +11,11 @@
 //! | inbound | `mqtt.inflight` messages | the store is slow; then the broker waits | subscribe, at the stop |
 //! | durable | 4 segments | the broker is slow | ingest, once it has flushed |
 //! | progress | the newest count | never | ingest, once it has flushed |
+//! | silver | the newest plan | never | refine, once all of bronze is in silver |
 //!
 //! Only subscribe and serve see the stop signal. Subscribe takes no more messages; ingest flushes; subscribe
 //! acknowledges what that made durable and says farewell; refine carries on until everything in bronze is in
-//! silver. Without the role `ingest`, refine follows the stop signal itself.
+//! silver, and gold takes a last step. Without the role `ingest`, refine follows the stop signal itself.
 
 use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, sync::Arc};
 
@@ -29,12 +30,14 @@ use uuid::Uuid;
 use crate::{
     bronze::{self, Bronze},
     decode::maintenance_topic,
+    gold::{self, GoldSettings},
     ingest,
+    ledger::LedgerTable,
     metrics::Metrics,
     plan,
     quality::Rules,
     refine::{self, Refiner},
-    serve::{self, Control, MaintenanceSink, ServeSettings, live},
+    serve::{self, AuditSource, Control, MaintenanceSink, ServeSettings, live},
     settings::{Role, Settings},
     store::Store,
     subscribe::{self, Inbox, Subscription},
@@ -70,15 +73,18 @@ pub async fn run(
     };
     if settings.has(Role::Refine) {
         let refiner = Refiner::new(&store, &tables, rules(&settings), limits(&settings), metrics);
-        let (clock, interval) = (Arc::clone(&clock), settings.refine.interval);
+        let (refined, silver) = watch::channel(0);
+        let (of_refine, interval) = (Arc::clone(&clock), settings.refine.interval);
         stages.spawn(async move {
-            let (refined, _) = watch::channel(0);
-            refine::run(refiner, clock, progress, interval, refined).await;
+            refine::run(refiner, of_refine, progress, interval, refined).await;
             Ok(())
         });
+        let how = GoldSettings { interval: settings.gold.interval, hold: settings.gold.hold };
+        stages.spawn(gold::run(tables.clone(), how, Arc::clone(&clock), silver));
     }
     if settings.has(Role::Serve) {
         let parts = serve::Parts {
+            audit: audit(&tables, &clock),
             tables,
             clock,
             metrics: Arc::new(registry),
@@ -159,6 +165,14 @@ fn closed_at(stages: &mut JoinSet<anyhow::Result<()>>, stop: &watch::Receiver<bo
         Ok(())
     });
     segments
+}
+
+fn audit(tables: &Tables, clock: &Arc<dyn Clock>) -> AuditSource {
+    let ledger = Arc::new(LedgerTable::new(tables.clone(), Arc::clone(clock)));
+    Arc::new(move || {
+        let ledger = Arc::clone(&ledger);
+        Box::pin(async move { Ok(serde_json::to_value(ledger.audit().await?.as_ref())?) })
+    })
 }
 
 fn maintenance(inbox: Option<Inbox>, root: &str) -> MaintenanceSink {

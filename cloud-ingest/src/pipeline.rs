@@ -32,12 +32,11 @@ use crate::{
     decode::maintenance_topic,
     gold::{self, GoldSettings},
     ingest,
-    ledger::LedgerTable,
     metrics::Metrics,
     plan,
     quality::Rules,
     refine::{self, Refiner},
-    serve::{self, AuditSource, Control, MaintenanceSink, ServeSettings, live},
+    serve::{self, Control, MaintenanceSink, ServeSettings, live},
     settings::{Role, Settings},
     store::Store,
     subscribe::{self, Inbox, Subscription},
@@ -84,7 +83,6 @@ pub async fn run(
     }
     if settings.has(Role::Serve) {
         let parts = serve::Parts {
-            audit: audit(&tables, &clock),
             tables,
             clock,
             metrics: Arc::new(registry),
@@ -165,14 +163,6 @@ fn closed_at(stages: &mut JoinSet<anyhow::Result<()>>, stop: &watch::Receiver<bo
         Ok(())
     });
     segments
-}
-
-fn audit(tables: &Tables, clock: &Arc<dyn Clock>) -> AuditSource {
-    let ledger = Arc::new(LedgerTable::new(tables.clone(), Arc::clone(clock)));
-    Arc::new(move || {
-        let ledger = Arc::clone(&ledger);
-        Box::pin(async move { Ok(serde_json::to_value(ledger.audit().await?.as_ref())?) })
-    })
 }
 
 fn maintenance(inbox: Option<Inbox>, root: &str) -> MaintenanceSink {

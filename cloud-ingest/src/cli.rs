@@ -19,6 +19,9 @@ use crate::{
     tables::Tables,
 };
 
+/// What is logged unless `TAILRACE_LOG` says otherwise: the libraries below Delta tell of every snapshot at INFO.
+pub const LOG_FILTER: &str = "info,buoyant_kernel=warn,deltalake_core=warn,datafusion=warn";
+
 /// Keeps a bronze, silver and gold lake of factory sensor data and serves it by SQL.
 #[derive(Debug, Parser)]
 #[command(name = "cloud-ingest", version)]
@@ -55,7 +58,7 @@ enum Command {
 
 /// Runs a command line.
 pub async fn main(cli: Cli) -> ExitCode {
-    telemetry::init_logs("info,deltalake_core=warn,delta_kernel=warn,datafusion=warn");
+    telemetry::init_logs(LOG_FILTER);
     let settings = match Settings::load(cli.config.as_deref()) {
         Ok(settings) => settings,
         Err(mistakes) => {

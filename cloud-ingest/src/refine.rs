@@ -449,7 +449,7 @@ impl Refiner {
                 // The version has moved on; the progress is read again at the next commit.
                 Ok(true) => drop(state.progress.remove(&table)),
                 Err(TablesError::Conflict { table, reason }) => {
-                    tracing::info!(table, reason, "not compacted")
+                    tracing::info!(table, reason, "not compacted");
                 }
                 Err(e) => tracing::warn!(error = %e, "not compacted"),
             }

@@ -1,4 +1,5 @@
 //! From messages to silver, in one process, without a broker: whatever happens on the way, the same rows.
+#![expect(clippy::unwrap_used, reason = "helpers of tests are tests too")]
 
 use std::{
     collections::BTreeMap,

@@ -101,6 +101,9 @@ struct Slot {
     kind: i32,
 }
 
+/// The keys of a row's words in its message, and the slot that they lead to.
+type Resolved = ([i32; 5], Result<u32, Reject>);
+
 /// Readings that have passed the rules, in columns.
 #[derive(Debug, Default)]
 pub(super) struct Candidates {
@@ -149,7 +152,7 @@ impl Candidates {
         let quality = batch.column(7).as_primitive::<UInt8Type>();
         let site = message.site.clone().unwrap_or_default();
         // By the device's key in this message: the keys of its other words, and the slot they lead to.
-        let mut cache: Vec<Option<([i32; 5], Result<u32, Reject>)>> = vec![None; values[0].len()];
+        let mut cache: Vec<Option<Resolved>> = vec![None; values[0].len()];
         for row in 0..batch.num_rows() {
             let keys = words.map(|column| column.keys().value(row));
             let cached = usize::try_from(keys[0]).ok().and_then(|key| cache.get_mut(key));

@@ -179,10 +179,11 @@ pub(super) async fn hours_in(
     Ok(hours)
 }
 
+/// A snapshot by the name under which it is asked, and the files of it that are read; `None` for all.
+pub(crate) type Scanned<'a> = (&'a str, Option<&'a DeltaTable>, Option<&'a [String]>);
+
 /// A session over these snapshots, or some files of them. A table that does not exist is not registered.
-pub(crate) async fn context(
-    tables: &[(&str, Option<&DeltaTable>, Option<&[String]>)],
-) -> anyhow::Result<SessionContext> {
+pub(crate) async fn context(tables: &[Scanned<'_>]) -> anyhow::Result<SessionContext> {
     let mut config = SessionConfig::new()
         .set_bool("datafusion.execution.parquet.schema_force_view_types", false)
         .set_bool("datafusion.execution.parquet.pushdown_filters", true);

@@ -136,11 +136,11 @@ fn moments_bad(samples: &[Sample], windows: &[&Window]) -> i64 {
 
 /// The first and the last value that is not bad, of readings and windows together.
 fn ends(samples: &[Sample], windows: &[&Window]) -> (Option<f64>, Option<f64>) {
-    let values = samples.iter().filter(|s| s.usable()).map(|s| (s.ts, s.value));
+    let mut values = samples.iter().filter(|s| s.usable()).map(|s| (s.ts, s.value));
     let firsts = windows.iter().filter_map(|w| Some((w.covered.start, w.first?)));
     let lasts = windows.iter().filter_map(|w| Some((w.covered.end, w.last?)));
     let first = values.clone().next().into_iter().chain(firsts).min_by_key(|(ts, _)| *ts);
-    let last = values.last().into_iter().chain(lasts).max_by_key(|(ts, _)| *ts);
+    let last = values.next_back().into_iter().chain(lasts).max_by_key(|(ts, _)| *ts);
     (first.map(|(_, v)| v), last.map(|(_, v)| v))
 }
 

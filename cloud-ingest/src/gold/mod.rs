@@ -99,7 +99,7 @@ pub async fn run(
         match done {
             Ok(done) => tracing::debug!(?done, "gold is up to date"),
             Err(error) if open => {
-                tracing::warn!(error = format!("{error:#}"), "gold stays behind; trying again")
+                tracing::warn!(error = format!("{error:#}"), "gold stays behind; trying again");
             }
             Err(error) => return Err(error.context("last step of gold")),
         }

@@ -353,7 +353,7 @@ async fn a_thousand_messages_a_second() {
     eprintln!("{rate:.0} messages/s");
     stop.send(true).unwrap();
     running.await.unwrap().unwrap();
-    eventually("all of them arrive", || seen.names().len() > 5000).await;
+    eventually("all of them arrive", || seen.names().len() == 5000).await;
     // Far below what it does, since tests share the machine; the figure stands in the output.
     assert!(rate > 300.0, "{rate:.0} messages/s");
 }

@@ -4,12 +4,15 @@ use std::{path::PathBuf, process::ExitCode, sync::Arc};
 
 use anyhow::Context;
 use clap::{Parser, Subcommand};
-use common::{telemetry, time::SystemClock};
+use common::{
+    telemetry,
+    time::{Clock, SystemClock},
+};
 use datafusion::execution::context::SQLOptions;
 use tokio::sync::watch;
 
 use crate::{
-    pipeline,
+    ledger, pipeline,
     serve::functions,
     settings::{Role, Settings},
     store::Store,
@@ -42,6 +45,12 @@ enum Command {
         /// Such as "select count(*) from silver.sensor_readings".
         sql: String,
     },
+    /// Account for every reading; exit 1 unless every lane balances.
+    Audit {
+        /// As one JSON object.
+        #[arg(long)]
+        json: bool,
+    },
 }
 
 /// Runs a command line.
@@ -55,12 +64,14 @@ pub async fn main(cli: Cli) -> ExitCode {
         }
     };
     let done = match cli.command {
-        Command::Run { roles } => run(settings, roles).await,
-        Command::Check => check(&settings).await,
-        Command::Query { sql } => query(&settings, &sql).await,
+        Command::Run { roles } => run(settings, roles).await.map(|()| true),
+        Command::Check => check(&settings).await.map(|()| true),
+        Command::Query { sql } => query(&settings, &sql).await.map(|()| true),
+        Command::Audit { json } => audit(&settings, json).await,
     };
     match done {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Ok(true) => ExitCode::SUCCESS,
         Err(e) => {
             eprintln!("{e:#}");
             ExitCode::FAILURE
@@ -92,6 +103,17 @@ async fn check(settings: &Settings) -> anyhow::Result<()> {
     Tables::open(&store).await.with_context(|| format!("opening the lake {}", store.url()))?;
     println!("the configuration is good; rules {}", pipeline::rules(settings).hash());
     Ok(())
+}
+
+/// Whether everything balances.
+async fn audit(settings: &Settings, json: bool) -> anyhow::Result<bool> {
+    let audit = ledger::audit_lake(&settings.store.url, SystemClock.now()).await?;
+    if json {
+        println!("{}", serde_json::to_string(&audit)?);
+    } else {
+        println!("{audit}");
+    }
+    Ok(audit.balances())
 }
 
 async fn query(settings: &Settings, sql: &str) -> anyhow::Result<()> {

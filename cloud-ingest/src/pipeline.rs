@@ -11,10 +11,11 @@
 //! | inbound | `mqtt.inflight` messages | the store is slow; then the broker waits | subscribe, at the stop |
 //! | durable | 4 segments | the broker is slow | ingest, once it has flushed |
 //! | progress | the newest count | never | ingest, once it has flushed |
+//! | silver | the newest plan | never | refine, once all of bronze is in silver |
 //!
 //! Only subscribe and serve see the stop signal. Subscribe takes no more messages; ingest flushes; subscribe
 //! acknowledges what that made durable and says farewell; refine carries on until everything in bronze is in
-//! silver. Without the role `ingest`, refine follows the stop signal itself.
+//! silver, and gold takes a last step. Without the role `ingest`, refine follows the stop signal itself.
 
 use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, sync::Arc};
 
@@ -29,6 +30,7 @@ use uuid::Uuid;
 use crate::{
     bronze::{self, Bronze},
     decode::maintenance_topic,
+    gold::{self, GoldSettings},
     ingest,
     metrics::Metrics,
     plan,
@@ -70,12 +72,14 @@ pub async fn run(
     };
     if settings.has(Role::Refine) {
         let refiner = Refiner::new(&store, &tables, rules(&settings), limits(&settings), metrics);
-        let (clock, interval) = (Arc::clone(&clock), settings.refine.interval);
+        let (refined, silver) = watch::channel(0);
+        let (of_refine, interval) = (Arc::clone(&clock), settings.refine.interval);
         stages.spawn(async move {
-            let (refined, _) = watch::channel(0);
-            refine::run(refiner, clock, progress, interval, refined).await;
+            refine::run(refiner, of_refine, progress, interval, refined).await;
             Ok(())
         });
+        let how = GoldSettings { interval: settings.gold.interval, hold: settings.gold.hold };
+        stages.spawn(gold::run(tables.clone(), how, Arc::clone(&clock), silver));
     }
     if settings.has(Role::Serve) {
         let parts = serve::Parts {

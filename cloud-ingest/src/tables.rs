@@ -28,7 +28,7 @@ use datafusion::{
 };
 use deltalake::{
     DeltaTable, DeltaTableError,
-    delta_datafusion::DeltaSessionContext,
+    delta_datafusion::{DeltaScanConfig, DeltaScanNext, DeltaSessionContext},
     kernel::{
         Action, StructType, Transaction,
         engine::arrow_conversion::TryIntoKernel,
@@ -312,8 +312,12 @@ impl Tables {
             match snapshot {
                 Some(snapshot) => {
                     snapshot.update_datafusion_session(state.as_ref())?;
-                    let provider = snapshot.table_provider().with_session(Arc::clone(&state)).await?;
-                    context.register_table(name, provider)?;
+                    // Partition values as plain text, like every other column.
+                    let scan =
+                        DeltaScanConfig::new_from_session(state.as_ref()).with_wrap_partition_values(false);
+                    let files = snapshot.snapshot()?.snapshot().clone();
+                    let provider = DeltaScanNext::new(files, scan)?;
+                    context.register_table(name, Arc::new(provider))?;
                 }
                 None => {
                     context.register_table(name, Arc::new(EmptyTable::new(table.schema())))?;

@@ -13,7 +13,7 @@ use rumqttd::{Broker, Config, ConnectionSettings, RouterConfig, ServerSettings};
 ///
 /// # Errors
 /// When the broker cannot start or stops.
-pub fn serve(listen: SocketAddr) -> anyhow::Result<()> {
+pub(super) fn serve(listen: SocketAddr) -> anyhow::Result<()> {
     let config = Config {
         router: RouterConfig {
             max_connections: 64,

@@ -13,9 +13,9 @@ use tokio::{
 };
 
 /// The near end of a cable. Dropping it removes the cable.
-pub struct Cable {
+pub(super) struct Cable {
     /// Where the gateway connects to.
-    pub near: SocketAddr,
+    pub(super) near: SocketAddr,
     cut: watch::Sender<bool>,
 }
 
@@ -24,7 +24,7 @@ impl Cable {
     ///
     /// # Errors
     /// When no port can be opened.
-    pub async fn lay(far: SocketAddr) -> anyhow::Result<Cable> {
+    pub(super) async fn lay(far: SocketAddr) -> anyhow::Result<Cable> {
         let listener = TcpListener::bind("127.0.0.1:0").await.context("opening a port for the cable")?;
         let near = listener.local_addr()?;
         let (cut, state) = watch::channel(false);
@@ -33,12 +33,12 @@ impl Cable {
     }
 
     /// Cuts or mends the cable.
-    pub fn set_cut(&self, cut: bool) {
+    pub(super) fn set_cut(&self, cut: bool) {
         self.cut.send_replace(cut);
     }
 
     /// Whether it is cut.
-    pub fn is_cut(&self) -> bool {
+    pub(super) fn is_cut(&self) -> bool {
         *self.cut.borrow()
     }
 }

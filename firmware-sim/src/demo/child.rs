@@ -25,7 +25,7 @@ use tokio::{
 /// What the parent tells a child; one JSON object a line.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Order {
+pub(super) enum Order {
     /// Finish what is under way and end.
     Stop,
     /// The plant's manual fault begins.
@@ -37,7 +37,7 @@ pub enum Order {
 /// What a child tells the parent; one JSON object a line.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Event {
+pub(super) enum Event {
     /// An agent's clock shows `at`; `live` once it has caught up with the present. `phase` is the plant's.
     Position {
         /// Time of the plant.
@@ -52,7 +52,7 @@ pub enum Event {
 }
 
 /// A child as the parent holds it.
-pub struct Child {
+pub(super) struct Child {
     name: String,
     log: PathBuf,
     process: Process,
@@ -64,7 +64,7 @@ impl Child {
     ///
     /// # Errors
     /// When the log or the process cannot be started.
-    pub fn spawn(
+    pub(super) fn spawn(
         name: &str,
         args: &[String],
         logs: &Path,
@@ -105,18 +105,18 @@ impl Child {
     }
 
     /// Gives an order. A child that is gone does not hear it, which [`Self::exited`] will tell.
-    pub async fn tell(&mut self, order: &Order) {
+    pub(super) async fn tell(&mut self, order: &Order) {
         let line = serde_json::to_string(order).expect("an order is plain data") + "\n";
         let _ = self.stdin.write_all(line.as_bytes()).await;
     }
 
     /// SIGKILL: no chance to finish anything.
-    pub async fn kill(mut self) {
+    pub(super) async fn kill(mut self) {
         let _ = self.process.kill().await;
     }
 
     /// Says whether the child has ended by itself, and if so, why, with the end of its log.
-    pub fn exited(&mut self) -> Option<String> {
+    pub(super) fn exited(&mut self) -> Option<String> {
         let status = self.process.try_wait().ok().flatten()?;
         Some(self.obituary(status))
     }
@@ -125,7 +125,7 @@ impl Child {
     ///
     /// # Errors
     /// When it takes longer than `patience` (then it is killed) or fails.
-    pub async fn stop(mut self, patience: Duration) -> anyhow::Result<()> {
+    pub(super) async fn stop(mut self, patience: Duration) -> anyhow::Result<()> {
         self.tell(&Order::Stop).await;
         match tokio::time::timeout(patience, self.process.wait()).await {
             Ok(Ok(status)) if status.success() => Ok(()),
@@ -148,7 +148,7 @@ impl Child {
 }
 
 /// The child's side of its standard input. The process exits when the input ends.
-pub fn orders() -> mpsc::Receiver<Order> {
+pub(super) fn orders() -> mpsc::Receiver<Order> {
     let (tx, rx) = mpsc::channel(16);
     std::thread::spawn(move || {
         for line in std::io::stdin().lock().lines().map_while(Result::ok) {
@@ -164,7 +164,7 @@ pub fn orders() -> mpsc::Receiver<Order> {
 }
 
 /// The child's side of its standard output.
-pub fn tell_parent(event: &Event) {
+pub(super) fn tell_parent(event: &Event) {
     let line = serde_json::to_string(event).expect("an event is plain data");
     // Without a parent there is nobody to tell; the leash ends this process.
     let _ = writeln!(std::io::stdout().lock(), "{line}");

@@ -108,7 +108,7 @@ pub(super) fn agent(
     t.push_str("deadband = 0.3\nheartbeat = \"10min\"\n");
     let vibration = &layout.vibration;
     for id in [&vibration.device, &vibration.peak_device] {
-        let about = [id, &vibration.asset, &vibration.device_type, &vibration.unit];
+        let about = [id.as_str(), &vibration.asset, &vibration.device_type, &vibration.unit];
         device(&mut t, about, vibration.period_s, [0.0, 160.0]);
     }
     buses(&mut t, layout);

@@ -16,7 +16,7 @@ const PATIENCE: Duration = Duration::from_secs(5);
 ///
 /// # Errors
 /// When nobody answers in time, or with another status.
-pub async fn get(server: SocketAddr, path: &str) -> anyhow::Result<String> {
+pub(super) async fn get(server: SocketAddr, path: &str) -> anyhow::Result<String> {
     exchange(server, &format!("GET {path} HTTP/1.1\r\nHost: {server}\r\nConnection: close\r\n\r\n")).await
 }
 
@@ -24,7 +24,7 @@ pub async fn get(server: SocketAddr, path: &str) -> anyhow::Result<String> {
 ///
 /// # Errors
 /// When nobody answers in time, or with another status.
-pub async fn post(server: SocketAddr, path: &str, json: &serde_json::Value) -> anyhow::Result<String> {
+pub(super) async fn post(server: SocketAddr, path: &str, json: &serde_json::Value) -> anyhow::Result<String> {
     let body = json.to_string();
     let head = format!(
         "POST {path} HTTP/1.1\r\nHost: {server}\r\nConnection: close\r\nContent-Type: application/json\r\n\

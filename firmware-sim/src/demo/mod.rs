@@ -43,7 +43,7 @@ use self::{
 };
 use crate::plant::Layout;
 
-pub use self::child::Order;
+use self::child::Order;
 
 /// How the demo is run.
 #[derive(Clone, Debug, clap::Args)]

@@ -120,6 +120,23 @@ impl Tables {
         Ok(tables)
     }
 
+    /// Makes the tables that do not exist yet, empty, so that every reader finds every table from the start.
+    ///
+    /// # Errors
+    /// When the store cannot be written to.
+    pub async fn create_missing(&self) -> anyhow::Result<()> {
+        for table in Table::ALL {
+            if self.snapshot(table).await?.is_none() {
+                match self.create(table).await {
+                    // Somebody else made it just now.
+                    Ok(_) | Err(TablesError::Conflict { .. }) => {}
+                    Err(e) => return Err(e.into()),
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// The store that holds the tables.
     pub fn store(&self) -> &Store {
         &self.store

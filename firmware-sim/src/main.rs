@@ -33,8 +33,10 @@ enum Command {
 #[tokio::main]
 async fn main() -> ExitCode {
     let command = Command::parse();
-    let filter = if matches!(command, Command::Child { .. }) { "info,rumqttd=warn" } else { "warn" };
-    common::telemetry::init_logs(filter);
+    common::telemetry::init_logs(match &command {
+        Command::Child { role } => role.log_filter(),
+        _ => "warn",
+    });
     let done = match command {
         Command::Demo(options) => demo::run(options).await,
         Command::Chips => chips::list().map(|()| ExitCode::SUCCESS),

@@ -64,7 +64,7 @@ pub fn hours(series: &Series, within: &Range<Timestamp>, hold: Duration) -> Vec<
     let mut rows: Vec<HourRow> = Vec::new();
     for device in series.devices.values() {
         for hour in device.hours(within) {
-            let parts = device.hour(hour, &series.metas);
+            let parts = device.hour(hour);
             rows.extend(row(device, &parts, hour, hold, &series.metas));
         }
     }

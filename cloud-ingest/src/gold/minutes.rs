@@ -1,6 +1,6 @@
 //! `gold/timeseries_1m`: one row for each device and minute in which it has a reading that is not bad.
 //!
-//! From readings, or from edge aggregates where a gateway sent only those for the device in that hour, never
+//! From readings, or from edge aggregates where a gateway sent only those in that hour, never
 //! both: the choice is the hour's (see [`super::series`]). An edge window stands in the minute in which it
 //! starts. Means are there for counters and states too: a trend of one minute shows where they stood.
 
@@ -40,7 +40,7 @@ pub fn minutes(series: &Series, within: &Range<Timestamp>) -> Vec<MinuteRow> {
     let mut rows = Vec::new();
     for device in series.devices.values() {
         for hour in device.hours(within) {
-            let parts = device.hour(hour, &series.metas);
+            let parts = device.hour(hour);
             hour_rows(device, &parts, &mut rows);
         }
     }

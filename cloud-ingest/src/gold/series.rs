@@ -4,12 +4,13 @@
 //! * Of an edge window that was sent more than once the fullest is kept: a whole one before a partial one, then
 //!   the longer cover, then the higher revision, then the one that came last. Partial windows of one minute whose
 //!   covers do not overlap (before and after a restart) all count.
-//! * A device's hour is made of its readings. Where a gateway sent aggregates of a device and no reading of it in
-//!   that hour, it is made of those aggregates ([`Source`]). Both happens only when two gateways carry one device.
+//! * A device's hour is made of its readings. Only where a gateway sent no reading at all in an hour, of none of its
+//!   devices, its aggregates stand for them ([`Source`]): a device whose deadband held everything back has no
+//!   row. Both happens only when two gateways carry one device.
 
 use std::{
     cmp::Reverse,
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
     ops::Range,
 };
 
@@ -111,7 +112,7 @@ pub struct DeviceSeries {
 pub struct HourParts<'a> {
     /// Indices into the device's samples.
     pub samples: Range<usize>,
-    /// Of the gateways that sent no reading of the device in this hour.
+    /// Of the gateways that sent no reading in this hour.
     pub windows: Vec<&'a Window>,
 }
 
@@ -144,26 +145,11 @@ impl DeviceSeries {
     }
 
     /// The parts of the hour that starts at `hour` µs.
-    pub fn hour<'a>(&'a self, hour: i64, metas: &[Meta]) -> HourParts<'a> {
-        let samples = self.samples_in(hour..hour + HOUR_MICROS);
-        let mut speaking: Vec<&str> = Vec::new();
-        let mut last = None;
-        for sample in &self.samples[samples.clone()] {
-            if last != Some(sample.meta) {
-                last = Some(sample.meta);
-                let gateway = metas[sample.meta as usize].gateway.as_str();
-                if !speaking.contains(&gateway) {
-                    speaking.push(gateway);
-                }
-            }
-        }
+    pub fn hour(&self, hour: i64) -> HourParts<'_> {
+        let end = hour + HOUR_MICROS;
         let from = self.windows.partition_point(|w| w.start < hour);
-        let windows = self.windows[from..]
-            .iter()
-            .take_while(|w| w.start < hour + HOUR_MICROS)
-            .filter(|w| !speaking.contains(&metas[w.meta as usize].gateway.as_str()))
-            .collect();
-        HourParts { samples, windows }
+        let to = self.windows.partition_point(|w| w.start < end);
+        HourParts { samples: self.samples_in(hour..end), windows: self.windows[from..to].iter().collect() }
     }
 
     /// Indices of the samples in a time range.
@@ -267,11 +253,28 @@ impl SeriesBuilder {
     /// Sorts, and chooses among windows.
     pub fn finish(self) -> Series {
         let metas = self.metas;
+        let gateway = |meta: u32| {
+            let Meta { site, gateway, .. } = &metas[meta as usize];
+            (site.as_str(), gateway.as_str())
+        };
+        let mut speaking: HashSet<((&str, &str), i64)> = HashSet::new();
+        for device in &self.devices {
+            // One entry for each run of samples of the same gateway and hour.
+            let mut last = None;
+            for sample in &device.samples {
+                let of = (sample.meta, floor_hour(sample.ts));
+                if last != Some(of) {
+                    last = Some(of);
+                    speaking.insert((gateway(of.0), of.1));
+                }
+            }
+        }
         let mut devices: BTreeMap<_, _> = BTreeMap::new();
         let mut series = self.devices;
         for (key, at) in self.by_device {
             let mut device = std::mem::take(&mut series[at]);
             device.samples.sort_unstable_by_key(|s| s.ts);
+            device.windows.retain(|w| !speaking.contains(&(gateway(w.meta), floor_hour(w.start))));
             device.windows = choose(device.windows, &metas);
             devices.insert(key, device);
         }

@@ -73,6 +73,7 @@ pub(super) fn agent(
          data_dir = {home}\n\n\
          [mqtt]\nurl = \"mqtt://{broker}\"\nkeep_alive = \"5s\"\nmax_backoff = \"2s\"\n\n\
          [uplink]\nstatus_every = \"{STATUS_EVERY}\"\ndrain = \"30s\"\n\n\
+         [outbox]\ncensus_every = \"5s\"\n\n\
          [models]\ndir = {models}\n\n\
          [metrics]\nlisten = \"{metrics}\"\n{ASSETS}",
         n = gateway + 1,

@@ -89,6 +89,18 @@ pub enum Role {
     },
 }
 
+impl Role {
+    /// What its log is filtered by, unless `TAILRACE_LOG` says otherwise.
+    pub fn log_filter(&self) -> &'static str {
+        match self {
+            // Every connection that ends is an error to it.
+            Role::Broker { .. } => "off",
+            Role::Agent(_) => "info",
+            Role::Cloud { .. } => cloud_ingest::cli::LOG_FILTER,
+        }
+    }
+}
+
 /// Runs as a child of the demo.
 ///
 /// # Errors

@@ -2,7 +2,7 @@
 //! output is not a terminal.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, VecDeque},
     fmt::Write as _,
     io::{IsTerminal as _, Write as _, stdout},
     net::SocketAddr,
@@ -126,21 +126,30 @@ fn metric(exposition: &str, name: &str, label: &str) -> f64 {
     samples.sum()
 }
 
-/// A growing count and how fast it grows.
+/// How far back a rate looks: sensors are polled every few seconds, so a single second tells little.
+const RATE_OVER: Duration = Duration::from_secs(10);
+
+/// A growing count and how fast it grew lately.
 #[derive(Debug, Default)]
 struct Rate {
-    last: Option<(Instant, f64)>,
+    seen: VecDeque<(Instant, f64)>,
     per_second: f64,
 }
 
 impl Rate {
     fn update(&mut self, count: f64) {
         let now = Instant::now();
-        if let Some((then, before)) = self.last {
-            // A restarted process counts from zero again.
-            self.per_second = ((count - before) / (now - then).as_secs_f64().max(1e-3)).max(0.0);
+        // A restarted process counts from zero again.
+        if self.seen.back().is_some_and(|(_, last)| *last > count) {
+            self.seen.clear();
         }
-        self.last = Some((now, count));
+        self.seen.push_back((now, count));
+        while self.seen.len() > 2 && now - self.seen[1].0 >= RATE_OVER {
+            self.seen.pop_front();
+        }
+        let (then, before) = self.seen[0];
+        let seconds = (now - then).as_secs_f64();
+        self.per_second = if seconds > 0.0 { (count - before) / seconds } else { 0.0 };
     }
 }
 

@@ -143,7 +143,6 @@ pub(super) fn batch(records: &[Record], now: Timestamp) -> Result<RecordBatch, A
     };
     let reasons: StringArray = records.iter().map(|r| r.reason.as_deref()).collect();
     let epochs: StringArray = records.iter().map(|r| Some(r.epoch.to_string())).collect();
-    let reasons: StringArray = records.iter().map(|r| r.reason.clone()).collect();
     RecordBatch::try_new(
         schema(Lane::Control),
         vec![

@@ -140,7 +140,16 @@ impl Clock for SystemClock {
 
 impl Pacer for SystemClock {
     fn sleep_until(&mut self, until: Timestamp) -> Sleep<'_> {
-        Box::pin(tokio::time::sleep(until.since(self.now())))
+        Box::pin(async move {
+            // In pieces: the runtime's timers are monotonic, and the wall clock may be set meanwhile.
+            loop {
+                let left = until.since(self.now());
+                if left.is_zero() {
+                    return;
+                }
+                tokio::time::sleep(left.min(Duration::from_secs(10))).await;
+            }
+        })
     }
 }
 

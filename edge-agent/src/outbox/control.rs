@@ -141,6 +141,7 @@ pub(super) fn batch(records: &[Record], now: Timestamp) -> Result<RecordBatch, A
         let values = records.iter().map(|r| get(r).map(Timestamp::as_micros));
         Arc::new(values.collect::<TimestampMicrosecondArray>().with_timezone("UTC"))
     };
+    let reasons: StringArray = records.iter().map(|r| r.reason.as_deref()).collect();
     let epochs: StringArray = records.iter().map(|r| Some(r.epoch.to_string())).collect();
     RecordBatch::try_new(
         schema(Lane::Control),

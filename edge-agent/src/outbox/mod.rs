@@ -263,6 +263,22 @@ impl Outbox {
         self.core().lanes.iter().filter_map(|lane| lane.state.last_event).max()
     }
 
+    /// When the outbox in `dir` was last written to, by the clock of its run; `None` for a new one. For a clock that
+    /// goes on from there; the outbox must not be open.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn last_sealed(dir: &Path) -> Result<Option<Timestamp>, OutboxError> {
+        if !dir.exists() {
+            return Ok(None);
+        }
+        let mut last = None;
+        for lane in Lane::ALL {
+            last = last.max(LaneStore::open(dir, lane)?.0.state.at);
+        }
+        Ok(last)
+    }
+
     /// What was last appended under `key`.
     ///
     /// # Errors

@@ -9,7 +9,7 @@ use std::{
 
 use anyhow::Context as _;
 use common::time::{Clock as _, Timestamp};
-use edge_agent::settings::Settings;
+use edge_agent::{outbox::Outbox, settings::Settings};
 use tokio::sync::{mpsc, watch};
 
 use super::{
@@ -81,8 +81,9 @@ pub(super) fn install_model(home: &Path) -> anyhow::Result<()> {
 pub(super) async fn run(options: Options, mut orders: mpsc::Receiver<Order>) -> anyhow::Result<()> {
     let settings = Settings::load(Some(&options.config))?;
     let plant = Arc::new(Plant::demo(options.anchor, options.gateway as u64)?);
-    let buses = settings.sources.len();
-    let clock = SimClock::new(options.anchor, buses);
+    // Time goes on where it was when the outbox was last written to.
+    let start = Outbox::last_sealed(&settings.outbox.dir)?.unwrap_or(options.anchor);
+    let clock = SimClock::new(start, settings.sources.len());
     let of_chips = clock.clone();
     let time = SimTime::new(move || of_chips.now());
     let faults = Faults::new(options.gateway as u64, Rates::DEMO);
@@ -119,6 +120,5 @@ pub(super) async fn run(options: Options, mut orders: mpsc::Receiver<Order>) -> 
             child::tell_parent(&Event::Position { at, live: position.caught_up(), phase });
         }
     });
-    // A clock that is behind makes the sources go on right after what was sealed before.
     edge_agent::pipeline::run(settings, hardware, Arc::new(clock), stopped).await
 }

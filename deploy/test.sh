@@ -141,7 +141,7 @@ step_demo() {
 step_sigkill() {
   build_demo
   "$venv/bin/python" deploy/judges/judge_demo.py sigkill "$CARGO_TARGET_DIR/demo/firmware-sim" \
-    --data-dir "$scratch/sigkill" --backfill 2h --for 15s
+    --data-dir "$scratch/sigkill" --backfill "$backfill" --for 15s
 }
 
 # --- in their order: cheap ones first ---------------------------------------------------------------------------

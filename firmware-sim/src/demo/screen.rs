@@ -216,10 +216,10 @@ impl Screen {
         let _ = writeln!(p, "{:<10} {:>10.0} readings/s", "silver", s.stored.per_second);
         let _ = writeln!(
             p,
-            "{:<10} {:>10.0} messages, {:.1} KiB",
+            "{:<10} {:>10.0} messages, {:.1} MiB of disk",
             "outbox",
             s.outbox_messages,
-            s.outbox_bytes / 1024.0
+            s.outbox_bytes / 1_048_576.0
         );
         for layer in s.overview["layers"].as_array().into_iter().flatten() {
             let text = |key: &str| layer[key].as_str().unwrap_or("?").to_owned();
@@ -227,7 +227,8 @@ impl Screen {
             let _ =
                 writeln!(p, "{:<30} {:>6} files {:>10} rows", text("name"), number("files"), number("rows"));
         }
-        let _ = writeln!(p, "\n{}", equation(s));
+        // Short enough for a terminal of 80 columns.
+        let _ = writeln!(p, "\n{}", equation(s).replacen(" + rejected", "\n    + rejected", 1));
         for anomaly in s.overview["anomalies"].as_array().into_iter().flatten().take(3) {
             let text = |key: &str| anomaly[key].as_str().unwrap_or("…").to_owned();
             let _ =

@@ -136,7 +136,7 @@ fn sensors(settings: &Settings) -> ExitCode {
     let hardware = Arc::new(LinuxHardware);
     let mut code = ExitCode::SUCCESS;
     for source in &settings.sources {
-        if let Source::Replay { file } = source {
+        if let Source::Replay { file, .. } = source {
             println!("{}: a recorded file", file.display());
         }
         for reading in source::read_once(source, &hardware, SystemClock.now()) {

@@ -128,8 +128,26 @@ pub enum Source {
     },
     /// A recorded file.
     Replay {
-        /// CSV with the header `ts,device_id,value[,quality]`.
+        /// The file.
         file: PathBuf,
+        /// What its columns mean.
+        form: ReplayForm,
+    },
+}
+
+/// What the columns of a recorded file mean.
+#[derive(Clone, Debug, PartialEq)]
+pub enum ReplayForm {
+    /// A row is a reading: `ts,device_id,value[,quality]`.
+    Long,
+    /// A row is an instant, with a column for each device.
+    Wide {
+        /// Between two cells.
+        separator: char,
+        /// Header of the column with the instant.
+        time: String,
+        /// Headers of the columns that are read, and whose values they are.
+        columns: Vec<(String, DeviceIx)>,
     },
 }
 
@@ -138,7 +156,7 @@ impl Source {
     pub fn name(&self) -> String {
         match self {
             Self::I2c { path, .. } | Self::Spi { path, .. } => path.clone(),
-            Self::Replay { file } => file.display().to_string(),
+            Self::Replay { file, .. } => file.display().to_string(),
         }
     }
 }

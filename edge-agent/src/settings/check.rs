@@ -11,8 +11,8 @@ use common::{
 };
 
 use super::{
-    Checks, Deadband, I2cChip, I2cProbe, MqttSettings, OutboxSettings, Settings, Source, UplinkSettings,
-    WindowSettings,
+    Checks, Deadband, I2cChip, I2cProbe, MqttSettings, OutboxSettings, ReplayForm, Settings, Source,
+    UplinkSettings, WindowSettings,
     file::{self, File},
 };
 use crate::source::chip::{Ads1115, Sht4x, ads1115, ism330dhcx};
@@ -46,7 +46,9 @@ pub(super) fn check(file: File, sha256: String, origin: String) -> Result<Settin
     for spi in file.spi {
         sources.extend(check_spi(spi, &mut bind, &mut m));
     }
-    sources.extend(file.replay.into_iter().map(|replay| Source::Replay { file: replay.file }));
+    for replay in file.replay {
+        sources.push(check_replay(replay, &mut bind, &mut m));
+    }
     check_paths(&sources, &mut m);
     let settings = Settings {
         mqtt: check_mqtt(file.mqtt, &mut m),
@@ -229,6 +231,29 @@ fn check_i2c(bus: file::I2cBus, bind: &mut Binding<'_>, m: &mut Mistakes) -> Sou
     }
     m.require(!probes.is_empty(), &format!("i2c {:?}", bus.path), "nothing is read on it", "add a chip");
     Source::I2c { path: bus.path, probes }
+}
+
+fn check_replay(entry: file::Replay, bind: &mut Binding<'_>, m: &mut Mistakes) -> Source {
+    let key = format!("replay {:?}", entry.file);
+    if entry.columns.is_empty() {
+        m.require(
+            entry.time.is_empty(),
+            &key,
+            "time without columns",
+            "say whose values the columns are, or leave it out",
+        );
+        return Source::Replay { file: entry.file, form: ReplayForm::Long };
+    }
+    m.require(!entry.time.is_empty(), &key, "columns without time", "name the column with the instant");
+    let columns = entry.columns.into_iter().filter_map(|(column, device)| {
+        let key = format!("{key} columns {column:?}");
+        Some((column, bind.device(&key, &device, m)?))
+    });
+    let columns = columns.collect();
+    Source::Replay {
+        file: entry.file,
+        form: ReplayForm::Wide { separator: entry.separator, time: entry.time, columns },
+    }
 }
 
 fn check_spi(entry: file::SpiDevice, bind: &mut Binding<'_>, m: &mut Mistakes) -> Option<Source> {

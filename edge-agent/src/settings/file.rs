@@ -1,7 +1,7 @@
 //! The configuration as it is typed: structs that mirror `default.toml`, where the keys are documented.
 #![expect(missing_docs, reason = "default.toml documents the keys of the same names")]
 
-use std::{path::PathBuf, time::Duration};
+use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
 use common::{
     config::SecretRef,
@@ -132,6 +132,16 @@ pub struct Ism330dhcx {
 #[serde(deny_unknown_fields)]
 pub struct Replay {
     pub file: PathBuf,
+    #[serde(default = "comma")]
+    pub separator: char,
+    #[serde(default)]
+    pub time: String,
+    #[serde(default)]
+    pub columns: BTreeMap<String, String>,
+}
+
+const fn comma() -> char {
+    ','
 }
 
 #[derive(Clone, Debug, Deserialize)]

@@ -139,7 +139,9 @@ pub async fn run<H: Hardware>(
             };
             bus::run(make, timeout, context).await;
         }
-        Source::Replay { file } => replay::run(&file, Arc::clone(&settings.registry), context).await?,
+        Source::Replay { file, form } => {
+            replay::run(&file, &form, Arc::clone(&settings.registry), context).await?;
+        }
     }
     Ok(())
 }

@@ -55,7 +55,7 @@ class Demo:
         self.binary, self.data, self.log = args.binary, args.data_dir, args.data_dir / "demo.log"
         self.mqtt, self.pg, self.http = free_port(), free_port(), free_port()
         self.command = [
-            str(args.binary.resolve()), "demo", "--data-dir", str(args.data_dir), "--backfill", args.backfill,
+            str(args.binary.resolve()), "demo", "--", "--data-dir", str(args.data_dir), "--backfill", args.backfill,
             "--for", getattr(args, "for"), "--mqtt-port", str(self.mqtt), "--pg-port", str(self.pg),
             "--http-port", str(self.http)]
 

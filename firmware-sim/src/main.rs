@@ -1,6 +1,6 @@
 //! Simulated plants for Tailrace, and the one-command demo.
 
-use std::process::ExitCode;
+use std::{ffi::OsString, process::ExitCode};
 
 use clap::Parser;
 use firmware_sim::{chips, demo, fleet};
@@ -30,9 +30,18 @@ enum Command {
     },
 }
 
+/// The command line. `cargo demo -- --for 60s` arrives as `demo -- --for 60s`: that `--` was meant for cargo.
+fn arguments() -> Vec<OsString> {
+    let mut arguments: Vec<OsString> = std::env::args_os().collect();
+    if arguments.get(1..3).is_some_and(|words| words == ["demo", "--"]) {
+        arguments.remove(2);
+    }
+    arguments
+}
+
 #[tokio::main]
 async fn main() -> ExitCode {
-    let command = Command::parse();
+    let command = Command::parse_from(arguments());
     common::telemetry::init_logs(match &command {
         Command::Child { role } => role.log_filter(),
         _ => "warn",

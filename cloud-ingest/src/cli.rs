@@ -8,7 +8,7 @@ use common::{
     telemetry,
     time::{Clock, SystemClock},
 };
-use datafusion::execution::context::SQLOptions;
+use datafusion::{arrow::util::pretty::pretty_format_batches, execution::context::SQLOptions};
 use tokio::sync::watch;
 
 use crate::{
@@ -104,7 +104,10 @@ async fn check(settings: &Settings) -> anyhow::Result<()> {
     pipeline::serve_settings(settings)?;
     let store = Store::open(&settings.store.url)?;
     Tables::open(&store).await.with_context(|| format!("opening the lake {}", store.url()))?;
-    println!("the configuration is good; rules {}", pipeline::rules(settings).hash());
+    telemetry::print_line(format_args!(
+        "the configuration is good; rules {}",
+        pipeline::rules(settings).hash()
+    ));
     Ok(())
 }
 
@@ -112,9 +115,9 @@ async fn check(settings: &Settings) -> anyhow::Result<()> {
 async fn audit(settings: &Settings, json: bool) -> anyhow::Result<bool> {
     let audit = ledger::audit_lake(&settings.store.url, SystemClock.now()).await?;
     if json {
-        println!("{}", serde_json::to_string(&audit)?);
+        telemetry::print_line(serde_json::to_string(&audit)?);
     } else {
-        println!("{audit}");
+        telemetry::print_line(&audit);
     }
     Ok(audit.balances())
 }
@@ -125,6 +128,7 @@ async fn query(settings: &Settings, sql: &str) -> anyhow::Result<()> {
     functions::register(&context);
     let read_only =
         SQLOptions::new().with_allow_ddl(false).with_allow_dml(false).with_allow_statements(false);
-    context.sql_with_options(sql, read_only).await?.show().await?;
+    let rows = context.sql_with_options(sql, read_only).await?.collect().await?;
+    telemetry::print_line(pretty_format_batches(&rows)?);
     Ok(())
 }

@@ -4,6 +4,8 @@
 //! `TAILRACE_LOG` filters them (`info`, `edge_agent=debug`). Metrics are OpenMetrics text, named
 //! `tailrace_…` with base units, labels from enumerations.
 
+use std::io::Write as _;
+
 use prometheus_client::{encoding::text, registry::Registry};
 use tracing_subscriber::EnvFilter;
 
@@ -17,6 +19,11 @@ pub fn init_logs(default_filter: &str) {
         tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(ansi);
     // Another subscriber is there already only in tests; theirs is as good.
     let _ = if json { builder.json().try_init() } else { builder.try_init() };
+}
+
+/// Prints a line of a command's output. A reader that has left (`… | head`) is no error.
+pub fn print_line(line: impl std::fmt::Display) {
+    let _ = writeln!(std::io::stdout().lock(), "{line}");
 }
 
 /// An empty registry of metrics; a program has one and hands it to its stages.

@@ -84,7 +84,9 @@ fn execute(cli: Cli) -> anyhow::Result<ExitCode> {
     if let Command::Model(ModelCommand::Verify { folder: Some(folder) }) = &cli.command {
         let bundle = Bundle::load(folder)?;
         let Bundle { name, version, verified, sha256, .. } = bundle;
-        println!("{name} {version}: {verified} golden vectors agree, sha256 {sha256}");
+        telemetry::print_line(format_args!(
+            "{name} {version}: {verified} golden vectors agree, sha256 {sha256}"
+        ));
         return Ok(ExitCode::SUCCESS);
     }
     let settings = Settings::load(cli.config.as_deref())?;
@@ -92,7 +94,10 @@ fn execute(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Run => run(settings).map(|()| ExitCode::SUCCESS),
         Command::Check => {
             let (devices, sources) = (settings.registry.devices.len(), settings.sources.len());
-            println!("{}/{}: {devices} devices, {sources} sources", settings.site, settings.gateway);
+            telemetry::print_line(format_args!(
+                "{}/{}: {devices} devices, {sources} sources",
+                settings.site, settings.gateway
+            ));
             models(&settings);
             Ok(ExitCode::SUCCESS)
         }
@@ -123,7 +128,7 @@ fn models(settings: &Settings) -> ExitCode {
     let models = Models::load(settings.models.as_deref(), &settings.registry, settings.window.width);
     let mut code = ExitCode::SUCCESS;
     for status in models.status() {
-        println!("model {}: {}", status.name, status.state);
+        telemetry::print_line(format_args!("model {}: {}", status.name, status.state));
         if status.state != "active" {
             code = ExitCode::FAILURE;
         }
@@ -137,15 +142,18 @@ fn sensors(settings: &Settings) -> ExitCode {
     let mut code = ExitCode::SUCCESS;
     for source in &settings.sources {
         if let Source::Replay { file, .. } = source {
-            println!("{}: a recorded file", file.display());
+            telemetry::print_line(format_args!("{}: a recorded file", file.display()));
         }
         for reading in source::read_once(source, &hardware, SystemClock.now()) {
             let device = settings.registry.device(reading.device);
             if reading.value.is_finite() {
                 let quality = reading.quality.as_str();
-                println!("{}: {} {} ({quality})", device.id, reading.value, device.unit);
+                telemetry::print_line(format_args!(
+                    "{}: {} {} ({quality})",
+                    device.id, reading.value, device.unit
+                ));
             } else {
-                println!("{}: no value ({})", device.id, source.name());
+                telemetry::print_line(format_args!("{}: no value ({})", device.id, source.name()));
                 code = ExitCode::FAILURE;
             }
         }

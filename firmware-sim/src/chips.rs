@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use common::telemetry::print_line;
+
 use crate::plant::{Channel, Layout};
 
 /// Prints the demo gateway's chips by bus and address.
@@ -16,30 +18,33 @@ pub fn list() -> anyhow::Result<()> {
     }
     for ((bus, address), mut channels) in converters {
         channels.sort_by_key(|c| c.input);
-        println!("/dev/{bus} {address:#04x}  ADS1115, four 4-20 mA loops over {} ohm", layout.adc.shunt_ohm);
+        print_line(format_args!(
+            "/dev/{bus} {address:#04x}  ADS1115, four 4-20 mA loops over {} ohm",
+            layout.adc.shunt_ohm
+        ));
         for c in channels {
             let span = format!("{} to {} {}", c.at_4ma, c.at_20ma, c.unit);
-            println!(
+            print_line(format_args!(
                 "  A{}  {:<30} {span:<22} every {:>3} s  {}",
                 c.input, c.device, c.period_s, c.description
-            );
+            ));
         }
     }
     let press = &layout.press;
-    println!("/dev/{} {:#04x}  SHT4x", press.bus, press.address);
-    println!(
+    print_line(format_args!("/dev/{} {:#04x}  SHT4x", press.bus, press.address));
+    print_line(format_args!(
         "      {:<30} {:<22} every {:>3} s  {}",
         press.temperature.device, press.temperature.unit, press.period_s, press.temperature.description
-    );
-    println!(
+    ));
+    print_line(format_args!(
         "      {:<30} {:<22} every {:>3} s  {}",
         press.humidity.device, press.humidity.unit, press.period_s, press.humidity.description
-    );
+    ));
     let vibration = &layout.vibration;
-    println!("/dev/{}   ISM330DHCX, accelerometer with FIFO", vibration.bus);
-    println!(
+    print_line(format_args!("/dev/{}   ISM330DHCX, accelerometer with FIFO", vibration.bus));
+    print_line(format_args!(
         "      {:<30} {:<22} every {:>3} s  {}",
         vibration.device, vibration.unit, vibration.period_s, vibration.description
-    );
+    ));
     Ok(())
 }

@@ -134,7 +134,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         "start": start.to_string(),
         "seed": options.seed,
     });
-    println!("{result}");
+    common::telemetry::print_line(result);
     Ok(())
 }
 

@@ -29,7 +29,10 @@ use std::{
 };
 
 use anyhow::{Context as _, bail};
-use common::time::{Clock as _, SystemClock, Timestamp};
+use common::{
+    telemetry::print_line,
+    time::{Clock as _, SystemClock, Timestamp},
+};
 use serde::{Deserialize, Serialize};
 use tokio::{
     sync::mpsc,
@@ -385,7 +388,7 @@ impl Demo {
     /// In the order in which data flows, each part finishing what it has; then the ledger.
     async fn stop(mut self) -> anyhow::Result<ExitCode> {
         self.screen.close();
-        println!("stopping: the agents hand over what they hold, the cloud refines it to the end");
+        print_line("stopping: the agents hand over what they hold, the cloud refines it to the end");
         for agent in self.agents.iter_mut().filter_map(Option::take) {
             agent.stop(Duration::from_secs(60)).await?;
         }
@@ -397,7 +400,7 @@ impl Demo {
         }
         let lake = self.options.data_dir.join("lake");
         let audit = cloud_ingest::ledger::audit_lake(&configs::store_url(&lake)?, SystemClock.now()).await?;
-        println!("{audit}");
+        print_line(&audit);
         Ok(if audit.balances() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
     }
 }

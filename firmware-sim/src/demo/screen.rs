@@ -9,7 +9,10 @@ use std::{
     time::Duration,
 };
 
-use common::time::{Timestamp, duration};
+use common::{
+    telemetry::print_line,
+    time::{Timestamp, duration},
+};
 use crossterm::{
     cursor::{Hide, MoveTo, Show},
     event::{self, KeyCode, KeyModifiers},
@@ -176,7 +179,7 @@ impl Screen {
             let _ = execute!(stdout(), EnterAlternateScreen, Hide);
         } else {
             screen.full = false;
-            println!("{}", screen.heading);
+            print_line(&screen.heading);
         }
         screen.note(&format!("making up for {} of history", duration::format(options.backfill)));
         screen
@@ -189,7 +192,7 @@ impl Screen {
             let excess = self.notes.len().saturating_sub(5);
             self.notes.drain(..excess);
         } else {
-            println!("{text}");
+            print_line(text);
         }
     }
 
@@ -202,7 +205,7 @@ impl Screen {
             let _ = out.flush();
         } else if self.last_line.is_none_or(|at| at.elapsed() >= LINE_EVERY) {
             self.last_line = Some(Instant::now());
-            println!("{}", line(summary, troubles));
+            print_line(line(summary, troubles));
         }
     }
 

@@ -3,17 +3,16 @@
 use std::{path::PathBuf, process::ExitCode, sync::Arc};
 
 use anyhow::Context;
+use arrow::util::pretty::pretty_format_batches_with_schema;
 use clap::{Parser, Subcommand};
 use common::{
     telemetry,
     time::{Clock, SystemClock},
 };
-use datafusion::{arrow::util::pretty::pretty_format_batches, execution::context::SQLOptions};
 use tokio::sync::watch;
 
 use crate::{
-    ledger, pipeline,
-    serve::functions,
+    ledger, pipeline, serve,
     settings::{Role, Settings},
     store::Store,
     tables::Tables,
@@ -123,12 +122,10 @@ async fn audit(settings: &Settings, json: bool) -> anyhow::Result<bool> {
 }
 
 async fn query(settings: &Settings, sql: &str) -> anyhow::Result<()> {
+    let serve = pipeline::serve_settings(settings)?;
     let store = Store::open(&settings.store.url)?;
-    let context = Tables::open(&store).await?.session().await?;
-    functions::register(&context);
-    let read_only =
-        SQLOptions::new().with_allow_ddl(false).with_allow_dml(false).with_allow_statements(false);
-    let rows = context.sql_with_options(sql, read_only).await?.collect().await?;
-    telemetry::print_line(pretty_format_batches(&rows)?);
+    let tables = Tables::open(&store).await?;
+    let answer = serve::query(&serve, &tables, Arc::new(SystemClock), sql).await?;
+    telemetry::print_line(pretty_format_batches_with_schema(answer.schema, &answer.batches)?);
     Ok(())
 }

@@ -10,7 +10,7 @@
 //! loopback unless users are configured.
 
 pub mod catalog;
-pub mod functions;
+mod functions;
 mod http;
 pub mod json;
 pub mod layers;
@@ -44,7 +44,7 @@ use self::{
     http::App,
     layers::{Inventory, Layer},
     live::{Keep, Live, Subscription},
-    sql::{Limits, Queries},
+    sql::{Answer, Limits, Queries},
 };
 use crate::{ledger::LedgerTable, tables::Tables};
 
@@ -196,15 +196,8 @@ async fn serve_on(
     }
     let tls = settings.tls.as_ref().map(|(chain, key)| pg::read_tls(chain, key)).transpose()?;
     let live = Live::new(settings.keep, Arc::clone(&parts.clock));
-    let tables = parts.tables.clone();
-    let session: SessionSource = Arc::new(move || {
-        let tables = tables.clone();
-        Box::pin(async move { tables.session().await })
-    });
-    let catalog = Arc::new(Catalog::open(session, &live, settings.memory_limit).await?);
     let ledger = Arc::new(LedgerTable::new(parts.tables.clone(), Arc::clone(&parts.clock)));
-    catalog.add("ops", "delivery_ledger", Arc::clone(&ledger) as _)?;
-    let queries = Arc::new(Queries::new(catalog, settings.limits));
+    let queries = Arc::new(queries(&settings, &parts.tables, &live, &ledger).await?);
     let app = App {
         queries: Arc::clone(&queries),
         live: live.clone(),
@@ -235,6 +228,39 @@ async fn serve_on(
         follow,
     )?;
     Ok(())
+}
+
+/// The guarded path of every query, over the lake, the ledger and what is in memory.
+async fn queries(
+    settings: &ServeSettings,
+    tables: &Tables,
+    live: &Live,
+    ledger: &Arc<LedgerTable>,
+) -> anyhow::Result<Queries> {
+    let tables = tables.clone();
+    let session: SessionSource = Arc::new(move || {
+        let tables = tables.clone();
+        Box::pin(async move { tables.session().await })
+    });
+    let catalog = Catalog::open(session, live, settings.memory_limit).await?;
+    catalog.add("ops", "delivery_ledger", Arc::clone(ledger) as _)?;
+    Ok(Queries::new(Arc::new(catalog), settings.limits))
+}
+
+/// Answers one query without serving; nothing is in `live`.
+///
+/// # Errors
+/// When the lake cannot be opened, and as [`Queries::run`].
+pub async fn query(
+    settings: &ServeSettings,
+    tables: &Tables,
+    clock: Arc<dyn Clock>,
+    sql: &str,
+) -> anyhow::Result<Answer> {
+    let live = Live::new(settings.keep, Arc::clone(&clock));
+    let ledger = Arc::new(LedgerTable::new(tables.clone(), clock));
+    let queries = queries(settings, tables, &live, &ledger).await?;
+    Ok(queries.run(sql, settings.limits.rows).await?)
 }
 
 async fn stopped(mut stop: watch::Receiver<bool>) {

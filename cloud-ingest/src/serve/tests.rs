@@ -26,16 +26,11 @@ struct Lake {
 
 async fn lake(limits: Limits) -> Lake {
     let tables = Tables::open(&Store::open("memory:///").unwrap()).await.unwrap();
-    let source = tables.clone();
-    let session: SessionSource = Arc::new(move || {
-        let tables = source.clone();
-        Box::pin(async move { tables.session().await })
-    });
-    let live = Live::new(Keep::default(), Arc::new(SystemClock));
-    let catalog = Arc::new(Catalog::open(session, &live, 64 << 20).await.unwrap());
+    let settings = ServeSettings { limits, memory_limit: 64 << 20, ..ServeSettings::loopback() };
+    let live = Live::new(settings.keep, Arc::new(SystemClock));
     let ledger = Arc::new(LedgerTable::new(tables.clone(), Arc::new(SystemClock)));
-    catalog.add("ops", "delivery_ledger", ledger).unwrap();
-    Lake { tables, queries: Arc::new(Queries::new(catalog, limits)) }
+    let queries = Arc::new(queries(&settings, &tables, &live, &ledger).await.unwrap());
+    Lake { tables, queries }
 }
 
 fn limits() -> Limits {

@@ -95,6 +95,20 @@ step_unit() {
   fi
 }
 
+# The outbox on a disk that is full, and on one whose power is cut.
+step_disk() {
+  local disk="$scratch/disk" status=0
+  mkdir -p "$disk"
+  if ! mount -t tmpfs -o size=64m tailrace "$disk" 2>/dev/null; then
+    echo "nothing can be mounted here (needs root): full disks and power cuts were not tried"
+    return 0
+  fi
+  TAILRACE_SMALL_DISK="$disk" cargo test --workspace --profile demo --locked --lib -- \
+    --ignored --test-threads 1 --nocapture outbox::tests::disk:: || status=$?
+  umount "$disk"
+  return "$status"
+}
+
 step_train() { "$venv/bin/python" deploy/train/train.py --check; }
 
 step_lint() {
@@ -138,6 +152,11 @@ step_demo() {
     --data-dir "$scratch/demo" --backfill "$backfill" --for "$live"
 }
 
+step_outbox() {
+  build_demo
+  "$venv/bin/python" deploy/judges/judge_outbox.py "$CARGO_TARGET_DIR/demo/edge-agent"
+}
+
 step_sigkill() {
   build_demo
   "$venv/bin/python" deploy/judges/judge_demo.py sigkill "$CARGO_TARGET_DIR/demo/firmware-sim" \
@@ -146,7 +165,7 @@ step_sigkill() {
 
 # --- in their order: cheap ones first ---------------------------------------------------------------------------
 
-all=(tools format tree lint broker train judges clippy unit demo sigkill)
+all=(tools format tree lint broker train judges clippy unit disk outbox demo sigkill)
 steps=("$@")
 if ((${#steps[@]} == 0)); then steps=("${all[@]}"); fi
 for name in "${steps[@]}"; do

@@ -1,5 +1,7 @@
 //! The commands of `edge-agent`. Exit status: 0 done, 1 failed, 2 bad usage or configuration.
 
+mod outbox;
+
 use std::{path::PathBuf, process::ExitCode, sync::Arc};
 
 use anyhow::Context as _;
@@ -26,6 +28,7 @@ const EXAMPLES: &str = "Examples:
   edge-agent check --config /etc/tailrace/edge-agent.toml
   edge-agent sensors --config /etc/tailrace/edge-agent.toml
   edge-agent run --config /etc/tailrace/edge-agent.toml
+  edge-agent outbox ls --config /etc/tailrace/edge-agent.toml
   edge-agent model verify /var/lib/tailrace/models/tep-process
   TAILRACE_EDGE__MQTT__URL=mqtts://broker.example:8883 edge-agent run --config edge-agent.toml
 
@@ -55,6 +58,9 @@ enum Command {
     /// Models
     #[command(subcommand)]
     Model(ModelCommand),
+    /// The outbox of an agent that is stopped: list, check, save
+    #[command(subcommand)]
+    Outbox(outbox::OutboxCommand),
 }
 
 #[derive(Debug, Subcommand)]
@@ -103,6 +109,7 @@ fn execute(cli: Cli) -> anyhow::Result<ExitCode> {
         }
         Command::Sensors => Ok(sensors(&settings)),
         Command::Model(ModelCommand::Verify { .. }) => Ok(models(&settings)),
+        Command::Outbox(command) => outbox::execute(&command, &settings.outbox),
     }
 }
 

@@ -508,6 +508,25 @@ mod tests {
     }
 
     #[test]
+    fn agents_do_not_send_again_in_step() {
+        let wait = |seed| {
+            let mut d = Delivery::new(
+                Rules { seed, ..rules(Mode::Cloud) },
+                [0, 0, 0, 1].map(|n| (RangeSet::default(), n)),
+            );
+            d.connected(None);
+            d.heartbeat(true, seconds(0));
+            pump(&mut d, seconds(0));
+            d.sent(1);
+            d.acked(1, seconds(0));
+            d.next_deadline(seconds(0)).unwrap()
+        };
+        let waits: BTreeSet<Duration> = (0..20).map(wait).collect();
+        assert_eq!(waits.len(), 20);
+        assert!(waits.last().unwrap().saturating_sub(*waits.first().unwrap()) > seconds(15), "{waits:?}");
+    }
+
+    #[test]
     fn unacked_messages_are_bounded() {
         let mut d = delivery(Mode::Cloud, [0, 0, 0, 100]);
         d.connected(None);
@@ -569,6 +588,9 @@ mod tests {
         broker: BTreeSet<MessageRef>,
         cloud: BTreeSet<MessageRef>,
         forgotten: BTreeSet<MessageRef>,
+        /// When the broker acknowledged what the cloud has not.
+        landed: BTreeMap<MessageRef, Duration>,
+        heard: Option<Duration>,
     }
 
     impl World {
@@ -583,6 +605,11 @@ mod tests {
                     n < WINDOW || self.publishes[..=n - WINDOW].iter().all(|(_, acked)| *acked),
                     "packet id in use twice"
                 );
+                if let Some(landed) = self.landed.remove(&message) {
+                    let fresh = self.heard.is_some_and(|heard| now < heard + seconds(90));
+                    assert!(fresh, "sent again though the cloud is away");
+                    assert!(now >= landed + seconds(45), "sent again after {:?}", now - landed);
+                }
                 self.publishes.push((message, false));
                 d.published(message);
             }
@@ -596,15 +623,24 @@ mod tests {
             self.publishes[at].1 = true;
             let message = self.publishes[at].0;
             self.broker.insert(message);
+            if !self.cloud.contains(&message) {
+                self.landed.insert(message, now);
+            }
             if let Some(done) = d.acked((at % WINDOW) as u16 + 1, now) {
                 assert_eq!((mode, done), (Mode::Broker, message), "paired with another message");
                 self.forgotten.insert(done);
             }
         }
 
+        fn heartbeat(&mut self, d: &mut Delivery, online: bool, now: Duration) {
+            self.heard = online.then_some(now);
+            d.heartbeat(online, now);
+        }
+
         fn acknowledge(&mut self, d: &mut Delivery, n: usize) {
             let Some(&message) = self.broker.difference(&self.cloud).nth(n) else { return };
             self.cloud.insert(message);
+            self.landed.remove(&message);
             d.durable(message.lane, message.index..message.index + 1);
             self.forgotten.insert(message);
         }
@@ -646,7 +682,7 @@ mod tests {
                     Step::Cloud(n) if cloud => world.acknowledge(&mut d, n),
                     Step::Cloud(_) => {}
                     Step::Stray(pkid) => prop_assert_eq!(d.acked(pkid, now), None),
-                    Step::Heartbeat(online) => d.heartbeat(online, now),
+                    Step::Heartbeat(online) => world.heartbeat(&mut d, online, now),
                     Step::Wait(s) => now += seconds(s),
                 }
                 world.check(mode, &d);
@@ -657,7 +693,7 @@ mod tests {
             let all: u64 = world.heads.iter().sum();
             for _ in 0..4 * all + 4 {
                 now += seconds(1);
-                d.heartbeat(true, now);
+                world.heartbeat(&mut d, true, now);
                 world.pump(&mut d, now);
                 world.ack(&mut d, 0, mode, now);
                 if cloud {

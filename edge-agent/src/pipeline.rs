@@ -23,7 +23,7 @@
 
 use std::{
     sync::{Arc, Mutex},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use anyhow::Context as _;
@@ -41,9 +41,9 @@ use crate::{
     filter::Filter,
     metrics::{self, Metrics},
     model::{Models, episode::Event},
-    outbox::{Limits, Outbox},
+    outbox::{Limits, Outbox, OutboxError},
     seal::{Cut, Processed, Sealer},
-    settings::{OutboxSettings, Settings},
+    settings::Settings,
     source::{self, Hardware, Polled},
     uplink,
     window::{Missed, Windows},
@@ -53,6 +53,8 @@ use crate::{
 const POLLED: usize = 64;
 /// Batches that wait to be sealed.
 const PROCESSED: usize = 16;
+/// How long a batch waits for room on a full disk before it is tried again.
+const FULL_AGAIN: Duration = Duration::from_secs(1);
 /// Where the outbox keeps the open episodes.
 const EPISODES: &str = "episodes";
 
@@ -156,22 +158,11 @@ pub async fn run<H: Hardware>(
 /// Opens what blocks: the outbox, and the models with their verification.
 async fn open(settings: Arc<Settings>, now: Timestamp) -> anyhow::Result<(Outbox, Models)> {
     let opened = task::spawn_blocking(move || {
-        let outbox = Outbox::open(&settings.outbox.dir, limits(&settings.outbox), now)?;
+        let outbox = Outbox::open(&settings.outbox.dir, Limits::from(&settings.outbox), now)?;
         let models = Models::load(settings.models.as_deref(), &settings.registry, settings.window.width);
         anyhow::Ok((outbox, models))
     });
     opened.await?
-}
-
-fn limits(settings: &OutboxSettings) -> Limits {
-    Limits {
-        max_bytes: settings.max_bytes,
-        max_age: settings.max_age,
-        min_free_disk: settings.min_free_disk,
-        generation_bytes: settings.generation_bytes,
-        max_message_bytes: settings.max_message_bytes,
-        census_every: settings.census_every,
-    }
 }
 
 fn uplink_settings(settings: &Settings, models: &Models) -> uplink::Settings {
@@ -301,11 +292,11 @@ async fn seal(
             () = sleep_until(deadline) => sealer.cut().into_iter().collect(),
         };
         for cut in cuts {
-            append(&outbox, clock.now(), cut, &metrics).await?;
+            append(&outbox, &*clock, cut, &metrics, || !processed.is_closed()).await?;
         }
     }
     match sealer.cut() {
-        Some(cut) => append(&outbox, clock.now(), cut, &metrics).await,
+        Some(cut) => append(&outbox, &*clock, cut, &metrics, || false).await,
         None => Ok(()),
     }
 }
@@ -318,16 +309,34 @@ async fn sleep_until(deadline: Option<Instant>) {
     }
 }
 
-async fn append(outbox: &Outbox, now: Timestamp, cut: Cut, metrics: &Metrics) -> anyhow::Result<()> {
-    let readings: usize = cut.readings();
-    let outbox = outbox.clone();
-    let appended = task::spawn_blocking(move || {
-        let meta: Vec<_> = cut.episodes.map(|state| (EPISODES, state)).into_iter().collect();
-        outbox.append(now, cut.drafts, &meta)
-    });
-    appended.await?.context("sealing a batch")?;
-    metrics.sealed(readings as u64);
-    Ok(())
+/// Seals a batch. While the disk is full and `may_wait`, it is tried again: the channels fill behind it, and sources
+/// skip and count.
+async fn append(
+    outbox: &Outbox,
+    clock: &dyn Clock,
+    cut: Cut,
+    metrics: &Metrics,
+    may_wait: impl Fn() -> bool,
+) -> anyhow::Result<()> {
+    loop {
+        let (outbox, drafts, episodes, now) =
+            (outbox.clone(), cut.drafts.clone(), cut.episodes.clone(), clock.now());
+        let appended = task::spawn_blocking(move || {
+            let meta: Vec<_> = episodes.map(|state| (EPISODES, state)).into_iter().collect();
+            outbox.append(now, drafts, &meta)
+        });
+        match appended.await? {
+            Err(error @ OutboxError::Full { .. }) if may_wait() => {
+                tracing::error!(%error, "sealing waits");
+                tokio::time::sleep(FULL_AGAIN).await;
+            }
+            appended => {
+                appended.context("sealing a batch")?;
+                metrics.sealed(cut.readings() as u64);
+                return Ok(());
+            }
+        }
+    }
 }
 
 #[cfg(test)]

@@ -40,8 +40,9 @@ pub(super) struct Gap {
     pub(super) first_seq: u64,
     pub(super) last_seq: u64,
     pub(super) readings: u64,
-    pub(super) from: Timestamp,
-    pub(super) to: Timestamp,
+    /// Earliest and latest event time, where they are known.
+    pub(super) from: Option<Timestamp>,
+    pub(super) to: Option<Timestamp>,
     pub(super) reason: &'static str,
 }
 
@@ -56,8 +57,8 @@ pub(super) fn merge_gaps(gaps: Vec<Gap>) -> Vec<Gap> {
             {
                 last.last_seq = gap.last_seq;
                 last.readings += gap.readings;
-                last.from = last.from.min(gap.from);
-                last.to = last.to.max(gap.to);
+                last.from = last.from.zip(gap.from).map(|(a, b)| a.min(b));
+                last.to = last.to.zip(gap.to).map(|(a, b)| a.max(b));
             }
             _ => merged.push(gap),
         }
@@ -74,8 +75,8 @@ impl From<Gap> for Record {
             first_seq: Some(gap.first_seq),
             last_seq: Some(gap.last_seq),
             readings: gap.readings,
-            from: Some(gap.from),
-            to: Some(gap.to),
+            from: gap.from,
+            to: gap.to,
             reason: Some(gap.reason.to_owned()),
         }
     }

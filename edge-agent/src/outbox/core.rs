@@ -1,10 +1,11 @@
-//! What the outbox decides over all lanes: what is written together, what is declared, what gives way.
+//! What the outbox decides over all lanes: what is written together and what is declared. What gives way is decided
+//! in room.rs.
 
 use std::{
     collections::BTreeMap,
     fs, io,
     path::{Path, PathBuf},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use arrow::array::{Array, RecordBatch, TimestampMicrosecondArray};
@@ -13,44 +14,54 @@ use uuid::Uuid;
 
 use super::{
     Limits, OutboxError,
-    control::{self, Record, closing_record, interruption_record, merge_gaps},
+    control::{self, Record, closing_record, interruption_record},
     generation::Message,
     lane::{LaneStore, Write},
+    lock::Lock,
+    room::{GIVE_WAY, Reserve, disk_bytes, quarantined},
 };
 use crate::{
     census::{Census, Outcome},
     seal::Draft,
 };
 
-/// The order in which lanes give way when the outbox is full; `control` never does.
-const GIVE_WAY: [Lane; 3] = [Lane::Readings, Lane::Aggregates, Lane::Anomalies];
+/// While so many messages of the control lane wait, nobody compares counts: they are declared once an hour only, so
+/// that a long outage does not fill a lane that never gives way.
+const CONTROL_BACKLOG: u64 = 64;
+const CENSUS_EVERY_IN_OUTAGE: Duration = Duration::from_secs(3600);
 
 #[derive(Debug)]
-pub struct Core {
-    dir: PathBuf,
-    limits: Limits,
-    pub epoch: Uuid,
+pub(super) struct Core {
+    pub(super) dir: PathBuf,
+    pub(super) limits: Limits,
+    pub(super) epoch: Uuid,
     /// In the order of [`Lane::ALL`].
-    pub lanes: Vec<LaneStore>,
-    pub meta: BTreeMap<String, (u64, Vec<u8>)>,
+    pub(super) lanes: Vec<LaneStore>,
+    pub(super) meta: BTreeMap<String, (u64, Vec<u8>)>,
+    /// Generations in quarantine with their bytes, oldest first.
+    pub(super) aside: Vec<(PathBuf, u64)>,
+    pub(super) reserve: Reserve,
     stamp: u64,
     declared_at: Instant,
     closed: bool,
+    _lock: Lock,
 }
 
 impl Core {
-    pub fn open(dir: &Path, limits: Limits, now: Timestamp) -> Result<Self, OutboxError> {
+    pub(super) fn open(dir: &Path, limits: Limits, now: Timestamp) -> Result<Self, OutboxError> {
         fs::create_dir_all(dir).map_err(OutboxError::io(dir))?;
+        let lock = Lock::take(dir)?;
         let trash = dir.join("trash");
         match fs::remove_dir_all(&trash) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(OutboxError::io(&trash)(e)),
             _ => {}
         }
+        let reserve = Reserve::open(dir)?;
         let epoch = Uuid::now_v7();
         let (mut lanes, mut damaged) = (Vec::new(), Vec::new());
         for lane in Lane::ALL {
             let (mut store, numbers) = LaneStore::open(dir, lane)?;
-            store.begin(epoch);
+            store.begin(epoch, now);
             damaged.extend(numbers.into_iter().map(|number| (lane, number)));
             lanes.push(store);
         }
@@ -63,12 +74,29 @@ impl Core {
             }
         }
         let stamp = meta.values().map(|(stamp, _)| *stamp).max().unwrap_or(0);
-        let dir = dir.to_owned();
-        let mut core =
-            Core { dir, limits, epoch, lanes, meta, stamp, declared_at: Instant::now(), closed: false };
+        let mut core = Core {
+            dir: dir.to_owned(),
+            limits,
+            epoch,
+            lanes,
+            meta,
+            aside: quarantined(dir),
+            reserve,
+            stamp,
+            declared_at: Instant::now(),
+            closed: false,
+            _lock: lock,
+        };
         core.end_previous(now)?;
         for (lane, number) in damaged {
             core.set_aside(lane, number, now)?;
+        }
+        for lane in Lane::ALL {
+            let gaps = core.lane(lane).take_holes();
+            if !gaps.is_empty() {
+                tracing::error!(%lane, ?gaps, "generations of the outbox are gone; what they held is declared");
+            }
+            core.declare_gaps(gaps, now)?;
         }
         core.upkeep(now)?;
         Ok(core)
@@ -91,22 +119,23 @@ impl Core {
                 let state = store.state.epochs.iter().find(|e| e.epoch == previous);
                 state.map_or((0, 0), |e| (e.head, e.rows))
             };
-            for (lane, store) in Lane::ALL.iter().zip(&self.lanes) {
+            for (lane, store) in Lane::ALL.iter().zip(&self.lanes).filter(|(_, store)| !store.unknown) {
                 let (head, rows) = ended(store);
                 records.push(closing_record(previous, *lane, head, rows));
             }
-            let last = |pick: fn(&LaneStore) -> Option<Timestamp>| self.lanes.iter().filter_map(pick).max();
-            let from = last(|l| l.state.last_event).or(last(|l| l.state.at)).unwrap_or(now);
+            // Another lane may know of a later event, but a damaged log may have cost the readings before that.
+            let readings = &self.lane(Lane::Readings).state;
+            let from = readings.last_event.or(readings.at).unwrap_or(now);
             records.push(interruption_record(previous, from.min(now), now));
         }
         self.declare(now, previous.unwrap_or(self.epoch), records, true)
     }
 
-    pub fn lane(&mut self, lane: Lane) -> &mut LaneStore {
+    pub(super) fn lane(&mut self, lane: Lane) -> &mut LaneStore {
         &mut self.lanes[lane as usize]
     }
 
-    pub fn append(
+    pub(super) fn append(
         &mut self,
         now: Timestamp,
         drafts: &[Draft],
@@ -117,10 +146,12 @@ impl Core {
         }
         self.make_room(now)?;
         let carries = |lane: Lane| drafts.iter().any(|d| d.lane == lane && d.batch.num_rows() > 0);
-        // Metadata and the census of empty drafts go with the lane that is written last.
-        let home = [Lane::Readings, Lane::Aggregates, Lane::Anomalies]
+        // Metadata, the census of empty drafts, and how far the readings have come go with the lane that is written
+        // last: after a crash between two lanes, sources go on before the readings that were not written. That of
+        // readings is theirs, also when all were held back.
+        let home = GIVE_WAY
             .into_iter()
-            .find(|lane| carries(*lane))
+            .find(|lane| carries(*lane) || *lane == Lane::Readings && drafts.iter().any(|d| d.lane == *lane))
             .unwrap_or(Lane::Readings);
         let order = GIVE_WAY.into_iter().rev().filter(|lane| *lane != home && carries(*lane)).chain([home]);
         for lane in order.collect::<Vec<_>>() {
@@ -131,12 +162,12 @@ impl Core {
                     continue;
                 }
                 count(&mut write.census, draft);
-                write.last_event = write.last_event.max(Some(draft.last_event));
                 if has_rows {
                     write.batches.push(&draft.batch);
                 }
             }
             if lane == home {
+                write.last_event = drafts.iter().map(|draft| draft.last_event).max();
                 write.meta =
                     meta.iter().map(|(name, value)| (*name, self.stamp + 1, value.as_slice())).collect();
             }
@@ -146,10 +177,18 @@ impl Core {
         for (name, value) in meta {
             self.meta.insert((*name).to_owned(), (self.stamp, value.clone()));
         }
-        if self.declared_at.elapsed() >= self.limits.census_every {
-            self.declare(now, self.epoch, Vec::new(), false)?;
+        self.declare_when_due(now)
+    }
+
+    fn declare_when_due(&mut self, now: Timestamp) -> Result<(), OutboxError> {
+        let waited = self.declared_at.elapsed();
+        let every = self.limits.census_every;
+        if waited < every
+            || waited < CENSUS_EVERY_IN_OUTAGE.max(every) && self.lane(Lane::Control).held() > CONTROL_BACKLOG
+        {
+            return Ok(());
         }
-        Ok(())
+        self.declare(now, self.epoch, Vec::new(), false)
     }
 
     /// Writes `records` and all counts that wait into the control lane; with `always` also when there are none.
@@ -171,15 +210,20 @@ impl Core {
         if records.is_empty() && !always {
             return Ok(());
         }
+        // What is declared as sealed must be in a manifest first, which can still declare it when its database is
+        // damaged; and the control lane's must say what was declared.
+        for lane in GIVE_WAY {
+            self.lane(lane).note()?;
+        }
         self.write_control(now, &records, Some(declared), false)?;
         for (store, declared) in self.lanes.iter_mut().zip(declared) {
             store.state.census = Census::default();
             store.state.census_no = declared;
         }
-        Ok(())
+        self.lane(Lane::Control).note()
     }
 
-    fn write_control(
+    pub(super) fn write_control(
         &mut self,
         now: Timestamp,
         records: &[Record],
@@ -192,7 +236,7 @@ impl Core {
         self.lanes[Lane::Control as usize].write(now, &write, &self.limits)
     }
 
-    pub fn close(&mut self, now: Timestamp) -> Result<(), OutboxError> {
+    pub(super) fn close(&mut self, now: Timestamp) -> Result<(), OutboxError> {
         if self.closed {
             return Ok(());
         }
@@ -214,86 +258,49 @@ impl Core {
         self.lanes.iter_mut().try_for_each(LaneStore::note)
     }
 
-    pub fn upkeep(&mut self, now: Timestamp) -> Result<(), OutboxError> {
-        if !self.closed {
-            if self.declared_at.elapsed() >= self.limits.census_every {
-                self.declare(now, self.epoch, Vec::new(), false)?;
-            }
-            self.make_room(now)?;
+    pub(super) fn upkeep(&mut self, now: Timestamp) -> Result<(), OutboxError> {
+        if self.closed {
+            return self.lanes.iter_mut().try_for_each(LaneStore::note);
         }
-        self.lanes.iter_mut().try_for_each(LaneStore::note)
-    }
-
-    /// Drops generations that are too old, and the oldest ones while there are too many bytes.
-    fn make_room(&mut self, now: Timestamp) -> Result<(), OutboxError> {
-        let limit = now - self.limits.max_age;
-        for lane in GIVE_WAY {
-            while let Some(number) = self.lane(lane).older_than(limit) {
-                self.drop_generation(lane, number, "age", now)?;
+        match self.make_room(now) {
+            // What waits to be written down waits for room.
+            Err(error @ OutboxError::Full { .. }) => {
+                tracing::error!(%error, "nothing is accepted until there is room");
+                return Ok(());
             }
+            made => made?,
         }
-        while let Some(reason) = self.shortage()? {
-            let mut oldest = None;
-            for lane in GIVE_WAY {
-                if oldest.is_none() && self.lane(lane).holds_messages() {
-                    oldest = self.lane(lane).oldest_generation()?.map(|number| (lane, number));
-                }
-            }
-            let Some((lane, number)) = oldest else { break };
-            self.drop_generation(lane, number, reason, now)?;
+        self.declare_when_due(now)?;
+        for store in &mut self.lanes {
+            store.tidy(now, &self.limits)?;
+            store.note()?;
         }
         Ok(())
     }
 
-    fn shortage(&self) -> Result<Option<&'static str>, OutboxError> {
-        let used: u64 = GIVE_WAY.iter().map(|lane| self.lanes[*lane as usize].disk_bytes()).sum();
-        if used > self.limits.max_bytes {
-            return Ok(Some("full"));
-        }
-        let free = fs2::available_space(&self.dir).map_err(OutboxError::io(&self.dir))?;
-        Ok((free < self.limits.min_free_disk).then_some("disk"))
-    }
-
-    fn drop_generation(
-        &mut self,
-        lane: Lane,
-        number: u64,
-        reason: &'static str,
-        now: Timestamp,
-    ) -> Result<(), OutboxError> {
-        let readings = self.declare_gaps(lane, number, reason, now)?;
-        tracing::warn!(%lane, number, reason, readings, "the outbox dropped its oldest messages and declared them");
-        self.lane(lane).discard(number)
-    }
-
     /// Declares what is held of a generation that cannot be read, and moves it to `quarantine/`.
-    fn set_aside(&mut self, lane: Lane, number: u64, now: Timestamp) -> Result<(), OutboxError> {
+    pub(super) fn set_aside(&mut self, lane: Lane, number: u64, now: Timestamp) -> Result<(), OutboxError> {
+        if !self.lane(lane).has(number) {
+            return Ok(());
+        }
         if self.lane(lane).is_active(number) {
-            self.lane(lane).abandon_active()?;
+            let Self { lanes, meta, .. } = self;
+            let meta: Vec<_> =
+                meta.iter().map(|(k, (stamp, v))| (k.as_str(), *stamp, v.as_slice())).collect();
+            lanes[lane as usize].abandon_active(&meta)?;
         }
-        let readings = self.declare_gaps(lane, number, "corrupt", now)?;
+        let gaps = self.lane(lane).gaps(number, "corrupt")?;
+        let readings = self.declare_gaps(gaps, now)?;
         tracing::error!(%lane, number, readings, "a damaged generation of the outbox was set aside and declared");
-        self.lane(lane).quarantine(number)
-    }
-
-    fn declare_gaps(
-        &mut self,
-        lane: Lane,
-        number: u64,
-        reason: &'static str,
-        now: Timestamp,
-    ) -> Result<u64, OutboxError> {
-        let gaps = merge_gaps(self.lane(lane).gaps(number, reason)?);
-        let readings = gaps.iter().map(|g| g.readings).sum();
-        let records: Vec<Record> = gaps.into_iter().map(Record::from).collect();
-        if !records.is_empty() {
-            let clean = self.lane(Lane::Control).state.clean;
-            self.write_control(now, &records, None, clean)?;
+        if let Some(path) = self.lane(lane).quarantine(number)? {
+            let bytes = disk_bytes(&path);
+            self.aside.push((path, bytes));
         }
-        Ok(readings)
+        // A kill must not make it declared again.
+        self.lane(lane).note()
     }
 
-    pub fn page(
+    pub(super) fn page(
         &mut self,
         lane: Lane,
         from: u64,

@@ -6,18 +6,28 @@
 //!   db, conf, snap.*, blobs/  sled's
 //! ```
 //!
-//! | key in sled | value |
-//! |---|---|
-//! | `m` index (u64 BE) | a message, see [`encode_message`] |
-//! | `k` name | stamp (u64 BE) and the caller's bytes; over all lanes the highest stamp counts |
-//! | `s` | the lane's [`State`] as JSON, rewritten by every batch |
+//! | tree | key | value |
+//! |---|---|---|
+//! | `m` index / 8 (u64 BE) | index (u64 BE) | a message, see [`encode_message`] |
+//! | default | `k` name | stamp (u64 BE) and the caller's bytes; over all lanes the highest stamp counts |
+//! | default | `s` | the lane's [`State`] as JSON, rewritten by every batch |
 //!
-//! sled's `flush` ends in `sync_file_range`, which does not reach the disk's platter, so every commit is followed
-//! by `fdatasync` through a second handle on `db`. Messages are below sled's segment size, so none goes to
-//! `blobs/`. sled repairs a damaged log by cutting it: a hole in the indices is therefore taken for corruption,
-//! just like an error or a panic of sled.
+//! **Why eight messages a tree.** sled appends a change to its log, but writes a whole leaf again after ten changes
+//! to it and when it splits, past 16 keys. In one tree every message is written about five times; worse, a leaf of
+//! more than a quarter of a segment goes to a file in `blobs/`, which nobody syncs: a power cut would take messages
+//! that were accepted. Eight insertions stay below both limits, so a message is written once, to `db`; one of more
+//! than [`MAX_PAYLOAD`] is cut in two before it gets there.
+//!
+//! **Commit.** sled's log is recovered as a prefix, and the state is written after the messages that it counts, so
+//! a crash between the two leaves messages that do not count, and whose places the next ones take. sled's `flush`
+//! ends in `sync_file_range`, which does not reach the disk's platter, so every commit is followed by `fdatasync`
+//! through a second handle on `db`.
+//!
+//! **Damage.** sled has a checksum on every entry of its log and repairs a damaged log by cutting it: a hole in the
+//! indices is therefore taken for corruption, just like an error or a panic of sled.
 
 use std::{
+    collections::BTreeMap,
     fs::{self, File},
     io::{self, Write},
     ops::Range,
@@ -39,6 +49,13 @@ use super::{OutboxError, lane::State};
 
 /// sled's page cache for one generation, in bytes; at most two a lane are open.
 const CACHE_BYTES: u64 = 2 * 1024 * 1024;
+/// Bytes of a segment of sled's log.
+const SEGMENT_BYTES: usize = 512 * 1024;
+/// Longest payload of a message: what is longer than a quarter of a segment, with its head and sled's, would go to
+/// `blobs/`.
+pub(super) const MAX_PAYLOAD: usize = SEGMENT_BYTES / 4 - 1024;
+/// Messages in a tree, below the ten changes after which sled writes a leaf again.
+const TREE_MESSAGES: u64 = 8;
 /// How often a generation that another handle still holds is tried again, 20 ms apart.
 const LOCK_TRIES: u32 = 100;
 /// Version of the record format and of the manifest.
@@ -131,6 +148,15 @@ pub struct Message {
     pub payload: Bytes,
 }
 
+/// What one commit writes.
+#[derive(Default)]
+pub(super) struct Batch {
+    /// By tree.
+    messages: BTreeMap<u64, sled::Batch>,
+    /// State and the caller's entries; after the messages.
+    rest: sled::Batch,
+}
+
 /// An open generation.
 #[derive(Debug)]
 pub(super) struct Generation {
@@ -142,7 +168,11 @@ impl Generation {
     /// Opens the database in `dir`, creating it when it is not there.
     pub(super) fn open(dir: &Path) -> Result<Self, OutboxError> {
         fs::create_dir_all(dir).map_err(OutboxError::io(dir))?;
-        let config = sled::Config::new().path(dir).cache_capacity(CACHE_BYTES).flush_every_ms(None);
+        let config = sled::Config::new()
+            .path(dir)
+            .cache_capacity(CACHE_BYTES)
+            .segment_size(SEGMENT_BYTES)
+            .flush_every_ms(None);
         let mut tries = 0;
         let db = loop {
             match guard(dir, || config.open()) {
@@ -163,9 +193,21 @@ impl Generation {
         Ok(Self { db, log })
     }
 
+    /// Opens a database that must be there.
+    pub(super) fn existing(dir: &Path) -> Result<Self, OutboxError> {
+        if dir.join("db").exists() {
+            Self::open(dir)
+        } else {
+            Err(OutboxError::corrupt(dir, "its database is not there"))
+        }
+    }
+
     /// Writes a batch; it is on the disk when this returns.
-    pub(super) fn commit(&self, dir: &Path, batch: sled::Batch) -> Result<(), OutboxError> {
-        guard(dir, || self.db.apply_batch(batch))?;
+    pub(super) fn commit(&self, dir: &Path, batch: Batch) -> Result<(), OutboxError> {
+        for (tree, messages) in batch.messages {
+            guard(dir, || self.db.open_tree(tree_name(tree))?.apply_batch(messages))?;
+        }
+        guard(dir, || self.db.apply_batch(batch.rest))?;
         self.sync(dir)
     }
 
@@ -211,23 +253,33 @@ impl Generation {
     ) -> Result<Vec<Message>, OutboxError> {
         let mut found = Vec::new();
         let mut bytes = 0;
-        let keys = message_key(range.start)..message_key(range.end);
-        let mut entries = self.db.range(keys);
         for index in range {
             if found.len() == max || bytes > max_bytes {
                 break;
             }
-            let entry = guard(dir, || entries.next().transpose())?;
-            let message = entry
-                .filter(|(key, _)| **key == message_key(index))
-                .and_then(|(_, value)| decode_message(lane, index, &value))
-                .ok_or_else(|| {
-                    OutboxError::corrupt(dir, &format!("message {index} is missing or malformed"))
-                })?;
+            let message = self.get(dir, lane, index)?.ok_or_else(|| {
+                OutboxError::corrupt(dir, &format!("message {index} is missing or malformed"))
+            })?;
             bytes += message.payload.len();
             found.push(message);
         }
         Ok(found)
+    }
+
+    /// A message, if it is there and whole.
+    pub(super) fn get(&self, dir: &Path, lane: Lane, index: u64) -> Result<Option<Message>, OutboxError> {
+        let tree = tree_name(index / TREE_MESSAGES);
+        let value = guard(dir, || self.db.open_tree(tree)?.get(index.to_be_bytes()))?;
+        Ok(value.and_then(|value| decode_message(lane, index, &value)))
+    }
+
+    /// Index of the first message.
+    pub(super) fn first(&self, dir: &Path) -> Result<Option<u64>, OutboxError> {
+        // Names that begin alike are in the order of their numbers.
+        let tree = self.db.tree_names().into_iter().filter(|name| name.starts_with(MESSAGES)).min();
+        let Some(tree) = tree else { return Ok(None) };
+        let first = guard(dir, || self.db.open_tree(tree)?.first())?;
+        Ok(first.and_then(|(key, _)| key.first_chunk::<8>().copied().map(u64::from_be_bytes)))
     }
 
     /// Bytes on the disk.
@@ -236,6 +288,7 @@ impl Generation {
     }
 }
 
+const MESSAGES: &[u8] = b"m";
 const STATE: &[u8] = b"s";
 const META: &[u8] = b"k";
 
@@ -257,16 +310,13 @@ fn is_environment(error: &io::Error) -> bool {
         && !error.to_string().contains("acquire lock")
 }
 
-/// The key of a message.
-fn message_key(index: u64) -> [u8; 9] {
-    let mut key = [b'm'; 9];
-    key[1..].copy_from_slice(&index.to_be_bytes());
-    key
+fn tree_name(tree: u64) -> Vec<u8> {
+    [MESSAGES, &tree.to_be_bytes()].concat()
 }
 
 /// Adds a message to a batch: 1 byte format, 16 epoch, then u64 LE seq, rows, rows_before, i64 LE sealed_at in
 /// µs, 1 byte clock (1 synced), and the payload as it goes on the wire.
-pub(super) fn encode_message(batch: &mut sled::Batch, index: u64, identity: &Identity, payload: &[u8]) {
+pub(super) fn encode_message(batch: &mut Batch, index: u64, identity: &Identity, payload: &[u8]) {
     let mut value = Vec::with_capacity(HEAD + payload.len());
     value.push(FORMAT);
     value.extend_from_slice(identity.epoch.as_bytes());
@@ -276,7 +326,7 @@ pub(super) fn encode_message(batch: &mut sled::Batch, index: u64, identity: &Ide
     value.extend_from_slice(&identity.sealed_at.as_micros().to_le_bytes());
     value.push(u8::from(identity.clock == ClockState::Synced));
     value.extend_from_slice(payload);
-    batch.insert(&message_key(index)[..], value);
+    batch.messages.entry(index / TREE_MESSAGES).or_default().insert(&index.to_be_bytes()[..], value);
 }
 
 fn decode_message(lane: Lane, index: u64, value: &[u8]) -> Option<Message> {
@@ -309,14 +359,14 @@ fn decode_message(lane: Lane, index: u64, value: &[u8]) -> Option<Message> {
 }
 
 /// Adds the lane's state to a batch.
-pub(super) fn encode_state(batch: &mut sled::Batch, state: &State) {
-    batch.insert(STATE, to_json(state));
+pub(super) fn encode_state(batch: &mut Batch, state: &State) {
+    batch.rest.insert(STATE, to_json(state));
 }
 
 /// Adds an entry of the caller's to a batch.
-pub(super) fn encode_meta(batch: &mut sled::Batch, name: &str, stamp: u64, value: &[u8]) {
+pub(super) fn encode_meta(batch: &mut Batch, name: &str, stamp: u64, value: &[u8]) {
     let value = [&stamp.to_be_bytes()[..], value].concat();
-    batch.insert([META, name.as_bytes()].concat(), value);
+    batch.rest.insert([META, name.as_bytes()].concat(), value);
 }
 
 fn to_json(state: &State) -> Vec<u8> {

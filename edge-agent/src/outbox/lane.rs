@@ -2,9 +2,11 @@
 
 use std::{
     collections::VecDeque,
-    fs,
+    fs::{self, File},
+    io::ErrorKind,
     ops::Range,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use arrow::{
@@ -22,11 +24,17 @@ use super::{
     Limits, OutboxError,
     control::Gap,
     generation::{
-        Generation, Manifest, Message, Span, dir_of, encode_message, encode_meta, encode_state, sync_dir,
+        Batch, Generation, MAX_PAYLOAD, Manifest, Message, Span, dir_of, encode_message, encode_meta,
+        encode_state, sync_dir,
     },
     ranges::RangeSet,
 };
 use crate::census::Census;
+
+/// A generation that is written and holds nothing is given back once nothing was sealed for this long.
+const IDLE: Duration = Duration::from_secs(300);
+/// A generation covers at most this part of `max_age`, so that no message outlives it by more.
+const AGES: u32 = 8;
 
 /// What a lane must know after a restart. It is written by every batch, in the same transaction as the messages.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -110,6 +118,8 @@ pub(super) struct LaneStore {
     reading: Option<(u64, Generation)>,
     /// The manifest on the disk is older than `state`.
     stale: bool,
+    /// Nothing of the lane could be read: what it had sealed is not known.
+    pub(super) unknown: bool,
     pub(super) state: State,
 }
 
@@ -120,20 +130,30 @@ impl LaneStore {
         let dir = root.join(lane.as_str());
         fs::create_dir_all(&dir).map_err(OutboxError::io(&dir))?;
         sync_dir(root).map_err(OutboxError::io(root))?;
-        let mut known = Vec::new();
+        let mut known: Vec<(u64, Manifest)> = Vec::new();
+        // The lowest number of a generation of which nothing can be read.
+        let mut lost = None;
         for number in numbers(&dir)? {
             let path = dir_of(&dir, number);
             match Manifest::load(&path) {
                 Ok(manifest) => known.push((number, manifest)),
                 // The manifest is written last: without it the generation was never used.
-                Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+                Err(e) if e.kind() == ErrorKind::NotFound => {
                     fs::remove_dir_all(&path).map_err(OutboxError::io(&path))?;
                 }
-                // Without its manifest nothing can be declared: the ledger will call its messages missing.
-                Err(e) if e.kind() == std::io::ErrorKind::InvalidData => {
+                Err(e) if e.kind() == ErrorKind::InvalidData => {
                     tracing::error!(%lane, number, error = %e, "a manifest of the outbox cannot be read");
-                    let aside = root.join("quarantine").join(format!("{lane}-{number:08}"));
-                    move_dir(&path, &aside)?;
+                    match rebuild(&path, lane) {
+                        Ok((_, manifest)) => {
+                            manifest.store(&path).map_err(OutboxError::io(&path))?;
+                            known.push((number, manifest));
+                        }
+                        Err(OutboxError::Corrupt { .. }) => {
+                            lost = lost.or(Some(number));
+                            move_dir(&path, &aside(root, lane, number))?;
+                        }
+                        Err(e) => return Err(e),
+                    }
                 }
                 Err(e) => return Err(OutboxError::io(&path.join("manifest.json"))(e)),
             }
@@ -173,11 +193,13 @@ impl LaneStore {
         };
         let mut state = manifest.state.clone();
         // What lies below the first generation was given back.
-        let first = closed.front().map_or(manifest.range().start, |c| c.range.start);
-        state.forgotten.insert(0..first);
-        let root = root.to_owned();
+        if lost.is_none_or(|lost| known.first().is_some_and(|(number, _)| *number < lost)) {
+            state.forgotten.insert(0..closed.front().map_or(manifest.range().start, |c| c.range.start));
+        }
+        let unknown = lost.is_some() && known.is_empty();
+        let (root, reading, stale) = (root.to_owned(), None, true);
         let mut store =
-            Self { lane, root, dir, closed, number, active, manifest, reading: None, stale: true, state };
+            Self { lane, root, dir, closed, number, active, manifest, reading, stale, unknown, state };
         store.prune_epochs();
         Ok((store, damaged))
     }
@@ -188,7 +210,9 @@ impl LaneStore {
     }
 
     /// Begins an epoch; it is durable with the first write.
-    pub(super) fn begin(&mut self, epoch: Uuid) {
+    pub(super) fn begin(&mut self, epoch: Uuid, now: Timestamp) {
+        // The earliest time at which anything of it can be lost.
+        self.state.at = self.state.at.max(Some(now));
         self.state.epochs.push(EpochState { epoch, base: self.state.next, head: 0, rows: 0 });
     }
 
@@ -209,9 +233,16 @@ impl LaneStore {
         }
         let mut state = self.state.clone();
         let mut manifest = self.manifest.clone();
-        let mut batch = sled::Batch::default();
+        let mut batch = Batch::default();
         for rows in &w.batches {
-            self.seal(&mut state, &mut manifest, &mut batch, now, rows, limits.max_message_bytes)?;
+            self.seal(
+                &mut state,
+                &mut manifest,
+                &mut batch,
+                now,
+                rows,
+                limits.max_message_bytes.min(MAX_PAYLOAD),
+            )?;
         }
         state.census.merge(&w.census);
         state.last_event = state.last_event.max(w.last_event);
@@ -236,7 +267,7 @@ impl LaneStore {
         &self,
         state: &mut State,
         manifest: &mut Manifest,
-        batch: &mut sled::Batch,
+        batch: &mut Batch,
         now: Timestamp,
         rows: &RecordBatch,
         max_bytes: usize,
@@ -267,6 +298,19 @@ impl LaneStore {
         epoch.head += 1;
         epoch.rows += identity.rows;
         state.next += 1;
+        Ok(())
+    }
+
+    /// Closes the active generation where that gives disk back, since nothing in it has been held for a while, or lets
+    /// its older part give way for its age.
+    pub(super) fn tidy(&mut self, now: Timestamp, limits: &Limits) -> Result<(), OutboxError> {
+        let (Some(first), Some(last)) = (self.manifest.spans.first(), self.manifest.spans.last()) else {
+            return Ok(());
+        };
+        let drained = self.state.forgotten.covers(self.manifest.range()) && last.sealed_to + IDLE <= now;
+        if drained || first.sealed_from + limits.max_age / AGES <= now {
+            self.roll(&[])?;
+        }
         Ok(())
     }
 
@@ -328,7 +372,7 @@ impl LaneStore {
         let dir = dir_of(&self.dir, number);
         if self.reading.as_ref().is_none_or(|(n, _)| *n != number) {
             self.reading = None;
-            self.reading = Some((number, Generation::open(&dir).map_err(|e| (number, e))?));
+            self.reading = Some((number, Generation::existing(&dir).map_err(|e| (number, e))?));
         }
         let (_, generation) = self.reading.as_ref().expect("it was opened above");
         generation.page(&dir, self.lane, range.start..end, max, max_bytes).map_err(|e| (number, e))
@@ -367,7 +411,12 @@ impl LaneStore {
     /// What is still held of a generation, as gaps.
     pub(super) fn gaps(&self, number: u64, reason: &'static str) -> Result<Vec<Gap>, OutboxError> {
         let dir = dir_of(&self.dir, number);
-        let manifest = Manifest::load(&dir).map_err(OutboxError::io(&dir))?;
+        let manifest = Manifest::load(&dir).map_err(|e| match e.kind() {
+            ErrorKind::NotFound | ErrorKind::InvalidData => {
+                OutboxError::corrupt(&dir, &format!("its manifest cannot be read: {e}"))
+            }
+            _ => OutboxError::io(&dir)(e),
+        })?;
         let gaps = manifest.spans.iter().flat_map(|span| {
             self.state.forgotten.absent(span.range()).into_iter().map(move |lost| {
                 let at = |index: u64| usize::try_from(index - span.first).unwrap_or(usize::MAX);
@@ -377,8 +426,8 @@ impl LaneStore {
                     first_seq: span.first_seq + (lost.start - span.first),
                     last_seq: span.first_seq + (lost.end - 1 - span.first),
                     readings: span.rows[at(lost.start)..at(lost.end)].iter().map(|r| u64::from(*r)).sum(),
-                    from: span.from,
-                    to: span.to,
+                    from: Some(span.from),
+                    to: Some(span.to),
                     reason,
                 }
             })
@@ -386,17 +435,61 @@ impl LaneStore {
         Ok(gaps.collect())
     }
 
-    /// The oldest generation, once it may be dropped: the active one is closed for that.
-    pub(super) fn oldest_generation(&mut self) -> Result<Option<u64>, OutboxError> {
-        if self.closed.is_empty() && !self.manifest.range().is_empty() {
-            self.roll(&[])?;
+    /// What is held by the lane's state and in no generation, since a folder is gone or was damaged together with
+    /// its manifest; forgotten from now on. Their gaps are to be declared. How many rows they had is told by their
+    /// neighbours, where there are any.
+    pub(super) fn take_holes(&mut self) -> Vec<Gap> {
+        let mut there = self.state.forgotten.clone();
+        self.closed.iter().for_each(|c| there.insert(c.range.clone()));
+        there.insert(self.manifest.range());
+        let mut gaps = Vec::new();
+        for hole in there.absent(0..self.state.next) {
+            for epoch in self.state.epochs.clone() {
+                let (start, end) = (hole.start.max(epoch.base), hole.end.min(epoch.range().end));
+                if start >= end {
+                    continue;
+                }
+                let mut neighbour = |index: u64| {
+                    let found = self.read(index..index + 1, 1, usize::MAX).ok()?.pop()?.identity;
+                    (found.epoch == epoch.epoch).then_some(found)
+                };
+                let before = match start - epoch.base {
+                    0 => Some(0),
+                    _ => neighbour(start - 1).map(|m| m.rows_before + m.rows),
+                };
+                let until = match epoch.range().end - end {
+                    0 => Some(epoch.rows),
+                    _ => neighbour(end).map(|m| m.rows_before),
+                };
+                gaps.push(Gap {
+                    epoch: epoch.epoch,
+                    lane: self.lane,
+                    first_seq: start - epoch.base,
+                    last_seq: end - 1 - epoch.base,
+                    readings: before.zip(until).map_or(0, |(before, until)| until.saturating_sub(before)),
+                    from: None,
+                    to: None,
+                    reason: "corrupt",
+                });
+            }
+            self.state.forgotten.insert(hole);
         }
-        Ok(self.closed.front().map(|c| c.number))
+        gaps
     }
 
-    /// The oldest closed generation if all of it was sealed before `limit`.
-    pub(super) fn older_than(&self, limit: Timestamp) -> Option<u64> {
-        self.closed.front().filter(|c| c.sealed_to < limit).map(|c| c.number)
+    /// The closed generations that hold something, oldest first, with their bytes on disk.
+    pub(super) fn closed(&self) -> impl Iterator<Item = (u64, u64)> {
+        self.closed.iter().map(|c| (c.number, c.disk))
+    }
+
+    /// Whether the active generation holds something.
+    pub(super) fn is_active_held(&self) -> bool {
+        !self.state.forgotten.covers(self.manifest.range())
+    }
+
+    /// The closed generations that were sealed before `limit` throughout.
+    pub(super) fn older_than(&self, limit: Timestamp) -> impl Iterator<Item = u64> {
+        self.closed.iter().take_while(move |c| c.sealed_to < limit).map(|c| c.number)
     }
 
     /// Forgets a whole generation and removes it. Its gaps must be durable.
@@ -407,25 +500,25 @@ impl LaneStore {
         }
     }
 
-    /// Forgets a whole generation and sets it aside. Its gaps must be durable. An active one is closed.
-    pub(super) fn quarantine(&mut self, number: u64) -> Result<(), OutboxError> {
+    /// Forgets a whole generation and sets it aside; where it lies now. Its gaps must be durable.
+    pub(super) fn quarantine(&mut self, number: u64) -> Result<Option<PathBuf>, OutboxError> {
         self.reading = None;
-        let Some(at) = self.closed.iter().position(|c| c.number == number) else { return Ok(()) };
-        let folder = self.root.join("quarantine");
-        self.move_to(number, &folder.join(format!("{}-{number:08}", self.lane)))?;
+        let Some(at) = self.closed.iter().position(|c| c.number == number) else { return Ok(None) };
+        let path = aside(&self.root, self.lane, number);
+        self.move_to(number, &path)?;
         if let Some(closed) = self.closed.remove(at) {
             self.state.forgotten.insert(closed.range);
         }
-        Ok(())
+        Ok(Some(path))
     }
 
-    /// Closes the active generation without reading it again: its database is damaged.
-    pub(super) fn abandon_active(&mut self) -> Result<(), OutboxError> {
+    /// Closes the active generation without reading it again, its database being damaged. `meta` goes on in the next.
+    pub(super) fn abandon_active(&mut self, meta: &[(&str, u64, &[u8])]) -> Result<(), OutboxError> {
         let dir = self.active_dir();
         self.manifest.closed = true;
         self.manifest.state = self.state.clone();
         self.manifest.store(&dir).map_err(OutboxError::io(&dir))?;
-        let (generation, manifest) = create(&self.dir, self.number + 1, self.state.clone(), &[])?;
+        let (generation, manifest) = create(&self.dir, self.number + 1, self.state.clone(), meta)?;
         self.closed.push_back(Closed::of(self.number, &self.manifest, self.active.disk_bytes()));
         self.number += 1;
         (self.active, self.manifest) = (generation, manifest);
@@ -435,6 +528,16 @@ impl LaneStore {
     /// Whether `number` is the generation that is written.
     pub(super) fn is_active(&self, number: u64) -> bool {
         self.number == number
+    }
+
+    /// Whether there is a generation `number`.
+    pub(super) fn has(&self, number: u64) -> bool {
+        self.is_active(number) || self.closed.iter().any(|c| c.number == number)
+    }
+
+    /// Messages held.
+    pub(super) fn held(&self) -> u64 {
+        self.state.forgotten.absent(0..self.state.next).iter().map(|r| r.end - r.start).sum()
     }
 
     /// Bytes on the disk.
@@ -478,6 +581,10 @@ impl LaneStore {
             }
             let trash = self.root.join("trash").join(format!("{}-{number:08}", self.lane));
             self.move_to(number, &trash)?;
+            // sled lets go of its file a little after the last handle is dropped; its blocks are wanted now.
+            if let Ok(log) = File::options().write(true).open(trash.join("db")) {
+                log.set_len(0).map_err(OutboxError::io(&trash))?;
+            }
             fs::remove_dir_all(&trash).map_err(OutboxError::io(&trash))?;
             self.closed.remove(at);
         }
@@ -529,12 +636,16 @@ impl Manifest {
 }
 
 /// Opens the generation that was written last, and brings its manifest up to its database.
-fn recover(dir: &Path, lane: Lane, manifest: &Manifest) -> Result<(Generation, Manifest), OutboxError> {
-    if !dir.join("db").exists() {
-        return Err(OutboxError::corrupt(dir, "its database is not there"));
-    }
-    let generation = Generation::open(dir)?;
-    let state = generation.state(dir)?.ok_or_else(|| OutboxError::corrupt(dir, "it has no state"))?;
+pub(super) fn recover(
+    dir: &Path,
+    lane: Lane,
+    manifest: &Manifest,
+) -> Result<(Generation, Manifest), OutboxError> {
+    let generation = Generation::existing(dir)?;
+    let mut state = generation.state(dir)?.ok_or_else(|| OutboxError::corrupt(dir, "it has no state"))?;
+    // A log that was cut may have lost what the manifest still knows.
+    state.at = state.at.max(manifest.state.at);
+    manifest.state.forgotten.iter().for_each(|range| state.forgotten.insert(range));
     let mut recovered = manifest.clone();
     let known = manifest.range();
     if state.next < known.end {
@@ -555,6 +666,16 @@ fn recover(dir: &Path, lane: Lane, manifest: &Manifest) -> Result<(Generation, M
     Ok((generation, recovered))
 }
 
+/// Opens a generation whose manifest cannot be read, and makes one from its database.
+pub(super) fn rebuild(dir: &Path, lane: Lane) -> Result<(Generation, Manifest), OutboxError> {
+    let generation = Generation::existing(dir)?;
+    let mut state = generation.state(dir)?.ok_or_else(|| OutboxError::corrupt(dir, "it has no state"))?;
+    state.next = generation.first(dir)?.unwrap_or(state.next);
+    let empty = Manifest::empty(state);
+    drop(generation);
+    recover(dir, lane, &empty)
+}
+
 /// Makes a generation; its manifest, written last, makes it count.
 fn create(
     lane_dir: &Path,
@@ -564,7 +685,7 @@ fn create(
 ) -> Result<(Generation, Manifest), OutboxError> {
     let dir = dir_of(lane_dir, number);
     let generation = Generation::open(&dir)?;
-    let mut batch = sled::Batch::default();
+    let mut batch = Batch::default();
     encode_state(&mut batch, &state);
     for (name, stamp, value) in meta {
         encode_meta(&mut batch, name, *stamp, value);
@@ -585,7 +706,16 @@ fn move_dir(from: &Path, target: &Path) -> Result<(), OutboxError> {
     from.parent().map_or(Ok(()), |lane_dir| sync_dir(lane_dir).map_err(OutboxError::io(lane_dir)))
 }
 
-fn numbers(dir: &Path) -> Result<Vec<u64>, OutboxError> {
+/// Where a damaged generation goes; a free name, should an earlier one of its number lie there.
+fn aside(root: &Path, lane: Lane, number: u64) -> PathBuf {
+    let folder = root.join("quarantine");
+    let first = folder.join(format!("{lane}-{number:08}"));
+    let others = (1..).map(|n| folder.join(format!("{lane}-{number:08}.{n}")));
+    std::iter::once(first).chain(others).find(|path| !path.exists()).expect("numbers do not end")
+}
+
+/// The generations of a lane, ascending.
+pub(super) fn numbers(dir: &Path) -> Result<Vec<u64>, OutboxError> {
     let mut numbers = Vec::new();
     for entry in fs::read_dir(dir).map_err(OutboxError::io(dir))? {
         let name = entry.map_err(OutboxError::io(dir))?.file_name();

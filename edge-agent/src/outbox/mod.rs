@@ -6,6 +6,7 @@
 //! {dir}/control/ anomalies/ aggregates/ readings/    a lane each, made of generations (generation.rs)
 //! {dir}/quarantine/{lane}-{number}/                   generations that could not be read
 //! {dir}/trash/                                        generations on their way out; emptied at open
+//! {dir}/lock  reserve                                 one process at a time; room for the control lane (room.rs)
 //! ```
 //!
 //! Every lane numbers its messages by an index without holes over all epochs; seq is counted per epoch, and a
@@ -15,9 +16,9 @@
 //!
 //! # Invariants
 //!
-//! * **Durable on return.** [`Outbox::append`] makes one sled transaction and one fsync per lane that it touches:
-//!   one for readings alone. Messages, their census, and the lane's state are one transaction; the caller's
-//!   metadata goes into the last one, so it is never ahead of the messages.
+//! * **Durable on return.** [`Outbox::append`] makes one commit and one fsync per lane that it touches: one for
+//!   readings alone. Messages count once the lane's state says so, which is written after them and together with
+//!   their census; the caller's metadata and [`Outbox::last_event_time`] go into the last one, so they are never ahead of the messages.
 //! * **Declared once.** Counts wait in the state of the lane that they came with, under a number. The control
 //!   message that declares them and the number that it declares are one transaction in the control lane; after a
 //!   crash, counts with a declared number are not declared again. Counts are declared every `census_every` of
@@ -28,15 +29,20 @@
 //! * **Dropped means declared.** A gap is durable in the control lane before the data of its messages goes. The
 //!   control lane itself does not count towards `max_bytes` and is never dropped.
 //! * **A damaged generation costs only itself**: it is set aside and declared as a gap from its manifest. The
-//!   manifest of the generation that is written is renewed once a minute; what was sealed after that is covered
-//!   by the `interruption` of the epoch.
+//!   manifest of the generation that is written is renewed once a minute, and before its counts are declared; what
+//!   was sealed after that is covered by the `interruption` of the epoch. A manifest that cannot be read is made
+//!   again from its database; where both are damaged the neighbours tell what is gone.
+//! * **A full disk stops nothing but the sealing** ([`OutboxError::Full`]); see room.rs.
 //! * **The backlog is never in memory**: per lane two open databases with small caches, and the state.
 
 mod control;
 mod core;
 mod generation;
+mod inspect;
 mod lane;
+mod lock;
 mod ranges;
+mod room;
 #[cfg(test)]
 mod tests;
 
@@ -64,11 +70,12 @@ use self::{
     core::Core,
     lane::{EpochState, LaneStore},
 };
-pub use self::{generation::Message, ranges::RangeSet};
+pub use self::{
+    generation::Message,
+    inspect::{Checked, Finding, GenerationView, Inspection, SpanView, Standing},
+    ranges::RangeSet,
+};
 use crate::{seal::Draft, settings::OutboxSettings};
-
-/// Counts are declared this often, so that the ledger compares totals that are a minute old at most.
-const CENSUS_EVERY: Duration = Duration::from_secs(60);
 
 /// How much the outbox may hold.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -95,7 +102,7 @@ impl From<&OutboxSettings> for Limits {
             min_free_disk: settings.min_free_disk,
             generation_bytes: settings.generation_bytes,
             max_message_bytes: settings.max_message_bytes,
-            census_every: CENSUS_EVERY,
+            census_every: settings.census_every,
         }
     }
 }
@@ -119,8 +126,21 @@ pub enum OutboxError {
         /// What is wrong with it.
         problem: String,
     },
+    /// The disk is full, with nothing left that could give way. Nothing was accepted; the same may be tried again.
+    #[error(
+        "outbox at {path}: {free} B are free on the disk, {needed} B are needed and nothing is left to give way; \
+         make room on it", path = path.display()
+    )]
+    Full {
+        /// Where.
+        path: PathBuf,
+        /// Free besides the reserve.
+        free: u64,
+        /// What an append may need.
+        needed: u64,
+    },
     /// Another process has this outbox open.
-    #[error("outbox at {path} is in use by another process; stop that agent first", path = .0.display())]
+    #[error("the outbox at {path} is in use by another process; stop that agent first", path = .0.display())]
     Locked(PathBuf),
     /// A batch has columns that cannot be written.
     #[error("encoding a message: {0}")]
@@ -246,14 +266,7 @@ impl Outbox {
     /// # Errors
     /// When it cannot be read.
     pub fn last_sealed(dir: &Path) -> Result<Option<Timestamp>, OutboxError> {
-        if !dir.exists() {
-            return Ok(None);
-        }
-        let mut last = None;
-        for lane in Lane::ALL {
-            last = last.max(LaneStore::open(dir, lane)?.0.state.at);
-        }
-        Ok(last)
+        if dir.exists() { Ok(Inspection::open(dir)?.last_sealed()) } else { Ok(None) }
     }
 
     /// What was last appended under `key`.
@@ -284,6 +297,18 @@ impl Outbox {
     pub fn upkeep(&self, now: Timestamp) -> Result<(), OutboxError> {
         let mut core = self.core();
         core.upkeep(now)?;
+        self.announce(&core);
+        Ok(())
+    }
+
+    /// Sets a generation aside that was found to be damaged, and declares what was held of it; nothing where there
+    /// is no such generation.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    pub fn set_aside(&self, lane: Lane, number: u64, now: Timestamp) -> Result<(), OutboxError> {
+        let mut core = self.core();
+        core.set_aside(lane, number, now)?;
         self.announce(&core);
         Ok(())
     }
@@ -356,7 +381,7 @@ impl Outbox {
             LaneView {
                 lane: *lane,
                 bytes: store.disk_bytes(),
-                messages: state.forgotten.absent(0..state.next).iter().map(|r| r.end - r.start).sum(),
+                messages: store.held(),
                 next: state.next,
                 oldest_sealed: store.oldest_sealed(),
                 epochs: open.map(status).collect(),

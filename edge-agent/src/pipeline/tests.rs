@@ -69,7 +69,8 @@ async fn run_agent(home: &Path) -> anyhow::Result<()> {
 /// Everything that the outbox holds: rows by lane, and the census that it declares, with `sealed`.
 fn audit(home: &Path) -> (Vec<(Lane, usize)>, Census) {
     let settings = Settings::load(Some(&home.join("edge-agent.toml"))).unwrap();
-    let outbox = Outbox::open(&settings.outbox.dir, limits(&settings.outbox), SystemClock.now()).unwrap();
+    let outbox =
+        Outbox::open(&settings.outbox.dir, Limits::from(&settings.outbox), SystemClock.now()).unwrap();
     let mut census = Census::default();
     let mut rows = Vec::new();
     for lane in Lane::ALL {

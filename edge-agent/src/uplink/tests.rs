@@ -357,3 +357,115 @@ async fn a_thousand_messages_a_second() {
     // Far below what it does, since tests share the machine; the figure stands in the output.
     assert!(rate > 300.0, "{rate:.0} messages/s");
 }
+
+#[test]
+fn the_bucket_lets_no_more_through_than_its_rate() {
+    for (rate, message) in [(1000u64, 100usize), (1000, 5000), (64_000, 16_000)] {
+        let mut bucket = Bucket::new(rate);
+        let (mut now, mut passed) = (Duration::ZERO, 0usize);
+        let end = Duration::from_secs(60);
+        while now < end {
+            if bucket.is_open(now) {
+                bucket.take(message);
+                passed += message;
+                assert_eq!(bucket.ready_at(now).is_none(), bucket.tokens > 0.0);
+            } else {
+                // Not earlier, and it is open then: nothing spins and nothing starves.
+                let ready = bucket.ready_at(now).unwrap();
+                assert!(ready > now && !bucket.is_open(ready.saturating_sub(Duration::from_millis(2))));
+                now = ready + Duration::from_micros(1);
+                assert!(bucket.is_open(now), "{rate} {message} {now:?}");
+            }
+        }
+        let earned = (rate * 60) as usize;
+        // A second's worth at the start, and the last message may overdraw.
+        assert!((earned..=earned + rate as usize + 2 * message).contains(&passed), "{passed} of {earned}");
+        // What is not used in a pause is not saved up beyond a second's worth.
+        now += Duration::from_secs(3600);
+        let mut burst = 0;
+        while bucket.is_open(now) {
+            bucket.take(message);
+            burst += message;
+        }
+        assert!(burst <= rate as usize + message, "{burst}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_rate_limit_holds_on_the_wire() {
+    let dir = TempDir::new().unwrap();
+    let at = broker();
+    let seen = Seen::default();
+    cloud(at, false, seen.clone()).await;
+    let outbox = open(dir.path());
+    append(&outbox, 60).await;
+    let bytes: usize = outbox
+        .page(Lane::Readings, 0, 100, usize::MAX, SystemClock.now())
+        .unwrap()
+        .iter()
+        .map(|m| m.payload.len())
+        .sum();
+    // A second's worth is there at once; the rest takes two more.
+    let mut settings = settings(at, UplinkMode::Broker);
+    settings.uplink.max_bytes_per_s = Some(bytes as u64 / 3);
+    let begun = Instant::now();
+    let (stop, running) = start(&outbox, settings);
+    eventually("everything is delivered", || held(&outbox) == 0).await;
+    let took = begun.elapsed();
+    assert!(took > Duration::from_millis(1700), "{took:?}");
+    stop.send(true).unwrap();
+    running.await.unwrap().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_acknowledgement_of_what_is_not_held_is_ignored_and_counted() {
+    let dir = TempDir::new().unwrap();
+    let at = broker();
+    let outbox = open(dir.path());
+    append(&outbox, 3).await;
+    let before = held(&outbox);
+    let (stop, stopped) = watch::channel(false);
+    let metrics = Metrics::default();
+    let running = run(
+        outbox.clone(),
+        settings(at, UplinkMode::Cloud),
+        registry(),
+        Arc::new(SystemClock),
+        metrics.clone(),
+        stopped,
+    );
+    let running = tokio::spawn(running);
+    let mut options = MqttOptions::new("stranger", at.ip().to_string(), at.port());
+    options.set_max_packet_size(Some(1 << 20));
+    let (client, mut events) = AsyncClient::new(options, 10);
+    tokio::spawn(async move { while events.poll().await.is_ok() {} });
+    let lane = Lane::Readings;
+    let ranges = vec![
+        AckRange { epoch: Uuid::from_u128(7), lane, from: 0, to: 9 },
+        AckRange { epoch: outbox.epoch(), lane, from: 3, to: 1000 },
+        AckRange { epoch: outbox.epoch(), lane, from: 9, to: 2 },
+    ];
+    let ack = serde_json::to_vec(&Ack { v: VERSION, ranges }).unwrap();
+    // Until the agent has subscribed nobody hears it.
+    for _ in 0..200 {
+        client.publish(format!("{ROOT}/plant/gw/ack"), QoS::AtLeastOnce, false, ack.clone()).await.unwrap();
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        if metrics.unknown_acks.get() >= 2 {
+            break;
+        }
+    }
+    assert!(
+        metrics.unknown_acks.get() >= 2 && metrics.unknown_acks.get() % 2 == 0,
+        "two of the three name nothing"
+    );
+    assert_eq!(held(&outbox), before);
+    // One that is held is believed, also the second time.
+    let range = AckRange { epoch: outbox.epoch(), lane, from: 1, to: 1 };
+    let ack = serde_json::to_vec(&Ack { v: VERSION, ranges: vec![range, range] }).unwrap();
+    client.publish(format!("{ROOT}/plant/gw/ack"), QoS::AtLeastOnce, false, ack).await.unwrap();
+    eventually("it is forgotten", || held(&outbox) == before - 1).await;
+    let left = outbox.page(lane, 0, 10, usize::MAX, SystemClock.now()).unwrap();
+    assert_eq!(left.iter().map(|m| m.index).collect::<Vec<_>>(), [0, 2]);
+    stop.send(true).unwrap();
+    running.await.unwrap().unwrap();
+}

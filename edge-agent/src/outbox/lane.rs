@@ -256,7 +256,8 @@ impl LaneStore {
             encode_meta(&mut batch, name, *stamp, value);
         }
         encode_state(&mut batch, &state);
-        self.active.commit(&self.active_dir(), batch)?;
+        let dir = self.active_dir();
+        self.active.commit(&dir, batch)?;
         manifest.state = state.clone();
         (self.state, self.manifest, self.stale) = (state, manifest, true);
         Ok(())
@@ -473,6 +474,7 @@ impl LaneStore {
                 });
             }
             self.state.forgotten.insert(hole);
+            self.stale = true;
         }
         gaps
     }
@@ -508,6 +510,7 @@ impl LaneStore {
         self.move_to(number, &path)?;
         if let Some(closed) = self.closed.remove(at) {
             self.state.forgotten.insert(closed.range);
+            self.stale = true;
         }
         Ok(Some(path))
     }
@@ -670,7 +673,7 @@ pub(super) fn recover(
 pub(super) fn rebuild(dir: &Path, lane: Lane) -> Result<(Generation, Manifest), OutboxError> {
     let generation = Generation::existing(dir)?;
     let mut state = generation.state(dir)?.ok_or_else(|| OutboxError::corrupt(dir, "it has no state"))?;
-    state.next = generation.first(dir)?.unwrap_or(state.next);
+    state.next = generation.first().map_or(state.next, |first| first.min(state.next));
     let empty = Manifest::empty(state);
     drop(generation);
     recover(dir, lane, &empty)
@@ -684,7 +687,7 @@ fn create(
     meta: &[(&str, u64, &[u8])],
 ) -> Result<(Generation, Manifest), OutboxError> {
     let dir = dir_of(lane_dir, number);
-    let generation = Generation::open(&dir)?;
+    let mut generation = Generation::open(&dir)?;
     let mut batch = Batch::default();
     encode_state(&mut batch, &state);
     for (name, stamp, value) in meta {

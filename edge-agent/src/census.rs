@@ -108,6 +108,11 @@ impl Census {
         self.0.iter().map(|((hour, outcome), n)| (*hour, *outcome, *n))
     }
 
+    /// Hours and outcomes that were counted.
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
     /// Whether nothing was counted.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()

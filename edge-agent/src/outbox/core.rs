@@ -29,6 +29,9 @@ use crate::{
 /// that a long outage does not fill a lane that never gives way.
 const CONTROL_BACKLOG: u64 = 64;
 const CENSUS_EVERY_IN_OUTAGE: Duration = Duration::from_secs(3600);
+/// Counts are declared at once when they are of so many hours and outcomes, as in a fast replay: every commit writes
+/// those that wait.
+const MOST_COUNTS: usize = 256;
 
 #[derive(Debug)]
 pub(super) struct Core {
@@ -58,9 +61,13 @@ impl Core {
         }
         let reserve = Reserve::open(dir)?;
         let epoch = Uuid::now_v7();
-        let (mut lanes, mut damaged) = (Vec::new(), Vec::new());
+        let (mut lanes, mut damaged, mut sealed_until) = (Vec::new(), Vec::new(), None);
         for lane in Lane::ALL {
             let (mut store, numbers) = LaneStore::open(dir, lane)?;
+            if lane == Lane::Readings {
+                // Another lane may know of a later event, but a damaged log may have cost the readings before that.
+                sealed_until = store.state.last_event.or(store.state.at);
+            }
             store.begin(epoch, now);
             damaged.extend(numbers.into_iter().map(|number| (lane, number)));
             lanes.push(store);
@@ -87,7 +94,7 @@ impl Core {
             closed: false,
             _lock: lock,
         };
-        core.end_previous(now)?;
+        core.end_previous(now, sealed_until)?;
         for (lane, number) in damaged {
             core.set_aside(lane, number, now)?;
         }
@@ -102,8 +109,8 @@ impl Core {
         Ok(core)
     }
 
-    /// Closes the epoch before, and makes the present one durable.
-    fn end_previous(&mut self, now: Timestamp) -> Result<(), OutboxError> {
+    /// Closes the epoch before, which has sealed all readings up to `sealed_until`, and makes the present one durable.
+    fn end_previous(&mut self, now: Timestamp, sealed_until: Option<Timestamp>) -> Result<(), OutboxError> {
         let declared = self.lane(Lane::Control).state.declared;
         for (lane, declared) in self.lanes.iter_mut().zip(declared) {
             if declared > lane.state.census_no {
@@ -123,9 +130,7 @@ impl Core {
                 let (head, rows) = ended(store);
                 records.push(closing_record(previous, *lane, head, rows));
             }
-            // Another lane may know of a later event, but a damaged log may have cost the readings before that.
-            let readings = &self.lane(Lane::Readings).state;
-            let from = readings.last_event.or(readings.at).unwrap_or(now);
+            let from = sealed_until.unwrap_or(now);
             records.push(interruption_record(previous, from.min(now), now));
         }
         self.declare(now, previous.unwrap_or(self.epoch), records, true)
@@ -181,14 +186,14 @@ impl Core {
     }
 
     fn declare_when_due(&mut self, now: Timestamp) -> Result<(), OutboxError> {
-        let waited = self.declared_at.elapsed();
+        let in_outage = self.lane(Lane::Control).held() > CONTROL_BACKLOG;
         let every = self.limits.census_every;
-        if waited < every
-            || waited < CENSUS_EVERY_IN_OUTAGE.max(every) && self.lane(Lane::Control).held() > CONTROL_BACKLOG
-        {
-            return Ok(());
+        let every = if in_outage { every.max(CENSUS_EVERY_IN_OUTAGE) } else { every };
+        let counts: usize = self.lanes.iter().map(|lane| lane.state.census.len()).sum();
+        if self.declared_at.elapsed() >= every || counts > MOST_COUNTS {
+            self.declare(now, self.epoch, Vec::new(), false)?;
         }
-        self.declare(now, self.epoch, Vec::new(), false)
+        Ok(())
     }
 
     /// Writes `records` and all counts that wait into the control lane; with `always` also when there are none.

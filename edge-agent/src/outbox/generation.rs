@@ -14,8 +14,8 @@
 //!
 //! **Why many trees.** sled appends a change to its log, but writes a whole leaf again after ten changes to it, when
 //! it splits, past 16 keys, and when it cleans a segment of its log. A leaf of more than a quarter of a segment goes to
-//! a file in `blobs/`, which nobody syncs: a power cut would take messages that were accepted. Larger segments are no
-//! way out, since sled fills the last one with zeroes whenever a database is opened. So a tree, of one leaf, takes at
+//! a file in `blobs/`, which sled never syncs: a power cut would take messages that were accepted. Larger segments are
+//! no way out, since sled fills the last one with zeroes whenever a database is opened. So a tree, of one leaf, takes at
 //! most [`TREE_MESSAGES`] messages and [`LEAF_BYTES`].
 //!
 //! **Commit.** sled's log is recovered as a prefix, and the state is written after the messages that it counts, so
@@ -138,6 +138,23 @@ pub(super) fn sync_dir(dir: &Path) -> io::Result<()> {
     File::open(dir)?.sync_all()
 }
 
+/// Makes files of `blobs/` durable; there are none but for a state of unusual size.
+fn sync_blobs(dir: &Path) -> io::Result<()> {
+    let dir = dir.join("blobs");
+    let mut entries = fs::read_dir(&dir)?.peekable();
+    if entries.peek().is_none() {
+        return Ok(());
+    }
+    for entry in entries {
+        match File::open(entry?.path()) {
+            // sled has removed it since.
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+            file => file?.sync_all()?,
+        }
+    }
+    sync_dir(&dir)
+}
+
 /// A message as it lies in the outbox.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Message {
@@ -258,6 +275,7 @@ impl Generation {
     /// Makes everything that was written durable.
     pub(super) fn sync(&self, dir: &Path) -> Result<(), OutboxError> {
         guard(dir, || self.db.flush())?;
+        sync_blobs(dir).map_err(OutboxError::io(dir))?;
         self.log.sync_data().map_err(OutboxError::io(dir))
     }
 

@@ -25,6 +25,7 @@ fn rows_held(outbox: &Outbox) -> i64 {
 #[ignore = "wants a small disk in TAILRACE_SMALL_DISK"]
 fn a_full_disk_costs_the_oldest_readings_and_nothing_else() {
     let disk = PathBuf::from(std::env::var("TAILRACE_SMALL_DISK").expect("a small disk of its own"));
+    common::telemetry::init_logs("error");
     let (dir, filler) = (disk.join("outbox"), disk.join("filler"));
     let limits = Limits { generation_bytes: 2 << 20, min_free_disk: 12 << 20, ..limits() };
     let mut sealed = 0;
@@ -116,7 +117,10 @@ fn a_full_disk_costs_the_oldest_readings_and_nothing_else() {
     let _ = fs::remove_file(&filler);
     let outbox = Outbox::open(&dir, limits, at(1 << 22)).unwrap();
     // What was refused may have come to stand all the same; what was accepted must.
-    assert!(rows_held(&outbox) + declared(&outbox) >= accepted);
+    let there = rows_held(&outbox) + declared(&outbox);
+    let quarantine: Vec<_> =
+        fs::read_dir(dir.join("quarantine")).into_iter().flatten().map(|e| e.unwrap().path()).collect();
+    assert!(there >= accepted, "{accepted} rows were accepted, {there} are there; {quarantine:?}");
     eprintln!("{failures} refusals, {accepted} rows accepted, {} declared", declared(&outbox));
 }
 

@@ -138,6 +138,19 @@ pub(super) fn sync_dir(dir: &Path) -> io::Result<()> {
     File::open(dir)?.sync_all()
 }
 
+/// Removes what spares sled the reading of its whole log; whether there was any.
+fn forget_snapshots(dir: &Path) -> Result<bool, OutboxError> {
+    let mut any = false;
+    for entry in fs::read_dir(dir).map_err(OutboxError::io(dir))? {
+        let entry = entry.map_err(OutboxError::io(dir))?;
+        if entry.file_name().as_encoded_bytes().starts_with(b"snap.") {
+            fs::remove_file(entry.path()).map_err(OutboxError::io(dir))?;
+            any = true;
+        }
+    }
+    Ok(any)
+}
+
 /// Makes files of `blobs/` durable; there are none but for a state of unusual size.
 fn sync_blobs(dir: &Path) -> io::Result<()> {
     let dir = dir.join("blobs");
@@ -203,7 +216,7 @@ impl Generation {
             .cache_capacity(CACHE_BYTES)
             .segment_size(SEGMENT_BYTES)
             .flush_every_ms(None);
-        let mut tries = 0;
+        let (mut tries, mut whole) = (0, false);
         let db = loop {
             match guard(dir, || config.open()) {
                 // sled lets go of its lock a little after the last handle is dropped.
@@ -215,6 +228,11 @@ impl Generation {
                 }
                 Err(OutboxError::Corrupt { problem, .. }) if problem.contains("acquire lock") => {
                     return Err(OutboxError::Locked(dir.to_owned()));
+                }
+                // On a full disk sled may leave a snapshot that is ahead of its log. The log alone says as much.
+                Err(OutboxError::Corrupt { problem, .. }) if !whole && forget_snapshots(dir)? => {
+                    tracing::warn!(dir = %dir.display(), problem, "reading the whole log of a generation");
+                    whole = true;
                 }
                 other => break other?,
             }

@@ -575,9 +575,18 @@ impl LaneStore {
     }
 
     /// Removes closed generations that hold nothing. A directory leaves its lane by a rename, so that a crash in
-    /// the middle of the removal is not taken for corruption.
+    /// the middle of the removal is not taken for corruption. One between others leaves once it is written down that
+    /// it was forgotten, or it would be missed after a crash; what lies below the first is never missed.
     fn sweep(&mut self) -> Result<(), OutboxError> {
         while let Some(at) = self.closed.iter().position(|c| self.state.forgotten.covers(c.range.clone())) {
+            if at > 0 {
+                match self.note() {
+                    Err(OutboxError::Io { source, .. }) if source.kind() == ErrorKind::StorageFull => {
+                        return Ok(());
+                    }
+                    noted => noted?,
+                }
+            }
             let number = self.closed[at].number;
             if self.reading.as_ref().is_some_and(|(n, _)| *n == number) {
                 self.reading = None;

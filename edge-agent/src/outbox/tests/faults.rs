@@ -391,6 +391,36 @@ fn an_outage_of_years_does_not_fill_the_control_lane() {
 }
 
 #[test]
+fn counts_of_a_fast_replay_do_not_pile_up() {
+    let dir = quick_dir();
+    let outbox = Outbox::open(dir.path(), limits(), at(0)).unwrap();
+    for hour in 0..400 {
+        outbox.append(at(1), vec![draft(Lane::Readings, hour * 3600, 1)], &[]).unwrap();
+    }
+    // Every commit writes those that wait; an hour has two, polled and sealed.
+    let rows = control_rows(&outbox);
+    assert!(counted(&rows, "sealed") >= 400 - 128, "{} of 400", counted(&rows, "sealed"));
+}
+
+#[test]
+fn an_interruption_covers_what_a_damaged_log_has_cost() {
+    let dir = quick_dir();
+    let outbox = Outbox::open(dir.path(), limits(), at(0)).unwrap();
+    outbox.append(at(10), vec![draft(Lane::Readings, 0, 10)], &[]).unwrap();
+    outbox.upkeep(at(20)).unwrap();
+    outbox.append(at(110), vec![draft(Lane::Readings, 100, 10)], &[]).unwrap();
+    outbox.append(at(200), vec![draft(Lane::Aggregates, 150, 1)], &[]).unwrap();
+    drop(outbox);
+    let db = dir.path().join("readings/00000001/db");
+    fs::write(&db, b"nothing of what was there").unwrap();
+    let outbox = Outbox::open(dir.path(), limits(), at(300)).unwrap();
+    assert_eq!(declared(&outbox), 10, "what the manifest knew");
+    let rows = control_rows(&outbox);
+    let interruption = rows.iter().find(|r| r.0 == "interruption").unwrap();
+    assert!(interruption.7 <= Some(at(100)), "{interruption:?}");
+}
+
+#[test]
 fn three_days_without_a_network_on_virtual_time() {
     const MINUTES: i64 = 3 * 24 * 60;
     let dir = quick_dir();

@@ -132,6 +132,11 @@ step_judges() {
 # With the flags of the unit tests, so that nothing is compiled twice for other features.
 build_demo() { cargo build --profile demo --locked --workspace --all-targets; }
 
+step_plc() {
+  build_demo
+  "$venv/bin/python" deploy/judges/judge_plc.py "$CARGO_TARGET_DIR/demo/firmware-sim"
+}
+
 step_demo() {
   build_demo
   "$venv/bin/python" deploy/judges/judge_demo.py whole "$CARGO_TARGET_DIR/demo/firmware-sim" \
@@ -146,7 +151,7 @@ step_sigkill() {
 
 # --- in their order: cheap ones first ---------------------------------------------------------------------------
 
-all=(tools format tree lint broker train judges clippy unit demo sigkill)
+all=(tools format tree lint broker train judges clippy unit plc demo sigkill)
 steps=("$@")
 if ((${#steps[@]} == 0)); then steps=("${all[@]}"); fi
 for name in "${steps[@]}"; do

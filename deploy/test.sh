@@ -137,6 +137,11 @@ step_modbus() {
   "$venv/bin/python" deploy/judges/judge_modbus.py "$CARGO_TARGET_DIR/demo/edge-agent"
 }
 
+step_plc() {
+  build_demo
+  "$venv/bin/python" deploy/judges/judge_plc.py "$CARGO_TARGET_DIR/demo/firmware-sim"
+}
+
 step_demo() {
   build_demo
   "$venv/bin/python" deploy/judges/judge_demo.py whole "$CARGO_TARGET_DIR/demo/firmware-sim" \
@@ -151,7 +156,7 @@ step_sigkill() {
 
 # --- in their order: cheap ones first ---------------------------------------------------------------------------
 
-all=(tools format tree lint broker train judges clippy unit modbus demo sigkill)
+all=(tools format tree lint broker train judges clippy unit modbus plc demo sigkill)
 steps=("$@")
 if ((${#steps[@]} == 0)); then steps=("${all[@]}"); fi
 for name in "${steps[@]}"; do

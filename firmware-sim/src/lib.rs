@@ -1,4 +1,4 @@
-//! Simulated chips and a simulated plant, and the one-command demo.
+//! Simulated chips, Modbus devices and a simulated plant, and the one-command demo.
 
 pub mod bus;
 pub mod chip;
@@ -7,6 +7,9 @@ pub mod clock;
 pub mod demo;
 pub mod faults;
 pub mod fleet;
+pub mod node;
 pub mod noise;
 pub mod plant;
+pub mod plc;
+pub mod register_map;
 pub mod waveform;

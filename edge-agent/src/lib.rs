@@ -15,4 +15,5 @@ pub mod seal;
 pub mod settings;
 pub mod source;
 pub mod uplink;
+pub mod vibration;
 pub mod window;

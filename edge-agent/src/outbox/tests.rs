@@ -1,9 +1,9 @@
-use std::sync::Arc as StdArc;
+use std::{collections::BTreeMap, sync::Arc as StdArc};
 
 use arrow::array::{
-    ArrayRef, Float64Array, StringDictionaryBuilder, TimestampMicrosecondArray as Times, UInt8Array,
+    Array, ArrayRef, AsArray, Float64Array, RecordBatch, StringArray, StringDictionaryBuilder,
+    TimestampMicrosecondArray as Times, UInt8Array,
 };
-use arrow::array::{AsArray, StringArray};
 use arrow::datatypes::{Int32Type, Int64Type};
 use common::{
     time::HOUR_MICROS,
@@ -12,7 +12,8 @@ use common::{
 use proptest::prelude::*;
 use tempfile::TempDir;
 
-use super::*;
+use super::{core::GIVE_WAY, *};
+use crate::census::{Census, Outcome};
 
 fn at(seconds: i64) -> Timestamp {
     Timestamp::from_micros(1_700_000_000_000_000 / HOUR_MICROS * HOUR_MICROS + seconds * 1_000_000)
@@ -161,6 +162,41 @@ fn what_is_appended_is_there_after_a_kill() {
     assert_eq!(rows.iter().filter(|r| r.0 == "interruption" && r.1 == first).count(), 1);
     assert!(rows.iter().filter(|r| r.0 == "census").all(|r| r.1 == first));
     assert_eq!((counted(&rows, "polled"), counted(&rows, "sealed"), counted(&rows, "held")), (35, 30, 5));
+}
+
+/// Copies a folder with all that is in it.
+fn copy(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for entry in std::fs::read_dir(from).unwrap().map(Result::unwrap) {
+        let target = to.join(entry.file_name());
+        if entry.file_type().unwrap().is_dir() {
+            copy(&entry.path(), &target);
+        } else {
+            std::fs::copy(entry.path(), target).unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_kill_between_two_lanes_makes_sources_go_on_before_what_was_not_written() {
+    let dir = TempDir::new().unwrap();
+    let outbox = Outbox::open(dir.path(), limits(), at(0)).unwrap();
+    outbox.append(at(10), vec![draft(Lane::Readings, 0, 10)], &[]).unwrap();
+    drop(outbox);
+    let (readings, before) = (dir.path().join("readings"), TempDir::new().unwrap());
+    copy(&readings, before.path());
+    let outbox = Outbox::open(dir.path(), limits(), at(11)).unwrap();
+    let drafts = vec![draft(Lane::Readings, 10, 10), draft(Lane::Aggregates, 10, 1)];
+    outbox.append(at(20), drafts, &[]).unwrap();
+    drop(outbox);
+    // The aggregates were written first, and the readings no more.
+    std::fs::remove_dir_all(&readings).unwrap();
+    copy(before.path(), &readings);
+
+    let outbox = Outbox::open(dir.path(), limits(), at(30)).unwrap();
+    assert_eq!(held(&outbox, Lane::Aggregates).len(), 1);
+    assert_eq!(held(&outbox, Lane::Readings).len(), 1);
+    assert_eq!(outbox.last_event_time(), Some(at(10)));
 }
 
 #[test]

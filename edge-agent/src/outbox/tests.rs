@@ -200,6 +200,24 @@ fn a_kill_between_two_lanes_makes_sources_go_on_before_what_was_not_written() {
 }
 
 #[test]
+fn a_kill_between_two_generations_keeps_what_the_caller_kept() {
+    let dir = TempDir::new().unwrap();
+    let outbox = Outbox::open(dir.path(), limits(), at(0)).unwrap();
+    outbox.append(at(10), vec![draft(Lane::Readings, 0, 10)], &[("episodes", b"one".to_vec())]).unwrap();
+    outbox.upkeep(at(11)).unwrap();
+    drop(outbox);
+    // The last thing that a roll had done.
+    let manifest = dir.path().join("readings/00000001/manifest.json");
+    let text = std::fs::read_to_string(&manifest).unwrap();
+    std::fs::write(&manifest, text.replace("\"closed\":false", "\"closed\":true")).unwrap();
+
+    let outbox = Outbox::open(dir.path(), limits(), at(30)).unwrap();
+    assert!(dir.path().join("readings/00000002").exists());
+    assert_eq!(outbox.get_meta("episodes").unwrap().as_deref(), Some(&b"one"[..]));
+    assert_eq!(held(&outbox, Lane::Readings).len(), 1);
+}
+
+#[test]
 fn a_clean_stop_says_so_once() {
     let dir = TempDir::new().unwrap();
     let outbox = Outbox::open(dir.path(), limits(), at(0)).unwrap();

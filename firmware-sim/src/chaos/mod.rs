@@ -106,22 +106,20 @@ struct Report {
 /// Kills, audits, and prints one JSON object on the last line; the exit code says whether everything is accounted for.
 ///
 /// # Errors
-/// When something is not there that is needed, or a program ends by itself, or nothing moves any more.
+/// When something is not there that is needed, or the lake cannot be read.
 pub async fn run(options: Options) -> anyhow::Result<ExitCode> {
     let mut chaos = Chaos::begin(options)?;
     chaos.options.only.sort_unstable();
     chaos.options.only.dedup();
-    for n in 0..chaos.options.kills {
-        let strike = Strike::of(chaos.options.seed, n, &chaos.options.only);
-        chaos.strike(&strike).await.with_context(|| format!("strike {}", n + 1))?;
-    }
-    let ended = chaos.end().await;
-    // What could not be brought to its end shows in the audit too.
-    if let Err(problem) = &ended {
-        eprintln!("{problem:#}");
-    }
-    let code = chaos.audit().await?;
-    Ok(if ended.is_ok() { code } else { ExitCode::FAILURE })
+    let struck = well(chaos.campaign().await);
+    let ended = well(chaos.end().await);
+    let accounted = chaos.audit().await?;
+    Ok(if struck && ended && accounted { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Tells what went wrong; the audit comes all the same, and shows what it cost.
+fn well(outcome: anyhow::Result<()>) -> bool {
+    outcome.inspect_err(|problem| eprintln!("failed: {problem:#}")).is_ok()
 }
 
 /// The three programs under load.
@@ -225,6 +223,14 @@ impl Chaos {
         }
     }
 
+    async fn campaign(&mut self) -> anyhow::Result<()> {
+        for n in 0..self.options.kills {
+            let strike = Strike::of(self.options.seed, n, &self.options.only);
+            self.strike(&strike).await.with_context(|| format!("strike {}", n + 1))?;
+        }
+        Ok(())
+    }
+
     /// Waits until it is due, and strikes.
     async fn strike(&mut self, strike: &Strike) -> anyhow::Result<()> {
         let (due, deadline) = (self.flow.total() + BETWEEN, Instant::now() + PATIENCE);
@@ -310,6 +316,18 @@ impl Chaos {
     /// Brings everything to its end in the order in which data flows.
     async fn end(&mut self) -> anyhow::Result<()> {
         self.tell(true);
+        for who in [Victim::Broker, Victim::Cloud, Victim::Agent] {
+            // One that has failed by itself was told of.
+            let _ = self.program(who).check();
+            self.program(who).start()?;
+        }
+        // Before it answers, SIGTERM would find it without a handler.
+        let deadline = Instant::now() + PATIENCE;
+        self.flow.unacknowledged = None;
+        while self.flow.unacknowledged.is_none() {
+            ensure!(Instant::now() < deadline, "the agent did not answer for {PATIENCE:?}");
+            self.look().await?;
+        }
         // A clean stop, then the rest of the file.
         self.agent.terminate().await?;
         self.drain().await?;
@@ -346,8 +364,8 @@ impl Chaos {
         Ok(())
     }
 
-    /// Silver against the file, and the ledger.
-    async fn audit(&self) -> anyhow::Result<ExitCode> {
+    /// Silver against the file, and the ledger; whether everything is accounted for.
+    async fn audit(&self) -> anyhow::Result<bool> {
         let truth = self.load.truth;
         let Verdict { absent, doubled, examples } =
             judge::judge(&self.store, truth).await.context("reading silver")?;
@@ -372,8 +390,7 @@ impl Chaos {
             declared,
         };
         print_line(serde_json::to_string(&report)?);
-        let good = report.missing == 0 && doubled == 0 && ledger.balances();
-        Ok(if good { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+        Ok(report.missing == 0 && doubled == 0 && ledger.balances())
     }
 }
 

@@ -119,10 +119,10 @@ impl Program {
     /// Fails if it has ended though nobody killed it.
     pub(super) fn check(&mut self) -> anyhow::Result<()> {
         let ended = self.running.as_mut().and_then(|child| child.try_wait().transpose());
-        match ended.transpose().with_context(|| format!("waiting for {}", self.name))? {
-            Some(status) => bail!("nobody killed it: {}", obituary(self.name, &self.log, status)),
-            None => Ok(()),
-        }
+        let ended = ended.transpose().with_context(|| format!("waiting for {}", self.name))?;
+        let Some(status) = ended else { return Ok(()) };
+        self.running = None;
+        bail!("nobody killed it: {}", obituary(self.name, &self.log, status))
     }
 }
 
@@ -157,6 +157,7 @@ mod tests {
         let error = weak.check().unwrap_err().to_string();
         assert!(error.contains("nobody killed it: sleeper ended with exit status: 3"), "{error}");
         assert!(error.contains("I am not well"), "{error}");
+        weak.check().unwrap();
     }
 
     #[test]

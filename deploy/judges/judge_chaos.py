@@ -47,7 +47,7 @@ def judge_values(report, db, rows, result):
     """Every value of the file once in silver, but for as many as are declared, and nothing else."""
     db.execute(f"""
         CREATE OR REPLACE TEMP TABLE truth AS
-        SELECT time::TIMESTAMPTZ AS ts, device_id, value::DOUBLE AS value FROM (
+        SELECT device_id, time::TIMESTAMPTZ AS ts, value::DOUBLE AS value, 'good' AS quality FROM (
             UNPIVOT (SELECT * FROM read_csv('{rows}', header = true, all_varchar = true))
             ON COLUMNS(* EXCLUDE time) INTO NAME device_id VALUE value)""")
     told = number(db, "SELECT count(*) FROM truth")
@@ -55,11 +55,12 @@ def judge_values(report, db, rows, result):
     doubled = db.execute("""
         SELECT site, device_id, ts, count(*) AS n FROM silver_sensor_readings GROUP BY ALL HAVING n > 1 ORDER BY ALL""")
     report.none(doubled.fetchall(), "(site, device_id, ts) is unique in silver")
-    same = "s.device_id = t.device_id AND s.ts = t.ts AND s.value = t.value AND s.quality = 'good'"
-    foreign = db.execute(f"SELECT s.device_id, s.ts, s.value FROM silver_sensor_readings s ANTI JOIN truth t ON {same}")
-    report.none(foreign.fetchall(), "every row of silver stands in the file, with its value")
-    absent = db.execute(f"SELECT t.device_id, t.ts, t.value FROM truth t ANTI JOIN silver_sensor_readings s ON {same}")
-    absent = absent.fetchall()
+    db.execute("""
+        CREATE OR REPLACE TEMP TABLE stored AS SELECT device_id, ts, value, quality FROM silver_sensor_readings""")
+    cell = "device_id, ts, value, quality"
+    foreign = db.execute(f"SELECT {cell} FROM stored ANTI JOIN truth USING ({cell})").fetchall()
+    report.none(foreign, "every row of silver stands in the file, with its value")
+    absent = db.execute(f"SELECT {cell} FROM truth ANTI JOIN stored USING ({cell})").fetchall()
     report.none(absent[result["declared"]:], f"every value of the file is in silver, or one of {result['declared']} declared")
 
 

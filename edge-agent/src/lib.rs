@@ -4,6 +4,7 @@
 
 pub mod census;
 pub mod cli;
+pub mod clock;
 pub mod delivery;
 pub mod filter;
 pub mod metrics;

@@ -137,7 +137,7 @@ struct Shared {
 
 struct State {
     timeline: Timeline,
-    /// When the timeline ended, in time since the machine's start.
+    /// When the timeline ended, in time since the machine's start: nothing later was taken on it.
     ended: Option<Timestamp>,
 }
 
@@ -153,16 +153,18 @@ impl GatewayClock {
         let named = || format!("{}/clock.json", dir.display());
         let shown = (machine.show)();
         let before = Boots::load(dir).with_context(named)?;
+        let last = Outbox::last_noted(dir).or(before.last);
         let waited = shown.up.since(Timestamp::default()) >= settings.wait;
         let known = Known {
             trust: settings.trust,
             keeps_time: machine.keeps_time,
-            last: Outbox::last_noted(dir),
+            last,
             offset: before.offset.filter(|_| before.present == machine.boot),
             wait_until: (!waited).then(|| Timestamp::default() + settings.wait),
         };
         let timeline = Timeline::begin(&shown, known);
         let mut boots = before.clone();
+        boots.last = last;
         boots.run_in(machine.boot, timeline.offset());
         if timeline.offset().is_none() {
             tracing::warn!(
@@ -209,6 +211,18 @@ impl Shared {
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    /// How long to go until this instant.
+    fn left(&self, until: Timestamp) -> Duration {
+        let up = (self.machine.show)().up;
+        let mut state = self.state();
+        let left = until.since(state.timeline.at(up));
+        if left.is_zero() {
+            // A tick that is taken before its source heard of the end belongs to this timeline.
+            state.ended = state.ended.map(|ended| ended.max(up));
+        }
+        left
+    }
 }
 
 impl Clock for GatewayClock {
@@ -238,7 +252,7 @@ impl Pacer for GatewayClock {
     fn sleep_until(&mut self, until: Timestamp) -> Sleep<'_> {
         Box::pin(async move {
             loop {
-                let left = until.since(self.now());
+                let left = self.0.left(until);
                 if left.is_zero() {
                     return;
                 }

@@ -59,7 +59,8 @@ const LEAVE: Duration = Duration::from_millis(500);
 const EPISODES: &str = "episodes";
 
 /// Runs the agent until `stop` turns true or its sender is dropped, until every recorded file has ended and there are
-/// no buses, or until the clock has ended and the agent is to be run again by another one. Where `clock` is behind what an earlier run has sealed, sources go on right after that.
+/// no buses, or until the clock has ended: then the agent is to be run again by another one ([`crate::clock`]). Where
+/// `clock` is a little behind what an earlier run has sealed, sources go on right after that.
 ///
 /// # Errors
 /// When the outbox, the metrics' port or a recorded file cannot be used, or the disk fails.
@@ -155,6 +156,10 @@ pub async fn run<H: Hardware>(
                 uplink.abort();
                 let _ = uplink.await;
             }
+        }
+        // What it left to blocking threads ends by itself; only then can the outbox be opened again.
+        while !outbox.is_last_handle() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
         }
     } else if !uplink_ended {
         note("uplink", uplink.await);

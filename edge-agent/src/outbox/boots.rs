@@ -44,6 +44,8 @@ pub struct Boots {
     pub present: Uuid,
     /// From the time since that start to true time, in µs, once the clock was set in it.
     pub offset: Option<i64>,
+    /// Latest true time that an earlier run has written to the outbox.
+    pub last: Option<Timestamp>,
     /// What was decided for ever.
     fates: BTreeMap<Uuid, Fate>,
 }
@@ -60,7 +62,7 @@ pub enum Fate {
 
 impl Default for Boots {
     fn default() -> Self {
-        Self { v: FORMAT, present: Uuid::nil(), offset: None, fates: BTreeMap::new() }
+        Self { v: FORMAT, present: Uuid::nil(), offset: None, last: None, fates: BTreeMap::new() }
     }
 }
 

@@ -385,6 +385,11 @@ impl Outbox {
         Lane::ALL.iter().zip(&core.lanes).map(view).collect()
     }
 
+    /// Whether nobody else holds this outbox, so that dropping it closes its databases.
+    pub fn is_last_handle(&self) -> bool {
+        Arc::strong_count(&self.0) == 1
+    }
+
     fn core(&self) -> MutexGuard<'_, Core> {
         // Memory follows the disk only after a commit, so it is sound even if a holder panicked.
         self.0.core.lock().unwrap_or_else(PoisonError::into_inner)

@@ -70,9 +70,9 @@ fn seal(outbox: &Outbox, times: &[Timestamp]) {
     let batch = RecordBatch::try_new(wire::schema(Lane::Readings), columns).unwrap();
     let mut census = Census::default();
     times.iter().for_each(|at| census.add(*at, Outcome::Polled, 1));
-    let last_event = times.iter().copied().max().unwrap();
+    let (now, last_event) = (*times.last().unwrap(), times.iter().copied().max().unwrap());
     let draft = Draft { lane: Lane::Readings, batch, last_event, census };
-    outbox.append(last_event + Duration::from_secs(1), vec![draft], &[]).unwrap();
+    outbox.append(now + Duration::from_secs(1), vec![draft], &[]).unwrap();
 }
 
 fn page(outbox: &Outbox, lane: Lane) -> Vec<Message> {

@@ -119,7 +119,7 @@ fn run(settings: Settings) -> anyhow::Result<()> {
             tracing::info!("stopping: flushing and draining");
             stop.send_replace(true);
         });
-        clock::run(settings, LinuxHardware, Machine::this()?, stopped).await
+        clock::run(settings, LinuxHardware, Machine::this(), stopped).await
     })
 }
 

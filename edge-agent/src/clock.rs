@@ -77,8 +77,6 @@ use crate::{
 
 /// How often the wall clock is looked at.
 const OBSERVE_EVERY: Duration = Duration::from_secs(1);
-/// Longest sleep before the timeline is asked again, since it may be moved meanwhile.
-const NAP: Duration = Duration::from_secs(10);
 
 /// The machine as far as its clocks go.
 #[derive(Clone)]
@@ -87,18 +85,32 @@ pub struct Machine {
     pub boot: Uuid,
     /// Its clock goes on without power.
     pub keeps_time: bool,
+    /// Longest sleep before its clocks are asked again: they may not run as the runtime's timers do.
+    pub nap: Duration,
     /// Reads its clocks.
     pub show: Arc<dyn Fn() -> Shown + Send + Sync>,
 }
 
 impl Machine {
     /// This machine.
-    ///
-    /// # Errors
-    /// When it does not say which start of it this is.
-    pub fn this() -> anyhow::Result<Self> {
-        let boot = machine::boot_id().context("reading the boot id; see that /proc is mounted")?;
-        Ok(Self { boot, keeps_time: machine::keeps_time(), show: Arc::new(machine::show) })
+    pub fn this() -> Self {
+        let (keeps_time, nap) = (machine::keeps_time(), Duration::from_secs(10));
+        let boot = machine::boot_id().unwrap_or_else(|error| {
+            tracing::warn!(
+                %error,
+                "the boot id cannot be read; what is sealed before the clock was set loses its time with a restart of \
+                 the agent. Let it read /proc/sys (systemd: no ProcSubset)"
+            );
+            Uuid::now_v7()
+        });
+        if let Err(error) = machine::synced() {
+            tracing::warn!(
+                %error, keeps_time,
+                "the kernel does not say whether the clock is synchronised; allow adjtimex (systemd: no ProtectClock) \
+                 or write clock.trust = true"
+            );
+        }
+        Self { boot, keeps_time, nap, show: Arc::new(machine::show) }
     }
 }
 
@@ -242,7 +254,7 @@ impl Clock for GatewayClock {
     fn ended(&self) -> Sleep<'_> {
         Box::pin(async move {
             while !self.observe() {
-                tokio::time::sleep(OBSERVE_EVERY).await;
+                tokio::time::sleep(OBSERVE_EVERY.min(self.0.machine.nap)).await;
             }
         })
     }
@@ -256,7 +268,7 @@ impl Pacer for GatewayClock {
                 if left.is_zero() {
                     return;
                 }
-                tokio::time::sleep(left.min(NAP)).await;
+                tokio::time::sleep(left.min(self.0.machine.nap)).await;
             }
         })
     }

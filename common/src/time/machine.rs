@@ -34,7 +34,8 @@ impl Shown {
 
 /// Reads the clocks. The wall clock is read between two readings of the other, which must lie close together.
 pub fn show() -> Shown {
-    let mut shown = Shown { up: Timestamp::default(), wall: Timestamp::default(), synced: is_synced() };
+    let synced = synced().unwrap_or(false);
+    let mut shown = Shown { up: Timestamp::default(), wall: Timestamp::default(), synced };
     // A preempted try is repeated; the last one counts, whatever it was.
     for _ in 0..4 {
         let (before, wall, after) = (up(), SystemClock.now(), up());
@@ -61,16 +62,22 @@ pub fn up() -> Timestamp {
     Timestamp::from_micros(i64::from(at.tv_sec) * 1_000_000 + i64::from(at.tv_nsec) / 1_000)
 }
 
-/// Whether the kernel takes the wall clock for synchronised; false where it does not say.
+/// Whether the kernel takes the wall clock for synchronised.
+///
+/// # Errors
+/// When a sandbox denies the question.
 #[expect(unsafe_code, reason = "there is no safe wrapper of adjtimex")]
-fn is_synced() -> bool {
+pub fn synced() -> io::Result<bool> {
     // SAFETY: timex is plain integers, for which all bits zero is a value. With `modes` 0 the call only fills in
     // the struct, which lives through it.
     let (state, status) = unsafe {
         let mut timex: libc::timex = std::mem::zeroed();
         (libc::adjtimex(&raw mut timex), timex.status)
     };
-    state >= 0 && status & libc::STA_UNSYNC == 0
+    if state < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(status & libc::STA_UNSYNC == 0)
 }
 
 /// Whether the wall clock went on while the machine had no power, so that it need not be set at every start.

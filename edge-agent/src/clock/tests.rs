@@ -11,13 +11,14 @@ use arrow::{
     datatypes::{Int32Type, Int64Type, TimestampMicrosecondType},
 };
 use common::wire::{self, ClockState, Lane};
+use proptest::prelude::*;
 use tokio::task::JoinHandle;
 
 use super::*;
 use crate::{
     census::{Census, Outcome},
     outbox::Limits,
-    source::LinuxHardware,
+    source::{LinuxHardware, Start, schedule::Schedule},
 };
 
 /// 2026-11-21T00:00:00Z.
@@ -144,7 +145,8 @@ fn sent(settings: &Settings, now: Timestamp) -> Sent {
                     }
                 }
                 Lane::Aggregates => {
-                    sent.in_windows += numbers("count").iter().chain(numbers("bad_count")).sum::<i64>();
+                    sent.in_windows +=
+                        numbers("count").iter().chain(numbers("bad_count").iter()).sum::<i64>();
                     assert!(numbers("count").len() == batch.num_rows());
                 }
                 Lane::Control => {
@@ -189,7 +191,8 @@ impl Agent {
             let wall = up.shifted(shown.offset.load(SeqCst));
             Shown { up, wall, synced: shown.synced.load(SeqCst) }
         };
-        let machine = Machine { boot: Uuid::from_u128(7), keeps_time, show: Arc::new(show) };
+        let nap = Duration::from_millis(5);
+        let machine = Machine { boot: Uuid::from_u128(7), keeps_time, nap, show: Arc::new(show) };
         let (stop, stopped) = watch::channel(false);
         let bus = Missing::default();
         let running = tokio::spawn(run(settings.clone(), bus.clone(), machine, stopped));
@@ -276,4 +279,93 @@ async fn a_day_forth_and_back_loses_nothing_and_doubles_nothing() {
         agent.follows(offset).await;
     }
     check(&agent.end().await, &[NOW, NOW + DAY, NOW - DAY, NOW]);
+}
+
+/// A probe with a period of 10 s, over all the timelines of one start of a machine.
+#[derive(Default)]
+struct Probe {
+    /// (time since the machine's start, displaced, schedule, last tick) of the present epoch.
+    runs: Option<(Timestamp, Duration, Schedule, Option<Timestamp>)>,
+    /// Latest true event time.
+    sealed: Option<Timestamp>,
+    /// True event times, and how they were displaced.
+    keys: BTreeMap<Timestamp, Duration>,
+    polled: u64,
+    skipped: u64,
+}
+
+const PERIOD: Duration = Duration::from_secs(10);
+
+impl Probe {
+    fn begin(&mut self, up: Timestamp, began: Timestamp) {
+        let start = Start::of(began, self.sealed);
+        self.runs = Some((up, start.displaced, Schedule::new([PERIOD], start), None));
+    }
+
+    fn until(&mut self, now: Timestamp) {
+        let (_, displaced, schedule, last) = self.runs.as_mut().unwrap();
+        while let Some(tick) = schedule.next().filter(|tick| *tick <= now) {
+            for (_, _, ticks) in schedule.skip_missed(now) {
+                self.skipped += ticks;
+            }
+            let tick = schedule.next().unwrap().max(tick);
+            schedule.take_due(tick);
+            assert!(tick <= now && last.is_none_or(|last| last < tick), "{tick} after {last:?} at {now}");
+            *last = Some(tick);
+            self.polled += 1;
+            if !tick.is_provisional() {
+                self.sealed = self.sealed.max(Some(tick));
+                // Two runs in a thousand are displaced alike.
+                let other = self.keys.insert(tick, *displaced);
+                assert!(
+                    other.is_none_or(|other| other == *displaced && !other.is_zero()),
+                    "{tick} came twice"
+                );
+            }
+        }
+    }
+}
+
+proptest! {
+    /// Whatever is done to the wall clock: in an epoch event times ascend, no key comes twice, and every tick of the
+    /// machine's time is polled or counted, but for the minute that a run waits at most until what it would repeat
+    /// is over.
+    #[test]
+    fn no_jump_loses_a_tick_or_repeats_one(
+        keeps_time in any::<bool>(),
+        phases in proptest::collection::vec(
+            (1i64..2_000, prop_oneof![Just(0), Just(DAY), Just(-DAY), Just(-NOW), -100_000_000i64..100_000_000],
+             any::<bool>()),
+            1..10,
+        ),
+    ) {
+        let known = Known { keeps_time, ..Known::default() };
+        let mut up = Timestamp::from_micros(40_123_456);
+        let mut shown = Shown { up, wall: up.shifted(NOW), synced: false };
+        let (mut timeline, mut probe, mut epochs) = (Timeline::begin(&shown, known), Probe::default(), 1);
+        probe.begin(up, timeline.at(up));
+        let begun = up;
+        for (seconds, by, synced) in phases {
+            for _ in 0..seconds {
+                up = up.shifted(1_000_000);
+                shown = Shown { up, wall: up.shifted(NOW + by), synced };
+                if timeline.observe(&shown).is_some() {
+                    probe.until(timeline.at(up));
+                    // What it takes to begin anew.
+                    let ended = up;
+                    up = up.shifted(1_700_000);
+                    shown = Shown { up, wall: up.shifted(NOW + by), synced };
+                    timeline = Timeline::begin(&shown, known);
+                    probe.begin(ended, timeline.at(ended));
+                    epochs += 1;
+                }
+                probe.until(timeline.at(up));
+            }
+        }
+        let ticks = up.since(begun).as_micros() as i64 / PERIOD.as_micros() as i64;
+        let counted = (probe.polled + probe.skipped) as i64;
+        // Within a hundredth that time is moved by, and a beat for each epoch.
+        let slack = ticks / 100 + 1 + epochs;
+        prop_assert!((ticks - slack - 6 * epochs..=ticks + slack).contains(&counted), "{} of {}", counted, ticks);
+    }
 }

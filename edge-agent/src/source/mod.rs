@@ -14,7 +14,7 @@ pub mod chip;
 pub mod i2c;
 mod linux;
 pub mod replay;
-mod schedule;
+pub(crate) mod schedule;
 pub mod spi;
 
 use std::{sync::Arc, time::Duration};
@@ -101,7 +101,7 @@ impl Start {
     const WAITS: Duration = Duration::from_secs(60);
 
     /// The start of a run that begins at `began`, after others that have sealed readings up to `sealed`.
-    fn of(began: Timestamp, sealed: Option<Timestamp>) -> Self {
+    pub(crate) fn of(began: Timestamp, sealed: Option<Timestamp>) -> Self {
         let ahead = match sealed {
             // Provisional times do not compare with true ones.
             Some(sealed) if !began.is_provisional() => sealed.since(began),

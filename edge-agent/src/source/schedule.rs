@@ -11,25 +11,25 @@ use common::time::{HOUR_MICROS, Timestamp};
 use super::Start;
 
 #[derive(Clone, Debug)]
-pub(super) struct Schedule {
+pub(crate) struct Schedule {
     /// (period, next tick) by probe.
     probes: Vec<(Duration, Timestamp)>,
 }
 
 impl Schedule {
     /// The first ticks come after the start. Periods are not zero.
-    pub(super) fn new(periods: impl IntoIterator<Item = Duration>, start: Start) -> Self {
+    pub(crate) fn new(periods: impl IntoIterator<Item = Duration>, start: Start) -> Self {
         let first = |period| (start.at - start.displaced).floor(period) + period + start.displaced;
         Self { probes: periods.into_iter().map(|period| (period, first(period))).collect() }
     }
 
     /// The next tick; none without probes.
-    pub(super) fn next(&self) -> Option<Timestamp> {
+    pub(crate) fn next(&self) -> Option<Timestamp> {
         self.probes.iter().map(|(_, next)| *next).min()
     }
 
     /// The probes that are due at the tick `at`; their next tick is then a period later.
-    pub(super) fn take_due(&mut self, at: Timestamp) -> Vec<usize> {
+    pub(crate) fn take_due(&mut self, at: Timestamp) -> Vec<usize> {
         let mut due = Vec::new();
         for (probe, (period, next)) in self.probes.iter_mut().enumerate() {
             if *next <= at {
@@ -41,7 +41,7 @@ impl Schedule {
     }
 
     /// Drops the ticks whose successor has come by `now`, and returns them by the hour as (probe, first tick, ticks).
-    pub(super) fn skip_missed(&mut self, now: Timestamp) -> Vec<(usize, Timestamp, u64)> {
+    pub(crate) fn skip_missed(&mut self, now: Timestamp) -> Vec<(usize, Timestamp, u64)> {
         let mut missed = Vec::new();
         for (probe, (period, next)) in self.probes.iter_mut().enumerate() {
             while *next + *period <= now {

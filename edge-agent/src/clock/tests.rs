@@ -284,8 +284,8 @@ async fn a_day_forth_and_back_loses_nothing_and_doubles_nothing() {
 /// A probe with a period of 10 s, over all the timelines of one start of a machine.
 #[derive(Default)]
 struct Probe {
-    /// (time since the machine's start, displaced, schedule, last tick) of the present epoch.
-    runs: Option<(Timestamp, Duration, Schedule, Option<Timestamp>)>,
+    /// (displaced, schedule, last tick) of the present epoch.
+    epoch: Option<(Duration, Schedule, Option<Timestamp>)>,
     /// Latest true event time.
     sealed: Option<Timestamp>,
     /// True event times, and how they were displaced.
@@ -297,13 +297,13 @@ struct Probe {
 const PERIOD: Duration = Duration::from_secs(10);
 
 impl Probe {
-    fn begin(&mut self, up: Timestamp, began: Timestamp) {
+    fn begin(&mut self, began: Timestamp) {
         let start = Start::of(began, self.sealed);
-        self.runs = Some((up, start.displaced, Schedule::new([PERIOD], start), None));
+        self.epoch = Some((start.displaced, Schedule::new([PERIOD], start), None));
     }
 
     fn until(&mut self, now: Timestamp) {
-        let (_, displaced, schedule, last) = self.runs.as_mut().unwrap();
+        let (displaced, schedule, last) = self.epoch.as_mut().unwrap();
         while let Some(tick) = schedule.next().filter(|tick| *tick <= now) {
             for (_, _, ticks) in schedule.skip_missed(now) {
                 self.skipped += ticks;
@@ -343,7 +343,7 @@ proptest! {
         let mut up = Timestamp::from_micros(40_123_456);
         let mut shown = Shown { up, wall: up.shifted(NOW), synced: false };
         let (mut timeline, mut probe, mut epochs) = (Timeline::begin(&shown, known), Probe::default(), 1);
-        probe.begin(up, timeline.at(up));
+        probe.begin(timeline.at(up));
         let begun = up;
         for (seconds, by, synced) in phases {
             for _ in 0..seconds {
@@ -356,7 +356,7 @@ proptest! {
                     up = up.shifted(1_700_000);
                     shown = Shown { up, wall: up.shifted(NOW + by), synced };
                     timeline = Timeline::begin(&shown, known);
-                    probe.begin(ended, timeline.at(ended));
+                    probe.begin(timeline.at(ended));
                     epochs += 1;
                 }
                 probe.until(timeline.at(up));

@@ -223,7 +223,8 @@ async fn what_has_no_time_is_kept_in_quarantine() {
     let batch = RecordBatch::try_new(wire::schema(Lane::Readings), columns).unwrap();
     let mut mixed = unsynced(mixed, Lane::Readings, 2);
     mixed.payload = wire::encode(&batch, mixed.identity.as_ref().unwrap()).unwrap().into();
-    let columns = wire::schema(Lane::Aggregates).fields().iter().map(|field| -> ArrayRef {
+    let schema = wire::schema(Lane::Aggregates);
+    let columns = schema.fields().iter().map(|field| -> ArrayRef {
         match field.data_type() {
             DataType::Timestamp(..) => {
                 Arc::new(TimestampMicrosecondArray::from(vec![600_000_000]).with_timezone("UTC"))
@@ -232,7 +233,7 @@ async fn what_has_no_time_is_kept_in_quarantine() {
             other => cast(&UInt8Array::from(vec![1]), other).unwrap(),
         }
     });
-    let window = RecordBatch::try_new(wire::schema(Lane::Aggregates), columns.collect()).unwrap();
+    let window = RecordBatch::try_new(Arc::clone(&schema), columns.collect()).unwrap();
     let mut aggregates = unsynced(readings(0, &[]), Lane::Aggregates, 1);
     aggregates.payload = wire::encode(&window, aggregates.identity.as_ref().unwrap()).unwrap().into();
     put(&store, 0, &[mixed, aggregates]).await;

@@ -50,7 +50,9 @@
 //!   `reason` utf8?
 //!   - `gap`: seqs `first_seq..=last_seq` of (`epoch`, `lane`) with `readings` rows were dropped for `reason`
 //!   - `census`: in the hour `from..to`, `readings` readings had the outcome `reason`, one of `polled`,
-//!     `sealed`, `held`, `skipped`, `rejected:<why>`; counts of one hour add up over records
+//!     `sealed`, `held`, `skipped`, `rejected:<why>`; counts of one hour add up over records;
+//!     hours that were counted before the clock was set begin with the machine's start, and are null where nobody
+//!     knows when that was
 //!   - `closing`: (`epoch`, `lane`) ended before seq `last_seq` + 1 with `readings` rows in all
 //!   - `interruption`: `epoch` did not stop cleanly; readings taken in `from..to` may not have been sealed
 //!

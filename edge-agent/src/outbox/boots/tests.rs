@@ -85,8 +85,17 @@ fn times(message: &Message) -> Vec<Timestamp> {
     times.values().iter().map(|micros| Timestamp::from_micros(*micros)).collect()
 }
 
-/// (record, reason, readings, from, to) of what the control lane may send.
-fn declared(outbox: &Outbox) -> Vec<(String, String, i64, Option<i64>, Option<i64>)> {
+/// A row of the control lane, instants in µs.
+struct Declared {
+    record: String,
+    reason: String,
+    readings: i64,
+    from: Option<i64>,
+    to: Option<i64>,
+}
+
+/// What the control lane may send.
+fn declared(outbox: &Outbox) -> Vec<Declared> {
     let mut records = Vec::new();
     for message in page(outbox, Lane::Control) {
         let batch = wire::decode(Lane::Control, &message.payload).unwrap();
@@ -97,13 +106,13 @@ fn declared(outbox: &Outbox) -> Vec<(String, String, i64, Option<i64>, Option<i6
         };
         for (row, record) in records_of.into_iter().enumerate() {
             let reason = batch.column(9).as_string::<i32>();
-            records.push((
-                record.unwrap().to_owned(),
-                if reason.is_valid(row) { reason.value(row).to_owned() } else { String::new() },
-                batch.column(6).as_primitive::<Int64Type>().value(row),
-                instant("from", row),
-                instant("to", row),
-            ));
+            records.push(Declared {
+                record: record.unwrap().to_owned(),
+                reason: if reason.is_valid(row) { reason.value(row).to_owned() } else { String::new() },
+                readings: batch.column(6).as_primitive::<Int64Type>().value(row),
+                from: instant("from", row),
+                to: instant("to", row),
+            });
         }
     }
     records
@@ -132,15 +141,15 @@ fn what_was_sealed_before_the_clock_was_set_waits_and_leaves_with_its_time() {
     assert_eq!((sent[0].identity.sealed_at, sent[0].identity.clock), (set(64), ClockState::Synced));
     // The counted hours count from the machine's start too: the first of them begins with it.
     let hour = (Some(OFFSET), Some(OFFSET + HOUR_MICROS));
-    let of = |records: &[(String, String, i64, Option<i64>, Option<i64>)], reason: &str| {
-        let found = records.iter().filter(|r| r.1 == reason).map(|r| (r.2, (r.3, r.4)));
+    let records = declared(&outbox);
+    let of = |reason: &str| {
+        let found = records.iter().filter(|r| r.reason == reason).map(|r| (r.readings, (r.from, r.to)));
         found.collect::<Vec<_>>()
     };
-    let records = declared(&outbox);
     let true_hour = set(62).hour().as_micros();
     let true_hour = (Some(true_hour), Some(true_hour + HOUR_MICROS));
-    assert_eq!(of(&records, "polled"), [(2, hour), (1, true_hour)]);
-    assert_eq!(of(&records, "sealed"), [(2, hour), (1, true_hour)]);
+    assert_eq!(of("polled"), [(2, hour), (1, true_hour)]);
+    assert_eq!(of("sealed"), [(2, hour), (1, true_hour)]);
     outbox.close(set(80)).unwrap();
     drop(outbox);
     // The same bytes after a restart, and whatever becomes of the clock.
@@ -157,9 +166,12 @@ fn an_epoch_that_was_killed_before_the_clock_was_set_is_declared_in_true_time() 
     in_boot(dir, A, Some(OFFSET));
     let outbox = open(dir, set(3_720));
     let records = declared(&outbox);
-    let interrupted = records.iter().find(|r| r.0 == "interruption").unwrap();
-    assert_eq!((interrupted.3, interrupted.4), (Some(set(3_700).as_micros()), Some(set(3_720).as_micros())));
-    let hours: Vec<_> = records.iter().filter(|r| r.1 == "polled").map(|r| r.3).collect();
+    let interrupted = records.iter().find(|r| r.record == "interruption").unwrap();
+    assert_eq!(
+        (interrupted.from, interrupted.to),
+        (Some(set(3_700).as_micros()), Some(set(3_720).as_micros()))
+    );
+    let hours: Vec<_> = records.iter().filter(|r| r.reason == "polled").map(|r| r.from).collect();
     assert_eq!(hours, [Some(OFFSET), Some(OFFSET + HOUR_MICROS)]);
 }
 
@@ -186,7 +198,7 @@ fn a_start_of_the_machine_before_its_clock_was_set_lets_the_messages_go_as_they_
     let all = page(&outbox, Lane::Readings);
     assert_eq!(all.iter().map(times).collect::<Vec<_>>(), [vec![up(601)], vec![set(31), set(32)]]);
     assert_eq!(all[0], sent[0]);
-    let polled = declared(&outbox).into_iter().filter(|r| r.1 == "polled").map(|r| (r.2, r.3));
+    let polled = declared(&outbox).into_iter().filter(|r| r.reason == "polled").map(|r| (r.readings, r.from));
     assert_eq!(polled.collect::<Vec<_>>(), [(1, None), (2, Some(OFFSET))]);
 }
 

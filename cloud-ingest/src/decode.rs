@@ -7,6 +7,7 @@
 //! | `identity` | it is of a lane and does not name itself, or names another lane than its topic |
 //! | `payload` | its bytes are not what its stream carries |
 //! | `rows` | it holds another number of rows than it says |
+//! | `clock` | it holds aggregates or anomalies of a gateway whose clock was never set |
 //!
 //! **JSON readings** are an object or an array of objects: `device_id`, `timestamp`, `value`, and, where the
 //! sender knows them, `device_type`, `asset_id`, `unit`, `quality`. A timestamp is RFC 3339 text, or a number

@@ -16,8 +16,8 @@ use tokio::{
 };
 
 use crate::{
+    clock::{self, Machine},
     model::{Models, bundle::Bundle},
-    pipeline,
     settings::{Settings, Source},
     source::{self, LinuxHardware},
 };
@@ -119,7 +119,7 @@ fn run(settings: Settings) -> anyhow::Result<()> {
             tracing::info!("stopping: flushing and draining");
             stop.send_replace(true);
         });
-        pipeline::run(settings, LinuxHardware, Arc::new(SystemClock), stopped).await
+        clock::run(settings, LinuxHardware, Machine::this(), stopped).await
     })
 }
 

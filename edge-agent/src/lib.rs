@@ -5,6 +5,7 @@
 mod backoff;
 pub mod census;
 pub mod cli;
+pub mod clock;
 pub mod delivery;
 pub mod filter;
 pub mod metrics;

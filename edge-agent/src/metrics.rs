@@ -62,6 +62,7 @@ pub struct Metrics {
     scores: Family<Model, Gauge<f64, AtomicU64>>,
     events: Counter,
     seals: Counter,
+    clock_set: Gauge,
 }
 
 impl Metrics {
@@ -93,7 +94,17 @@ impl Metrics {
         registry.register("edge_model_score", "Score of the latest window", own.scores.clone());
         registry.register("edge_anomaly_records", "Anomalies raised and cleared", own.events.clone());
         registry.register("edge_seals", "Batches made durable in the outbox", own.seals.clone());
+        registry.register(
+            "edge_clock_set",
+            "1 while the gateway's time is true, 0 while it counts from the machine's start",
+            own.clock_set.clone(),
+        );
         own
+    }
+
+    /// Whether the gateway's time is true.
+    pub fn clock_set(&self, set: bool) {
+        self.clock_set.set(i64::from(set));
     }
 
     /// A chip gave no value.

@@ -23,7 +23,7 @@
 
 use std::{
     sync::{Arc, Mutex},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use anyhow::Context as _;
@@ -53,11 +53,14 @@ use crate::{
 const POLLED: usize = 64;
 /// Batches that wait to be sealed.
 const PROCESSED: usize = 16;
+/// How long the uplink may take its leave when the clock begins anew; what it holds is in the outbox too.
+const LEAVE: Duration = Duration::from_millis(500);
 /// Where the outbox keeps the open episodes.
 const EPISODES: &str = "episodes";
 
-/// Runs the agent until `stop` turns true or its sender is dropped, or until every recorded file has ended and
-/// there are no buses. Where `clock` is behind what an earlier run has sealed, sources go on right after that.
+/// Runs the agent until `stop` turns true or its sender is dropped, until every recorded file has ended and there are
+/// no buses, or until the clock has ended: then the agent is to be run again by another one ([`crate::clock`]). Where
+/// `clock` is a little behind what an earlier run has sealed, sources go on right after that.
 ///
 /// # Errors
 /// When the outbox, the metrics' port or a recorded file cannot be used, or the disk fails.
@@ -77,6 +80,7 @@ pub async fn run<H: Hardware>(
     };
     let (outbox, mut models) = open(Arc::clone(&settings), clock.now()).await?;
     models.report(&metrics);
+    metrics.clock_set(!clock.now().is_provisional());
     let resumed = resume(&outbox, &mut models, clock.now())?;
     let resume_after = outbox.last_event_time();
     tracing::info!(
@@ -126,8 +130,9 @@ pub async fn run<H: Hardware>(
             errors.push(error.context(stage));
         }
     };
-    let (mut seal_ended, mut uplink_ended) = (false, false);
+    let (mut seal_ended, mut uplink_ended, mut anew) = (false, false, false);
     tokio::select! {
+        () = clock.ended() => { anew = true; }
         _ = stop.wait_for(|stop| *stop) => {}
         () = first_failure_or_end(&mut sources, &mut note) => {}
         ended = &mut seal => { seal_ended = true; note("seal", ended); }
@@ -144,11 +149,24 @@ pub async fn run<H: Hardware>(
     let (closing, now) = (outbox.clone(), clock.now());
     note("outbox", task::spawn_blocking(move || closing.close(now).context("closing the outbox")).await);
     stop_uplink.send_replace(true);
-    if !uplink_ended {
+    if anew && !uplink_ended {
+        match tokio::time::timeout(LEAVE, &mut uplink).await {
+            Ok(ended) => note("uplink", ended),
+            Err(_) => {
+                uplink.abort();
+                let _ = uplink.await;
+            }
+        }
+        // What it left to blocking threads ends by itself; only then can the outbox be opened again.
+        while !outbox.is_last_handle() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    } else if !uplink_ended {
         note("uplink", uplink.await);
     }
     if let Some(served) = served {
         served.abort();
+        let _ = served.await;
     }
     errors.into_iter().next().map_or(Ok(()), Err)
 }
@@ -192,7 +210,11 @@ fn uplink_settings(settings: &Settings, models: &Models) -> uplink::Settings {
 /// Goes on with the episodes of an earlier run; what is to be sealed of it.
 fn resume(outbox: &Outbox, models: &mut Models, now: Timestamp) -> anyhow::Result<Option<Processed>> {
     let Some(kept) = outbox.get_meta(EPISODES).context("reading the open episodes")? else { return Ok(None) };
-    let events = models.resume(&kept, now);
+    let mut events = models.resume(&kept, now);
+    // They may have begun before the clock was set.
+    let settle = |at| outbox.settle_kept(at).unwrap_or(now);
+    models.settle(settle);
+    events.iter_mut().for_each(|event| event.started_at = settle(event.started_at));
     let episodes = Some(models.state());
     Ok((!events.is_empty()).then(|| Processed { events, episodes, ..Processed::default() }))
 }

@@ -48,6 +48,8 @@ pub struct Settings {
     pub checks: Vec<Checks>,
     /// What is read.
     pub sources: Vec<Source>,
+    /// What to make of the machine's clock.
+    pub clock: ClockSettings,
     /// A bus whose transfers take longer is given up and opened again.
     pub source_timeout: Duration,
     /// The broker.
@@ -283,6 +285,15 @@ pub struct OutboxSettings {
     pub min_free_disk: u64,
     pub generation_bytes: u64,
     pub census_every: Duration,
+}
+
+/// What to make of the machine's clock.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ClockSettings {
+    /// It is right whatever the kernel says.
+    pub trust: bool,
+    /// For how long after the machine's start messages wait for it to be set.
+    pub wait: Duration,
 }
 
 /// Tumbling windows in event time.

@@ -130,6 +130,13 @@ impl Episodes {
         self.open = Some(open);
     }
 
+    /// Gives the open episode another time.
+    pub fn settle(&mut self, settle: impl Fn(Timestamp) -> Timestamp) {
+        if let Some(open) = &mut self.open {
+            open.started_at = settle(open.started_at);
+        }
+    }
+
     /// The open episode.
     pub fn open(&self) -> Option<&Open> {
         self.open.as_ref()

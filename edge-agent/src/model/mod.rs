@@ -123,6 +123,11 @@ impl Models {
         ended
     }
 
+    /// Gives open episodes other times, where their clock was set since they were raised.
+    pub fn settle(&mut self, settle: impl Fn(Timestamp) -> Timestamp) {
+        self.active.iter_mut().for_each(|model| model.episodes.settle(&settle));
+    }
+
     /// The open episodes, for [`Models::resume`].
     pub fn state(&self) -> Vec<u8> {
         let kept = |model: &Model| {

@@ -40,8 +40,9 @@ pub(super) struct Gap {
     pub(super) first_seq: u64,
     pub(super) last_seq: u64,
     pub(super) readings: u64,
-    pub(super) from: Timestamp,
-    pub(super) to: Timestamp,
+    /// Earliest and latest event time, where that is known.
+    pub(super) from: Option<Timestamp>,
+    pub(super) to: Option<Timestamp>,
     pub(super) reason: &'static str,
 }
 
@@ -74,25 +75,32 @@ impl From<Gap> for Record {
             first_seq: Some(gap.first_seq),
             last_seq: Some(gap.last_seq),
             readings: gap.readings,
-            from: Some(gap.from),
-            to: Some(gap.to),
+            from: gap.from,
+            to: gap.to,
             reason: Some(gap.reason.to_owned()),
         }
     }
 }
 
-/// A row per hour and outcome.
-pub(super) fn census_records(epoch: Uuid, census: &Census) -> impl Iterator<Item = Record> + '_ {
-    census.iter().map(move |(hour, outcome, readings)| Record {
-        record: "census",
-        epoch,
-        lane: None,
-        first_seq: None,
-        last_seq: None,
-        readings,
-        from: Some(hour),
-        to: Some(Timestamp::from_micros(hour.as_micros().saturating_add(HOUR_MICROS))),
-        reason: Some(outcome.to_string()),
+/// A row per hour and outcome; `settle` says which hour that is, if it is known.
+pub(super) fn census_records(
+    epoch: Uuid,
+    census: &Census,
+    settle: impl Fn(Timestamp) -> Option<Timestamp>,
+) -> impl Iterator<Item = Record> {
+    census.iter().map(move |(hour, outcome, readings)| {
+        let from = settle(hour);
+        Record {
+            record: "census",
+            epoch,
+            lane: None,
+            first_seq: None,
+            last_seq: None,
+            readings,
+            from,
+            to: from.map(|from| from.shifted(HOUR_MICROS)),
+            reason: Some(outcome.to_string()),
+        }
     })
 }
 

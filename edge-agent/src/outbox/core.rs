@@ -13,6 +13,7 @@ use uuid::Uuid;
 
 use super::{
     Limits, OutboxError,
+    boots::Times,
     control::{self, Record, closing_record, interruption_record, merge_gaps},
     generation::Message,
     lane::{LaneStore, Write},
@@ -33,6 +34,7 @@ pub(super) struct Core {
     /// In the order of [`Lane::ALL`].
     pub(super) lanes: Vec<LaneStore>,
     pub(super) meta: BTreeMap<String, (u64, Vec<u8>)>,
+    pub(super) times: Times,
     stamp: u64,
     declared_at: Instant,
     closed: bool,
@@ -46,11 +48,12 @@ impl Core {
             Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(OutboxError::io(&trash)(e)),
             _ => {}
         }
+        let mut times = Times::load(dir, now)?;
         let epoch = Uuid::now_v7();
         let (mut lanes, mut damaged) = (Vec::new(), Vec::new());
         for lane in Lane::ALL {
             let (mut store, numbers) = LaneStore::open(dir, lane)?;
-            store.begin(epoch);
+            store.begin(epoch, times.boot);
             damaged.extend(numbers.into_iter().map(|number| (lane, number)));
             lanes.push(store);
         }
@@ -63,9 +66,19 @@ impl Core {
             }
         }
         let stamp = meta.values().map(|(stamp, _)| *stamp).max().unwrap_or(0);
+        times.keep(&lanes)?;
         let dir = dir.to_owned();
-        let mut core =
-            Core { dir, limits, epoch, lanes, meta, stamp, declared_at: Instant::now(), closed: false };
+        let mut core = Core {
+            dir,
+            limits,
+            epoch,
+            lanes,
+            meta,
+            times,
+            stamp,
+            declared_at: Instant::now(),
+            closed: false,
+        };
         core.end_previous(now)?;
         for (lane, number) in damaged {
             core.set_aside(lane, number, now)?;
@@ -84,7 +97,10 @@ impl Core {
             }
         }
         let control = &self.lane(Lane::Control).state;
-        let previous = control.epoch.filter(|_| !control.clean);
+        let (last, clean) = (control.epoch, control.clean);
+        self.times.boot_before =
+            last.and_then(|epoch| self.lanes.iter().find_map(|lane| lane.boot_of(epoch)));
+        let previous = last.filter(|_| !clean);
         let mut records = Vec::new();
         if let Some(previous) = previous {
             let ended = |store: &LaneStore| {
@@ -96,10 +112,17 @@ impl Core {
                 records.push(closing_record(previous, *lane, head, rows));
             }
             let last = |pick: fn(&LaneStore) -> Option<Timestamp>| self.lanes.iter().filter_map(pick).max();
-            let from = last(|l| l.state.last_event).or(last(|l| l.state.at)).unwrap_or(now);
-            records.push(interruption_record(previous, from.min(now), now));
+            let from = last(|l| l.state.last_event).or(last(|l| l.state.at));
+            let from = from.and_then(|from| self.times.settle_kept(from)).unwrap_or(now);
+            let from = if from.is_provisional() == now.is_provisional() { from.min(now) } else { from };
+            records.push(interruption_record(previous, from, now));
         }
         self.declare(now, previous.unwrap_or(self.epoch), records, true)
+    }
+
+    /// Index before which no message of the lane waits for the clock to be set.
+    pub(super) fn released(&self, lane: Lane) -> u64 {
+        self.lanes[lane as usize].released(&self.times.boots)
     }
 
     pub(super) fn lane(&mut self, lane: Lane) -> &mut LaneStore {
@@ -168,7 +191,10 @@ impl Core {
             census.merge(&store.state.census);
             *declared = store.state.census_no + 1;
         }
-        let records: Vec<Record> = control::census_records(counted_in, &census).chain(records).collect();
+        let of_this = counted_in == self.epoch;
+        let hours = |hour| if of_this { Some(hour) } else { self.times.settle_kept(hour) };
+        let records: Vec<Record> =
+            control::census_records(counted_in, &census, hours).chain(records).collect();
         if records.is_empty() && !always {
             return Ok(());
         }
@@ -284,7 +310,12 @@ impl Core {
         reason: &'static str,
         now: Timestamp,
     ) -> Result<u64, OutboxError> {
-        let gaps = merge_gaps(self.lane(lane).gaps(number, reason)?);
+        let mut gaps = merge_gaps(self.lane(lane).gaps(number, reason)?);
+        for gap in &mut gaps {
+            let boot = self.lanes[lane as usize].boot_of(gap.epoch);
+            let settle = |at: Option<Timestamp>| at.and_then(|at| self.times.settle(at, boot));
+            (gap.from, gap.to) = (settle(gap.from), settle(gap.to));
+        }
         let readings = gaps.iter().map(|g| g.readings).sum();
         let records: Vec<Record> = gaps.into_iter().map(Record::from).collect();
         if !records.is_empty() {
@@ -303,8 +334,9 @@ impl Core {
         now: Timestamp,
     ) -> Result<Vec<Message>, OutboxError> {
         loop {
-            match self.lane(lane).page(from, max, max_bytes) {
-                Ok(messages) => return Ok(messages),
+            let released = self.released(lane);
+            match self.lane(lane).page(from..released.max(from), max, max_bytes) {
+                Ok(messages) => return Ok(messages.into_iter().map(|m| self.times.set(m)).collect()),
                 Err((number, OutboxError::Corrupt { problem, .. })) => {
                     tracing::error!(%lane, number, problem, "a generation of the outbox cannot be read");
                     self.set_aside(lane, number, now)?;

@@ -20,6 +20,7 @@ use uuid::Uuid;
 
 use super::{
     Limits, OutboxError,
+    boots::Boots,
     control::Gap,
     generation::{
         Generation, Manifest, Message, Span, dir_of, encode_message, encode_meta, encode_state, sync_dir,
@@ -63,6 +64,9 @@ pub(super) struct EpochState {
     pub(super) head: u64,
     /// Rows sealed.
     pub(super) rows: u64,
+    /// Its times are provisional: they count from this start of the machine.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) boot: Option<Uuid>,
 }
 
 impl EpochState {
@@ -194,9 +198,20 @@ impl LaneStore {
         self.active.meta(&self.active_dir())
     }
 
-    /// Begins an epoch; it is durable with the first write.
-    pub(super) fn begin(&mut self, epoch: Uuid) {
-        self.state.epochs.push(EpochState { epoch, base: self.state.next, head: 0, rows: 0 });
+    /// Begins an epoch, with a boot if its times are provisional; it is durable with the first write.
+    pub(super) fn begin(&mut self, epoch: Uuid, boot: Option<Uuid>) {
+        self.state.epochs.push(EpochState { epoch, base: self.state.next, head: 0, rows: 0, boot });
+    }
+
+    /// Index before which no message waits for the clock to be set.
+    pub(super) fn released(&self, boots: &Boots) -> u64 {
+        let waits = |e: &&EpochState| e.boot.is_some_and(|boot| boots.waits(boot));
+        self.state.epochs.iter().find(waits).map_or(self.state.next, |e| e.base)
+    }
+
+    /// The boot from which the provisional times of an epoch count.
+    pub(super) fn boot_of(&self, epoch: Uuid) -> Option<Uuid> {
+        self.state.epochs.iter().find(|e| e.epoch == epoch)?.boot
     }
 
     /// The present epoch.
@@ -249,6 +264,7 @@ impl LaneStore {
         max_bytes: usize,
     ) -> Result<(), OutboxError> {
         let epoch = state.epochs.last_mut().expect("an epoch was begun at open");
+        let clock = epoch.boot.map_or(ClockState::Synced, |boot| ClockState::Unsynced { boot });
         let identity = Identity {
             v: VERSION,
             epoch: epoch.epoch,
@@ -258,9 +274,11 @@ impl LaneStore {
             rows_before: epoch.rows,
             oldest: oldest(&state.forgotten, epoch),
             sealed_at: now,
-            clock: ClockState::Synced,
+            clock,
         };
         let payload = encode(rows, &identity)?;
+        // With true times it may compress a little less well.
+        let max_bytes = if epoch.boot.is_some() { max_bytes - max_bytes / 16 } else { max_bytes };
         if payload.len() > max_bytes && rows.num_rows() > 1 {
             let half = rows.num_rows() / 2;
             for part in [rows.slice(0, half), rows.slice(half, rows.num_rows() - half)] {
@@ -296,16 +314,16 @@ impl LaneStore {
         self.sweep()
     }
 
-    /// Held messages from `from` on, ascending; `Err((number, error))` names the generation that failed.
+    /// Held messages of `range`, ascending; `Err((number, error))` names the generation that failed.
     pub(super) fn page(
         &mut self,
-        from: u64,
+        range: Range<u64>,
         max: usize,
         max_bytes: usize,
     ) -> Result<Vec<Message>, (u64, OutboxError)> {
         let mut messages: Vec<Message> = Vec::new();
         let mut bytes = 0;
-        for held in self.state.forgotten.absent(from..self.state.next) {
+        for held in self.state.forgotten.absent(range) {
             let mut at = held.start;
             while at < held.end {
                 let found = self.read(at..held.end, max - messages.len(), max_bytes - bytes)?;
@@ -313,11 +331,11 @@ impl LaneStore {
                 bytes += found.iter().map(|m| m.payload.len()).sum::<usize>();
                 messages.extend(found);
                 if messages.len() >= max || bytes >= max_bytes {
-                    return Ok(self.with_oldest(messages));
+                    return Ok(self.with_state(messages));
                 }
             }
         }
-        Ok(self.with_oldest(messages))
+        Ok(self.with_state(messages))
     }
 
     /// Messages from the generation that holds `range.start`; at least one.
@@ -341,10 +359,14 @@ impl LaneStore {
         generation.page(&dir, self.lane, range.start..end, max, max_bytes).map_err(|e| (number, e))
     }
 
-    fn with_oldest(&self, mut messages: Vec<Message>) -> Vec<Message> {
+    /// Adds what only the lane's state knows.
+    fn with_state(&self, mut messages: Vec<Message>) -> Vec<Message> {
         for message in &mut messages {
             if let Some(epoch) = self.state.epochs.iter().find(|e| e.epoch == message.identity.epoch) {
                 message.identity.oldest = oldest(&self.state.forgotten, epoch);
+                if let Some(boot) = epoch.boot {
+                    message.identity.clock = ClockState::Unsynced { boot };
+                }
             }
         }
         messages
@@ -384,8 +406,8 @@ impl LaneStore {
                     first_seq: span.first_seq + (lost.start - span.first),
                     last_seq: span.first_seq + (lost.end - 1 - span.first),
                     readings: span.rows[at(lost.start)..at(lost.end)].iter().map(|r| u64::from(*r)).sum(),
-                    from: span.from,
-                    to: span.to,
+                    from: Some(span.from),
+                    to: Some(span.to),
                     reason,
                 }
             })
@@ -401,9 +423,10 @@ impl LaneStore {
         Ok(self.closed.front().map(|c| c.number))
     }
 
-    /// The oldest closed generation if all of it was sealed before `limit`.
+    /// The oldest closed generation if all of it was sealed before `limit`. Provisional times do not tell.
     pub(super) fn older_than(&self, limit: Timestamp) -> Option<u64> {
-        self.closed.front().filter(|c| c.sealed_to < limit).map(|c| c.number)
+        let old = |c: &&Closed| c.sealed_to < limit && !c.sealed_to.is_provisional();
+        self.closed.front().filter(old).map(|c| c.number)
     }
 
     /// Forgets a whole generation and removes it. Its gaps must be durable.
@@ -442,6 +465,14 @@ impl LaneStore {
     /// Whether `number` is the generation that is written.
     pub(super) fn is_active(&self, number: u64) -> bool {
         self.number == number
+    }
+
+    /// When the lane in `root` was last written to, as its newest manifest has it: not more than a minute old,
+    /// and cheap, since no database is opened.
+    pub(super) fn last_noted(root: &Path, lane: Lane) -> Option<Timestamp> {
+        let dir = root.join(lane.as_str());
+        let newest = *numbers(&dir).ok()?.last()?;
+        Manifest::load(&dir_of(&dir, newest)).ok()?.state.at
     }
 
     /// Bytes on the disk.

@@ -11,8 +11,8 @@ use common::{
 };
 
 use super::{
-    Checks, Deadband, I2cChip, I2cProbe, MqttSettings, OutboxSettings, ReplayForm, Settings, Source,
-    UplinkSettings, WindowSettings,
+    Checks, ClockSettings, Deadband, I2cChip, I2cProbe, MqttSettings, OutboxSettings, ReplayForm, Settings,
+    Source, UplinkSettings, WindowSettings,
     file::{self, File},
     modbus,
 };
@@ -63,6 +63,7 @@ pub(super) fn check(file: File, sha256: String, origin: String) -> Result<Settin
         window: check_window(&file.window, &mut m),
         models: (!file.models.dir.as_os_str().is_empty()).then_some(file.models.dir),
         listen: check_listen(&file.metrics.listen, &mut m),
+        clock: ClockSettings { trust: file.clock.trust, wait: file.clock.wait },
         source_timeout: at_least("source.timeout", file.source.timeout, Duration::from_millis(100), &mut m),
         site: file.site,
         gateway: file.gateway,

@@ -31,6 +31,7 @@ pub struct File {
     pub models: Models,
     pub metrics: Metrics,
     pub source: Source,
+    pub clock: Clock,
 }
 
 /// A device and, in the same table, what the filter does with it.
@@ -302,4 +303,12 @@ pub struct Metrics {
 pub struct Source {
     #[serde(with = "duration")]
     pub timeout: Duration,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Clock {
+    pub trust: bool,
+    #[serde(with = "duration")]
+    pub wait: Duration,
 }

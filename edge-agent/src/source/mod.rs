@@ -2,7 +2,8 @@
 //!
 //! A bus task sleeps until its next tick, reads what is due on a blocking thread, and sends one [`Polled`], also
 //! when nothing could be read: time travels with the data, so no later stage needs a timer. The event time of a
-//! reading is its tick. Whatever was due makes a reading: a chip that does not answer makes one of quality bad,
+//! reading is its tick. A bus goes on right after what earlier runs have sealed; where that lies more than a minute
+//! ahead, a clock was set back, and it polls at once, at displaced ticks ([`Start`]). Whatever was due makes a reading: a chip that does not answer makes one of quality bad,
 //! without a value.
 //!
 //! A poll that takes too long leaves its thread behind with the bus; the bus is opened again at the next tick, and
@@ -14,10 +15,10 @@ pub mod i2c;
 mod linux;
 pub mod modbus;
 pub mod replay;
-mod schedule;
+pub(crate) mod schedule;
 pub mod spi;
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use common::{
     reading::{DeviceIx, Quality, Reading},
@@ -84,6 +85,36 @@ impl Polled {
 /// A reading that says that there is no value.
 pub fn no_value(ts: Timestamp, device: DeviceIx) -> Reading {
     Reading { ts, device, quality: Quality::Bad, value: f64::NAN }
+}
+
+/// From when on a bus is read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Start {
+    /// The first tick comes after this.
+    pub at: Timestamp,
+    /// What is added to every tick, below a millisecond: not zero where earlier runs have sealed readings of the
+    /// time to come, so that no two of them have one key (site, device, ts).
+    pub displaced: Duration,
+}
+
+impl Start {
+    /// Waits for at most this long until the time is there that earlier runs have come to.
+    const WAITS: Duration = Duration::from_secs(60);
+
+    /// The start of a run that begins at `began`, after others that have sealed readings up to `sealed`.
+    pub(crate) fn of(began: Timestamp, sealed: Option<Timestamp>) -> Self {
+        let ahead = match sealed {
+            // Provisional times do not compare with true ones.
+            Some(sealed) if !began.is_provisional() => sealed.since(began),
+            _ => Duration::ZERO,
+        };
+        if ahead <= Self::WAITS {
+            return Self { at: began + ahead, displaced: Duration::ZERO };
+        }
+        // Another one for every run, since the start of a run is not on a beat.
+        let micros = 1 + began.as_micros().rem_euclid(999).unsigned_abs();
+        Self { at: began, displaced: Duration::from_micros(micros) }
+    }
 }
 
 /// What every source task is given.
@@ -165,5 +196,29 @@ pub fn read_once<H: Hardware>(source: &Source, hardware: &Arc<H>, at: Timestamp)
         }
         Source::Modbus(bus) => poll(Box::new(modbus::ModbusBus::new(bus))),
         Source::Replay { .. } => Vec::new(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_run_goes_on_where_the_last_one_came_to() {
+        let at = |second: i64| Timestamp::from_micros(1_795_249_000_000_000 + second * 1_000_000);
+        let day = 86_400;
+        let in_1970 = Timestamp::from_micros(40_000_000);
+        for (began, sealed, start) in [
+            (at(0), None, at(0)),
+            (at(0), Some(at(-day)), at(0)),
+            (at(0), Some(at(59)), at(59)),
+            (at(0), Some(at(day)), at(0)),
+            (in_1970, Some(at(0)), in_1970),
+        ] {
+            let displaced = sealed == Some(at(day));
+            let got = Start::of(began, sealed);
+            assert_eq!((got.at, !got.displaced.is_zero()), (start, displaced), "{began} {sealed:?}");
+            assert!(got.displaced < Duration::from_millis(1));
+        }
     }
 }

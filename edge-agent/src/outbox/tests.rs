@@ -16,6 +16,9 @@ use tempfile::TempDir;
 use super::{core::GIVE_WAY, *};
 use crate::census::{Census, Outcome};
 
+mod child;
+mod scale;
+
 fn at(seconds: i64) -> Timestamp {
     Timestamp::from_micros(1_700_000_000_000_000 / HOUR_MICROS * HOUR_MICROS + seconds * 1_000_000)
 }

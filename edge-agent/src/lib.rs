@@ -4,6 +4,7 @@
 
 pub mod census;
 pub mod cli;
+mod connection;
 pub mod delivery;
 pub mod filter;
 pub mod metrics;

@@ -7,6 +7,7 @@ mod check;
 pub mod file;
 
 use std::{
+    collections::BTreeMap,
     net::SocketAddr,
     path::{Path, PathBuf},
     sync::Arc,
@@ -43,8 +44,10 @@ pub struct Settings {
     pub sources: Vec<Source>,
     /// A bus whose transfers take longer is given up and opened again.
     pub source_timeout: Duration,
-    /// The broker.
+    /// The broker that the readings go to.
     pub mqtt: MqttSettings,
+    /// Root of all topics there.
+    pub root: String,
     /// Delivery.
     pub uplink: UplinkSettings,
     /// The disk buffer, and when batches are sealed for it.
@@ -126,6 +129,17 @@ pub enum Source {
         /// Device of the burst's peak in m/s², with the factor into its unit.
         peak: Option<(DeviceIx, f64)>,
     },
+    /// A broker in the plant, where other people's devices publish JSON.
+    Mqtt {
+        /// Its address as it was typed.
+        url: String,
+        /// How it is reached.
+        broker: MqttSettings,
+        /// The agent's name there, which its session goes by.
+        client_id: String,
+        /// What is read there.
+        topics: Vec<JsonTopic>,
+    },
     /// A recorded file.
     Replay {
         /// The file.
@@ -133,6 +147,71 @@ pub enum Source {
         /// What its columns mean.
         form: ReplayForm,
     },
+}
+
+/// How the readings of one quantity are found in the messages of a topic filter. Pointers are JSON pointers
+/// (RFC 6901) into the message or, where it is an array, into each of its elements.
+#[derive(Clone, Debug, PartialEq)]
+pub struct JsonTopic {
+    /// MQTT topic filter.
+    pub filter: String,
+    /// Pointer to the value.
+    pub value: String,
+    /// Whose value it is.
+    pub whose: Whose,
+    /// Pointer to the event time; without it, the time of arrival is taken.
+    pub time: Option<String>,
+    /// Pointer to the quality; without it, all are good.
+    pub quality: Option<String>,
+    /// Numbers of the texts that stand for one, such as `RUNNING`.
+    pub words: BTreeMap<String, f64>,
+    /// A reading that is older is rejected.
+    pub max_age: Duration,
+}
+
+/// Whose value is read.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Whose {
+    /// Always this device's.
+    One(Target),
+    /// The device's whose name stands at `at`.
+    Named {
+        /// Where the name stands.
+        at: NameAt,
+        /// The names that are known.
+        names: BTreeMap<String, Target>,
+    },
+}
+
+/// Where a message names its device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NameAt {
+    /// At this JSON pointer.
+    Pointer(String),
+    /// In this level of the topic, from 0.
+    Level(usize),
+}
+
+/// A device, and the affine map from what is sent into its unit.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Target {
+    /// The device.
+    pub device: DeviceIx,
+    /// `value in its unit = what is sent * scale + shift`.
+    pub scale: f64,
+    /// See `scale`.
+    pub shift: f64,
+}
+
+impl JsonTopic {
+    /// The devices that it feeds.
+    pub fn devices(&self) -> impl Iterator<Item = DeviceIx> {
+        let (one, named) = match &self.whose {
+            Whose::One(target) => (Some(target), None),
+            Whose::Named { names, .. } => (None, Some(names.values())),
+        };
+        one.into_iter().chain(named.into_iter().flatten()).map(|target| target.device)
+    }
 }
 
 /// What the columns of a recorded file mean.
@@ -152,10 +231,11 @@ pub enum ReplayForm {
 }
 
 impl Source {
-    /// The path of the bus or file.
+    /// The path of the bus or file, or the address of the broker.
     pub fn name(&self) -> String {
         match self {
             Self::I2c { path, .. } | Self::Spi { path, .. } => path.clone(),
+            Self::Mqtt { url, .. } => url.clone(),
             Self::Replay { file, .. } => file.display().to_string(),
         }
     }
@@ -199,7 +279,7 @@ pub enum I2cChip {
     },
 }
 
-/// The broker.
+/// A broker.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MqttSettings {
     /// Host name or address.
@@ -208,8 +288,6 @@ pub struct MqttSettings {
     pub port: u16,
     /// Whether to speak TLS (`mqtts://`).
     pub tls: bool,
-    /// Root of all topics.
-    pub root: String,
     /// Empty for none.
     pub username: String,
     /// Reference to the password.
@@ -278,4 +356,4 @@ pub struct WindowSettings {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -6,6 +6,7 @@ pub mod census;
 pub mod cli;
 mod connection;
 pub mod delivery;
+pub mod discover;
 pub mod filter;
 pub mod metrics;
 pub mod model;

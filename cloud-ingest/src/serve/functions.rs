@@ -27,14 +27,14 @@ use datafusion::{
 use super::catalog::DEFAULT_SCHEMA;
 
 /// The version of PostgreSQL that clients may take this for.
-pub const POSTGRES_VERSION: &str = "16.6";
+pub(super) const POSTGRES_VERSION: &str = "16.6";
 /// [`POSTGRES_VERSION`] as `server_version_num` has it.
 const POSTGRES_VERSION_NUM: &str = "160006";
 /// 2000-01-03T00:00:00Z in nanoseconds, which `date_bin` insists on: TimescaleDB's origin of buckets.
 const BUCKET_ORIGIN: i64 = 946_857_600_000_000_000;
 
 /// Makes the functions known to a session.
-pub fn register(context: &SessionContext) {
+pub(super) fn register(context: &SessionContext) {
     context.register_udf(ScalarUDF::from(TimeBucket::new()));
     context.register_udf(ScalarUDF::from(CurrentSetting::new()));
     context.register_udf(constant("version", || {

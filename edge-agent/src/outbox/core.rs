@@ -23,23 +23,23 @@ use crate::{
 };
 
 /// The order in which lanes give way when the outbox is full; `control` never does.
-const GIVE_WAY: [Lane; 3] = [Lane::Readings, Lane::Aggregates, Lane::Anomalies];
+pub(super) const GIVE_WAY: [Lane; 3] = [Lane::Readings, Lane::Aggregates, Lane::Anomalies];
 
 #[derive(Debug)]
-pub struct Core {
+pub(super) struct Core {
     dir: PathBuf,
     limits: Limits,
-    pub epoch: Uuid,
+    pub(super) epoch: Uuid,
     /// In the order of [`Lane::ALL`].
-    pub lanes: Vec<LaneStore>,
-    pub meta: BTreeMap<String, (u64, Vec<u8>)>,
+    pub(super) lanes: Vec<LaneStore>,
+    pub(super) meta: BTreeMap<String, (u64, Vec<u8>)>,
     stamp: u64,
     declared_at: Instant,
     closed: bool,
 }
 
 impl Core {
-    pub fn open(dir: &Path, limits: Limits, now: Timestamp) -> Result<Self, OutboxError> {
+    pub(super) fn open(dir: &Path, limits: Limits, now: Timestamp) -> Result<Self, OutboxError> {
         fs::create_dir_all(dir).map_err(OutboxError::io(dir))?;
         let trash = dir.join("trash");
         match fs::remove_dir_all(&trash) {
@@ -102,11 +102,11 @@ impl Core {
         self.declare(now, previous.unwrap_or(self.epoch), records, true)
     }
 
-    pub fn lane(&mut self, lane: Lane) -> &mut LaneStore {
+    pub(super) fn lane(&mut self, lane: Lane) -> &mut LaneStore {
         &mut self.lanes[lane as usize]
     }
 
-    pub fn append(
+    pub(super) fn append(
         &mut self,
         now: Timestamp,
         drafts: &[Draft],
@@ -192,7 +192,7 @@ impl Core {
         self.lanes[Lane::Control as usize].write(now, &write, &self.limits)
     }
 
-    pub fn close(&mut self, now: Timestamp) -> Result<(), OutboxError> {
+    pub(super) fn close(&mut self, now: Timestamp) -> Result<(), OutboxError> {
         if self.closed {
             return Ok(());
         }
@@ -214,7 +214,7 @@ impl Core {
         self.lanes.iter_mut().try_for_each(LaneStore::note)
     }
 
-    pub fn upkeep(&mut self, now: Timestamp) -> Result<(), OutboxError> {
+    pub(super) fn upkeep(&mut self, now: Timestamp) -> Result<(), OutboxError> {
         if !self.closed {
             if self.declared_at.elapsed() >= self.limits.census_every {
                 self.declare(now, self.epoch, Vec::new(), false)?;
@@ -293,7 +293,7 @@ impl Core {
         Ok(readings)
     }
 
-    pub fn page(
+    pub(super) fn page(
         &mut self,
         lane: Lane,
         from: u64,

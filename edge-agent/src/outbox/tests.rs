@@ -1,9 +1,9 @@
-use std::sync::Arc as StdArc;
+use std::{collections::BTreeMap, sync::Arc as StdArc};
 
 use arrow::array::{
-    ArrayRef, Float64Array, StringDictionaryBuilder, TimestampMicrosecondArray as Times, UInt8Array,
+    Array, ArrayRef, AsArray, Float64Array, RecordBatch, StringArray, StringDictionaryBuilder,
+    TimestampMicrosecondArray as Times, UInt8Array,
 };
-use arrow::array::{AsArray, StringArray};
 use arrow::datatypes::{Int32Type, Int64Type};
 use common::{
     time::HOUR_MICROS,
@@ -12,7 +12,8 @@ use common::{
 use proptest::prelude::*;
 use tempfile::TempDir;
 
-use super::*;
+use super::{core::GIVE_WAY, *};
+use crate::census::{Census, Outcome};
 
 fn at(seconds: i64) -> Timestamp {
     Timestamp::from_micros(1_700_000_000_000_000 / HOUR_MICROS * HOUR_MICROS + seconds * 1_000_000)

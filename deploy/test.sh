@@ -132,6 +132,12 @@ step_judges() {
 # With the flags of the unit tests, so that nothing is compiled twice for other features.
 build_demo() { cargo build --profile demo --locked --workspace --all-targets; }
 
+# Other people's devices on a broker in the plant.
+step_mqtt_source() {
+  build_demo
+  "$venv/bin/python" deploy/judges/judge_mqtt_source.py "$CARGO_TARGET_DIR/demo/edge-agent"
+}
+
 step_demo() {
   build_demo
   "$venv/bin/python" deploy/judges/judge_demo.py whole "$CARGO_TARGET_DIR/demo/firmware-sim" \
@@ -146,7 +152,7 @@ step_sigkill() {
 
 # --- in their order: cheap ones first ---------------------------------------------------------------------------
 
-all=(tools format tree lint broker train judges clippy unit demo sigkill)
+all=(tools format tree lint broker train judges clippy unit mqtt_source demo sigkill)
 steps=("$@")
 if ((${#steps[@]} == 0)); then steps=("${all[@]}"); fi
 for name in "${steps[@]}"; do

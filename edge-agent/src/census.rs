@@ -15,7 +15,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 /// What became of a reading.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Outcome {
-    /// It was due at a source.
+    /// It was due at a source, or came to it unasked.
     Polled,
     /// It is in a sealed message of the readings lane.
     Sealed,

@@ -15,6 +15,9 @@
 //! | no time of its own in a message that the broker kept | rejected: `retained` |
 //! | the device's latest reading, to the bit | rejected: `repeated`, as after a connection that broke |
 //!
+//! While the gateway's own clock was never set, its time counts from its start and a sender's can be compared with
+//! nothing: then the time of arrival is taken for all.
+//!
 //! Where no topic finds a value, or the array is empty, that is rejected as `no_value`; what is no JSON at all is
 //! `malformed`. So a message makes at least one reading or rejection, and `polled` is their sum.
 
@@ -34,6 +37,8 @@ use crate::{
     settings::{JsonTopic, NameAt, Target, Whose},
 };
 
+/// The gateway's time lies before 2015 only where its clock was never set.
+const SET: Timestamp = Timestamp::from_micros(1_420_070_400_000_000);
 /// How far ahead of the gateway's clock a sender's may be: what the cloud tolerates by default.
 const AHEAD: Duration = Duration::from_secs(300);
 /// Characters of a payload that a log shows.
@@ -136,13 +141,13 @@ fn reading(
 ) -> Result<Reading, (Reason, String)> {
     let at = |pointer: &str| item.pointer(pointer).unwrap_or(&Value::Null);
     let Target { device, scale, shift } = target(&by.whose, topic, item)?;
-    let ts = match &by.time {
+    let ts = match by.time.as_ref().filter(|_| now >= SET) {
         Some(pointer) => {
             let none = || (Reason::Malformed, format!("time {pointer} is neither RFC 3339 nor s, ms or us"));
             json::instant(at(pointer)).ok_or_else(none)?
         }
         None if retained => {
-            let why = "the broker kept it, and it has no time of its own".to_owned();
+            let why = "the broker kept it, and it has no time that could be used".to_owned();
             return Err((Reason::Retained, why));
         }
         None => now,

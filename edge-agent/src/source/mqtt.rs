@@ -68,7 +68,7 @@ pub(super) async fn run<H: Hardware>(
     mut context: Context<H>,
 ) {
     // Gateways that lost the same broker come back at different times.
-    let seed = client_id.bytes().fold(0u64, |seed, byte| seed.wrapping_mul(31) + u64::from(byte));
+    let seed = client_id.bytes().fold(0u64, |seed, byte| seed.wrapping_mul(31).wrapping_add(byte.into()));
     let mut listener = Listener {
         topics: Topics::new(topics),
         backoff: Backoff::new(broker.backoff, broker.max_backoff, seed),

@@ -177,14 +177,17 @@ fn what_is_discovered_can_be_run_as_it_is() {
     let found: BTreeMap<_, _> = findings
         .i2c
         .iter()
-        .flat_map(|bus| bus.answers.iter().flatten().map(|(at, answer)| ((bus.path.clone(), *at), answer.clone())))
+        .flat_map(|bus| {
+            bus.answers.iter().flatten().map(|(at, answer)| ((bus.path.clone(), *at), answer.clone()))
+        })
         .collect();
     assert_eq!(found, wanted);
 
     // The three keys that only the plant knows; then every sensor is read through the agent's own sources.
-    let text = ["site", "gateway", "data_dir"].iter().fold(discover::configuration(&findings), |text, key| {
-        text.replacen(&format!("\n{key} = \"\""), &format!("\n{key} = \"x\""), 1)
-    });
+    let text =
+        ["site", "gateway", "data_dir"].iter().fold(discover::configuration(&findings), |text, key| {
+            text.replacen(&format!("\n{key} = \"\""), &format!("\n{key} = \"x\""), 1)
+        });
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("edge-agent.toml");
     std::fs::write(&file, &text).unwrap();

@@ -159,6 +159,20 @@ fn what_a_broker_kept_needs_a_time_of_its_own() {
 }
 
 #[test]
+fn a_gateway_without_a_clock_takes_the_time_of_arrival() {
+    let mut topics = Topics::new(vec![timed(TEMPERATURE)]);
+    let booted = Timestamp::from_micros(60_000_000);
+    let payload = br#"{"v":1,"t":1772344800}"#;
+    for (retained, expected) in [(false, None), (true, Some(Reason::Retained))] {
+        let mut heard = Heard::default();
+        topics.read(&Message { topic: b"shop/x/state", retained, payload }, booted, &mut heard);
+        assert!(heard.readings.iter().all(|reading| reading.ts == booted));
+        assert_eq!(heard.readings.len(), usize::from(expected.is_none()));
+        assert_eq!(heard.rejected.into_keys().next(), expected);
+    }
+}
+
+#[test]
 fn the_latest_reading_counts_once() {
     let mut topics = Topics::new(vec![timed(TEMPERATURE)]);
     let mut send = |payload: &str| {

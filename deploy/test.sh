@@ -138,6 +138,11 @@ step_mqtt_source() {
   "$venv/bin/python" deploy/judges/judge_mqtt_source.py "$CARGO_TARGET_DIR/demo/edge-agent"
 }
 
+step_modbus() {
+  build_demo
+  "$venv/bin/python" deploy/judges/judge_modbus.py "$CARGO_TARGET_DIR/demo/edge-agent"
+}
+
 step_demo() {
   build_demo
   "$venv/bin/python" deploy/judges/judge_demo.py whole "$CARGO_TARGET_DIR/demo/firmware-sim" \
@@ -152,7 +157,7 @@ step_sigkill() {
 
 # --- in their order: cheap ones first ---------------------------------------------------------------------------
 
-all=(tools format tree lint broker train judges clippy unit mqtt_source demo sigkill)
+all=(tools format tree lint broker train judges clippy unit modbus mqtt_source demo sigkill)
 steps=("$@")
 if ((${#steps[@]} == 0)); then steps=("${all[@]}"); fi
 for name in "${steps[@]}"; do

@@ -17,7 +17,7 @@ use common::{
     time::{Clock, SystemClock, duration},
 };
 use tokio::{
-    runtime::Runtime,
+    runtime::{Handle, Runtime},
     signal::unix::{SignalKind, signal},
     sync::watch,
 };
@@ -95,7 +95,7 @@ fn execute(cli: Cli) -> anyhow::Result<ExitCode> {
     match cli.command {
         Command::Run => run(settings()?).map(|()| ExitCode::SUCCESS),
         Command::Check => Ok(check(&settings()?)),
-        Command::Sensors => Ok(sensors(&settings()?)),
+        Command::Sensors => sensors(&settings()?),
         Command::Discover(places) => discover::execute(&places),
         Command::Model(ModelCommand::Verify { folder: Some(folder) }) => verify(&folder),
         Command::Model(ModelCommand::Verify { folder: None }) => Ok(models(&settings()?)),
@@ -149,7 +149,9 @@ fn models(settings: &Settings) -> ExitCode {
 }
 
 /// Reads every bus once, listens to every broker, and prints a line a device; fails when a bus or a broker did.
-fn sensors(settings: &Settings) -> ExitCode {
+fn sensors(settings: &Settings) -> anyhow::Result<ExitCode> {
+    let runtime = Runtime::new().context("starting the runtime")?;
+    let _inside = runtime.enter();
     let hardware = Arc::new(LinuxHardware);
     let mut code = ExitCode::SUCCESS;
     for source in &settings.sources {
@@ -170,7 +172,7 @@ fn sensors(settings: &Settings) -> ExitCode {
             }
         }
     }
-    code
+    Ok(code)
 }
 
 /// Prints what the devices of a broker say within the sources' timeout, and returns what is wrong. That one is silent
@@ -182,8 +184,7 @@ fn hear(
     settings: &Settings,
 ) -> anyhow::Result<Vec<String>> {
     let wait = settings.source_timeout;
-    let runtime = Runtime::new().context("starting the runtime")?;
-    let heard = runtime.block_on(mqtt::listen(broker, client_id, topics, &SystemClock, wait))?;
+    let heard = Handle::current().block_on(mqtt::listen(broker, client_id, topics, &SystemClock, wait))?;
     for device in topics.iter().flat_map(JsonTopic::devices) {
         if let Some(reading) = heard.readings.get(&device) {
             print_reading(settings, reading, &broker.host);

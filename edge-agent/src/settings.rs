@@ -5,6 +5,8 @@
 
 mod check;
 pub mod file;
+pub(crate) mod modbus;
+mod mqtt_source;
 
 use std::{
     collections::BTreeMap,
@@ -20,7 +22,10 @@ use common::{
 };
 use sha2::{Digest, Sha256};
 
-use crate::source::chip::{Ads1115, Sht4x, ads1115, ism330dhcx};
+use crate::source::{
+    chip::{Ads1115, Sht4x, ads1115, ism330dhcx},
+    modbus as modbus_source,
+};
 
 /// `default.toml`, compiled in.
 pub const DEFAULTS: &str = include_str!("../default.toml");
@@ -129,6 +134,8 @@ pub enum Source {
         /// Device of the burst's peak in m/s², with the factor into its unit.
         peak: Option<(DeviceIx, f64)>,
     },
+    /// A Modbus connection or line with its slaves.
+    Modbus(modbus_source::Settings),
     /// A broker in the plant, where other people's devices publish JSON.
     Mqtt {
         /// Its address as it was typed.
@@ -231,10 +238,11 @@ pub enum ReplayForm {
 }
 
 impl Source {
-    /// The path of the bus or file, or the address of the broker.
+    /// The path of the bus or file, or the address of the bus or broker.
     pub fn name(&self) -> String {
         match self {
             Self::I2c { path, .. } | Self::Spi { path, .. } => path.clone(),
+            Self::Modbus(bus) => bus.address.to_string(),
             Self::Mqtt { url, .. } => url.clone(),
             Self::Replay { file, .. } => file.display().to_string(),
         }

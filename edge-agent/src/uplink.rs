@@ -42,7 +42,8 @@ use tokio::{
 
 use self::link::{FromCloud, Link, seed};
 use crate::{
-    connection::{self, Backoff, Connection, next_events},
+    backoff::Backoff,
+    connection::{self, Connection, next_events},
     delivery::{Delivery, MessageRef, Mode, Rules},
     outbox::{Message, Outbox, OutboxError, RangeSet},
     settings::{MqttSettings, UplinkMode, UplinkSettings},

@@ -8,9 +8,14 @@ use std::{
 };
 
 use anyhow::Context as _;
-use common::telemetry;
+use common::{config::Mistakes, telemetry};
+use tokio::runtime::Runtime;
 
-use crate::{discover, source::LinuxHardware};
+use crate::{
+    discover::{self, Findings, PATIENCE, UNITS},
+    settings::{file::ModbusBus, modbus},
+    source::{LinuxHardware, modbus::Address},
+};
 
 /// Where to look, and where to write what was found.
 #[derive(Debug, clap::Args)]
@@ -19,16 +24,51 @@ pub(super) struct Where {
     /// I2C bus to scan, such as /dev/i2c-1; may be given again
     #[arg(long, value_name = "PATH", group = "where")]
     i2c: Vec<String>,
+    /// Modbus to ask for units, such as tcp://192.168.7.20:502 or rtu:///dev/ttyUSB0; may be given again
+    #[arg(long, value_name = "URL", group = "where")]
+    modbus: Vec<String>,
+    /// Bits a second on the serial lines; 19200 where absent
+    #[arg(long)]
+    baud: Option<u32>,
+    /// Parity on the serial lines: even, odd or none; even where absent
+    #[arg(long)]
+    parity: Option<String>,
+    /// Stop bits on the serial lines: 1 or 2; 1 where absent
+    #[arg(long)]
+    stop_bits: Option<u8>,
     /// New file for the configuration; standard output where absent
     #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
 }
 
-/// Fails when nothing could be looked at.
+impl Where {
+    fn addresses(&self) -> Result<Vec<Address>, Mistakes> {
+        let of = |url: &String| {
+            let serial = url.starts_with("rtu://");
+            let bus = ModbusBus {
+                url: url.clone(),
+                baud: self.baud.filter(|_| serial),
+                parity: self.parity.clone().filter(|_| serial),
+                stop_bits: self.stop_bits.filter(|_| serial),
+                timeout: None,
+                slave: Vec::new(),
+            };
+            modbus::address(&format!("--modbus {url}"), &bus)
+        };
+        self.modbus.iter().map(of).collect()
+    }
+}
+
+/// Fails when nothing could be asked.
 pub(super) fn execute(places: &Where) -> anyhow::Result<ExitCode> {
+    let addresses = places.addresses()?;
     // Before the search, which may take a while.
     let out = places.out.as_deref().map(create).transpose()?;
-    let findings = discover::discover(&LinuxHardware, &places.i2c, |line| eprintln!("{line}"));
+    let progress = |line: &str| eprintln!("{line}");
+    let i2c = discover::scan_i2c(&LinuxHardware, &places.i2c, progress);
+    let runtime = Runtime::new().context("starting the runtime")?;
+    let modbus = runtime.block_on(discover::scan_modbus(&addresses, &UNITS, PATIENCE, progress));
+    let findings = Findings { i2c, modbus };
     let text = discover::configuration(&findings);
     match (out, &places.out) {
         (Some(mut file), Some(path)) => {

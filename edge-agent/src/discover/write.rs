@@ -2,7 +2,8 @@
 
 use std::fmt::Write as _;
 
-use super::{Answer, Findings, I2cFinding, i2c};
+use super::{Answer, Findings, I2cFinding, ModbusFinding, i2c};
+use crate::source::modbus::Address;
 
 const HEAD: &str = r#"# Written by edge-agent discover. Fill in the three keys below; then
 #   edge-agent check --config THIS_FILE      says what is missing or wrong
@@ -19,6 +20,8 @@ data_dir = ""   # a folder on a local disk, such as "/var/lib/tailrace"
 id = "machine-1"
 "#;
 
+/// So many units are one device that pays no attention to the unit it is asked as.
+const ANY_UNIT: usize = 100;
 /// One address in so many may fail before that is how the adapter says that nobody is there.
 const FAULTS: usize = 8;
 
@@ -30,6 +33,14 @@ pub fn configuration(findings: &Findings) -> String {
         match answers {
             Ok(answers) => bus(&mut text, path, answers),
             Err(error) => line(&mut text, &format!("# It could not be scanned: {error}")),
+        }
+    }
+    for (number, ModbusFinding { address, units }) in findings.modbus.iter().enumerate() {
+        heading(&mut text, &format!("Modbus {address}"));
+        match units {
+            Ok(units) if units.is_empty() => line(&mut text, "# No unit answers."),
+            Ok(units) => slaves(&mut text, number + 1, address, units),
+            Err(error) => line(&mut text, &format!("# Nobody could be asked: {error}")),
         }
     }
     text
@@ -136,6 +147,46 @@ fn sht4x(text: &mut String, bus: &str, address: u8, serial: u32) {
              temperature = \"{temperature}\"\nhumidity = \"{humidity}\""
         ),
     );
+}
+
+fn slaves(text: &mut String, number: usize, address: &Address, units: &[u8]) {
+    let shown = if units.len() >= ANY_UNIT {
+        line(
+            text,
+            &format!("# {} units answer: one device, most likely, which looks at no unit.", units.len()),
+        );
+        &units[..1]
+    } else {
+        let list: Vec<String> = units.iter().map(u8::to_string).collect();
+        for row in list.chunks(20) {
+            line(text, &format!("# Answers: unit {}", row.join(", ")));
+        }
+        units
+    };
+    line(
+        text,
+        "# Modbus does not say what a device is, nor what its registers hold: its manual does. Take the \"# \" below away\n\
+         # and say for each value where it is and what it is; default.toml has all keys and the shipped profiles.",
+    );
+    let mut block = format!("[[modbus]]\nurl = \"{address}\"\n");
+    if let Address::Rtu { baud, parity, stop_bits, .. } = address {
+        let (parity, stop_bits) = (format!("{parity:?}").to_lowercase(), u8::from(*stop_bits));
+        line(&mut block, &format!("baud = {baud}\nparity = \"{parity}\"\nstop_bits = {stop_bits}"));
+    }
+    for unit in shown {
+        let id = format!("modbus-{number}/unit-{unit}/value");
+        line(
+            &mut block,
+            &format!(
+                "[[modbus.slave]]\nunit = {unit}\nperiod = \"10s\"\n[[modbus.slave.register]]\ndevice = \"{id}\"\n\
+                 table = \"holding\"\naddress = 0\ntype = \"u16\""
+            ),
+        );
+        device(&mut block, &id, "count", "1");
+    }
+    for row in block.lines() {
+        line(text, &format!("# {row}"));
+    }
 }
 
 fn device(text: &mut String, id: &str, device_type: &str, unit: &str) {

@@ -1,7 +1,5 @@
 //! From the configuration as typed to the one that is used: every mistake is noted, none ends the checking.
 
-mod mqtt_source;
-
 use std::{
     collections::BTreeMap,
     net::SocketAddr,
@@ -22,6 +20,7 @@ use super::{
     Checks, Deadband, I2cChip, I2cProbe, MqttSettings, OutboxSettings, ReplayForm, Settings, Source,
     UplinkSettings, WindowSettings,
     file::{self, File},
+    modbus, mqtt_source,
 };
 use crate::source::chip::{Ads1115, Sht4x, ads1115, ism330dhcx};
 
@@ -53,6 +52,9 @@ pub(super) fn check(file: File, sha256: String, origin: String) -> Result<Settin
     }
     for spi in file.spi {
         sources.extend(check_spi(spi, &mut bind, &mut m));
+    }
+    for bus in file.modbus {
+        sources.extend(modbus::check(bus, &mut bind, &mut m));
     }
     let (mqtt, root) = check_mqtt(file.mqtt, &mut m);
     for (i, broker) in file.mqtt_source.into_iter().enumerate() {
@@ -148,13 +150,13 @@ fn check_unit(key: &str, device: &Device, m: &mut Mistakes) {
 }
 
 /// Finds the devices that sources name, and sees to it that each has one source.
-struct Binding<'a> {
+pub(super) struct Binding<'a> {
     registry: &'a Registry,
     bound: BTreeMap<DeviceIx, String>,
 }
 
 impl Binding<'_> {
-    fn device(&mut self, key: &str, id: &str, m: &mut Mistakes) -> Option<DeviceIx> {
+    pub(super) fn device(&mut self, key: &str, id: &str, m: &mut Mistakes) -> Option<DeviceIx> {
         let Some(ix) = self.registry.find(id) else {
             m.add(key, format!("no device {id:?}"), "add a [[device]] with this id");
             return None;
@@ -169,7 +171,7 @@ impl Binding<'_> {
     }
 
     /// The device and the affine map from `unit` into its own.
-    fn convert(
+    pub(super) fn convert(
         &mut self,
         key: &str,
         id: Option<&String>,
@@ -181,9 +183,8 @@ impl Binding<'_> {
         // An unknown unit has been noted with the device.
         let own = Unit::parse(&device.unit)?;
         let Some((scale, shift)) = Unit::parse(unit).and_then(|from| from.into_unit(own)) else {
-            let problem =
-                format!("{unit:?} does not convert into {:?} of device {:?}", device.unit, device.id);
-            m.add(key, problem, format!("give the device a unit that converts from {unit:?}"));
+            let fix = format!("give the device a unit that converts from {unit:?}");
+            m.add(key, format!("it shows {unit:?}, device {:?} has {:?}", device.id, device.unit), fix);
             return None;
         };
         Some((ix, scale, shift))
@@ -321,11 +322,11 @@ fn check_paths(sources: &[Source], m: &mut Mistakes) {
     }
 }
 
-fn check_period(key: &str, period: Duration, m: &mut Mistakes) -> Duration {
+pub(super) fn check_period(key: &str, period: Duration, m: &mut Mistakes) -> Duration {
     at_least(&format!("{key} period"), period, Duration::from_millis(10), m)
 }
 
-fn at_least(key: &str, value: Duration, least: Duration, m: &mut Mistakes) -> Duration {
+pub(super) fn at_least(key: &str, value: Duration, least: Duration, m: &mut Mistakes) -> Duration {
     let problem = format!("{} is below {}", duration::format(value), duration::format(least));
     m.require(value >= least, key, problem, "raise it");
     value.max(least)
@@ -353,7 +354,7 @@ fn check_mqtt(mqtt: file::Mqtt, m: &mut Mistakes) -> (MqttSettings, String) {
 }
 
 /// Host, port and whether by TLS; `key` names a field of the broker's table.
-fn check_broker(
+pub(super) fn check_broker(
     key: impl Fn(&str) -> String,
     url: &str,
     password: &SecretRef,

@@ -15,6 +15,7 @@ pub mod chip;
 pub mod i2c;
 pub mod json;
 mod linux;
+pub mod modbus;
 pub mod mqtt;
 pub mod replay;
 mod schedule;
@@ -143,6 +144,10 @@ pub async fn run<H: Hardware>(
             };
             bus::run(make, timeout, context).await;
         }
+        Source::Modbus(bus) => {
+            let timeout = timeout + bus.longest_poll();
+            bus::run(move || modbus::ModbusBus::new(bus.clone()), timeout, context).await;
+        }
         Source::Mqtt { broker, client_id, topics, .. } => {
             mqtt::run(broker, client_id, topics, context).await;
         }
@@ -153,7 +158,7 @@ pub async fn run<H: Hardware>(
     Ok(())
 }
 
-/// Reads everything on a bus once, now; for `edge-agent sensors`. Blocks.
+/// Reads everything on a bus once, now; for `edge-agent sensors`. Blocks, in the context of a runtime.
 pub fn read_once<H: Hardware>(source: &Source, hardware: &Arc<H>, at: Timestamp) -> Vec<Reading> {
     let hardware = Arc::clone(hardware);
     let poll = |mut bus: Box<dyn Bus>| {
@@ -165,6 +170,7 @@ pub fn read_once<H: Hardware>(source: &Source, hardware: &Arc<H>, at: Timestamp)
         Source::Spi { path, period, burst, rms, peak } => {
             poll(Box::new(spi::Accelerometer::new(hardware, path, period, burst, rms, peak)))
         }
+        Source::Modbus(bus) => poll(Box::new(modbus::ModbusBus::new(bus))),
         // Neither can be asked for a value.
         Source::Mqtt { .. } | Source::Replay { .. } => Vec::new(),
     }

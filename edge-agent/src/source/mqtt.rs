@@ -43,8 +43,9 @@ use super::{
     json::{Heard, Message, Topics},
 };
 use crate::{
+    backoff::Backoff,
     census::{Census, Outcome, Reason},
-    connection::{self, Backoff, Connection, next_events},
+    connection::{self, Connection, next_events},
     metrics::Metrics,
     settings::{JsonTopic, MqttSettings},
 };

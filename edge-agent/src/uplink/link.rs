@@ -25,10 +25,7 @@ use tokio::{
 };
 
 use super::{Settings, stopped};
-use crate::{
-    connection::{Backoff, Connection},
-    outbox::Outbox,
-};
+use crate::{backoff::Backoff, connection::Connection, outbox::Outbox};
 
 /// How long the farewell may take.
 const FAREWELL: Duration = Duration::from_secs(2);

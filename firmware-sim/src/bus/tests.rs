@@ -6,7 +6,7 @@ use std::{
 };
 
 use edge_agent::{
-    discover::{self, Answer},
+    discover::{self, Answer, Findings},
     settings::Settings,
     source::{
         self,
@@ -165,7 +165,8 @@ fn open_loops_are_bad_and_nacks_are_reported() {
 fn what_is_discovered_can_be_run_as_it_is() {
     let (plant, hardware, clock) = gateway(Rates::default());
     let buses = ["/dev/i2c-1".to_owned(), "/dev/i2c-2".to_owned()];
-    let findings = discover::discover(&hardware, &buses, |_| {});
+    let i2c = discover::scan_i2c(&hardware, &buses, |_| {});
+    let findings = Findings { i2c, ..Findings::default() };
     let layout = plant.layout();
     let mut wanted: BTreeMap<(String, u8), Answer> = layout
         .channels

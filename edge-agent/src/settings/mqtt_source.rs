@@ -1,4 +1,4 @@
-//! Brokers in the plant: `[[mqtt_source]]`.
+//! From `[[mqtt_source]]` as typed to topics of a broker.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -6,8 +6,9 @@ use common::{config::Mistakes, topic_filter};
 use sha2::{Digest, Sha256};
 
 use super::{
-    super::{JsonTopic, MqttSettings, NameAt, Source, Target, Whose, file},
-    Binding, at_least, check_broker,
+    JsonTopic, MqttSettings, NameAt, Source, Target, Whose,
+    check::{Binding, at_least, check_broker},
+    file,
 };
 
 /// What is older is taken for the work of a clock that was reset.

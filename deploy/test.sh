@@ -135,6 +135,12 @@ step_judges() {
 # With the flags of the unit tests, so that nothing is compiled twice for other features.
 build_demo() { cargo build --profile demo --locked --workspace --all-targets; }
 
+# Other people's devices on a broker in the plant.
+step_mqtt_source() {
+  build_demo
+  "$venv/bin/python" deploy/judges/judge_mqtt_source.py "$CARGO_TARGET_DIR/demo/edge-agent"
+}
+
 step_modbus() {
   build_demo
   "$venv/bin/python" deploy/judges/judge_modbus.py "$CARGO_TARGET_DIR/demo/edge-agent"
@@ -165,7 +171,7 @@ step_chaos() {
 
 # --- in their order: cheap ones first ---------------------------------------------------------------------------
 
-all=(tools format tree lint broker train judges clippy unit modbus plc demo sigkill chaos)
+all=(tools format tree lint broker train judges clippy unit modbus plc mqtt_source demo sigkill chaos)
 steps=("$@")
 if ((${#steps[@]} == 0)); then steps=("${all[@]}"); fi
 for name in "${steps[@]}"; do

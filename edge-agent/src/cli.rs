@@ -1,16 +1,23 @@
 //! The commands of `edge-agent`. Exit status: 0 done, 1 failed, 2 bad usage or configuration.
 
-use std::{path::PathBuf, process::ExitCode, sync::Arc};
+mod discover;
+
+use std::{
+    path::{Path, PathBuf},
+    process::ExitCode,
+    sync::Arc,
+};
 
 use anyhow::Context as _;
 use clap::{Parser, Subcommand};
 use common::{
     config::Mistakes,
+    reading::Reading,
     telemetry,
-    time::{Clock, SystemClock},
+    time::{Clock, SystemClock, duration},
 };
 use tokio::{
-    runtime::Runtime,
+    runtime::{Handle, Runtime},
     signal::unix::{SignalKind, signal},
     sync::watch,
 };
@@ -18,12 +25,13 @@ use tokio::{
 use crate::{
     clock::{self, Machine},
     model::{Models, bundle::Bundle},
-    settings::{Settings, Source},
-    source::{self, LinuxHardware},
+    settings::{JsonTopic, MqttSettings, Settings, Source},
+    source::{self, LinuxHardware, mqtt},
 };
 
 const EXAMPLES: &str = "Examples:
   edge-agent check --config /etc/tailrace/edge-agent.toml
+  edge-agent discover --i2c /dev/i2c-1 --out edge-agent.toml
   edge-agent sensors --config /etc/tailrace/edge-agent.toml
   edge-agent run --config /etc/tailrace/edge-agent.toml
   edge-agent model verify /var/lib/tailrace/models/tep-process
@@ -52,6 +60,8 @@ enum Command {
     Check,
     /// List the devices and read each once
     Sensors,
+    /// Look for sensors and write a configuration of what was found; stop the agent first
+    Discover(discover::Where),
     /// Models
     #[command(subcommand)]
     Model(ModelCommand),
@@ -81,29 +91,31 @@ pub fn main() -> ExitCode {
 }
 
 fn execute(cli: Cli) -> anyhow::Result<ExitCode> {
-    if let Command::Model(ModelCommand::Verify { folder: Some(folder) }) = &cli.command {
-        let bundle = Bundle::load(folder)?;
-        let Bundle { name, version, verified, sha256, .. } = bundle;
-        telemetry::print_line(format_args!(
-            "{name} {version}: {verified} golden vectors agree, sha256 {sha256}"
-        ));
-        return Ok(ExitCode::SUCCESS);
-    }
-    let settings = Settings::load(cli.config.as_deref())?;
+    let settings = || Settings::load(cli.config.as_deref());
     match cli.command {
-        Command::Run => run(settings).map(|()| ExitCode::SUCCESS),
-        Command::Check => {
-            let (devices, sources) = (settings.registry.devices.len(), settings.sources.len());
-            telemetry::print_line(format_args!(
-                "{}/{}: {devices} devices, {sources} sources",
-                settings.site, settings.gateway
-            ));
-            models(&settings);
-            Ok(ExitCode::SUCCESS)
-        }
-        Command::Sensors => sensors(&settings),
-        Command::Model(ModelCommand::Verify { .. }) => Ok(models(&settings)),
+        Command::Run => run(settings()?).map(|()| ExitCode::SUCCESS),
+        Command::Check => Ok(check(&settings()?)),
+        Command::Sensors => sensors(&settings()?),
+        Command::Discover(places) => discover::execute(&places),
+        Command::Model(ModelCommand::Verify { folder: Some(folder) }) => verify(&folder),
+        Command::Model(ModelCommand::Verify { folder: None }) => Ok(models(&settings()?)),
     }
+}
+
+fn check(settings: &Settings) -> ExitCode {
+    let (devices, sources) = (settings.registry.devices.len(), settings.sources.len());
+    telemetry::print_line(format_args!(
+        "{}/{}: {devices} devices, {sources} sources",
+        settings.site, settings.gateway
+    ));
+    models(settings);
+    ExitCode::SUCCESS
+}
+
+fn verify(folder: &Path) -> anyhow::Result<ExitCode> {
+    let Bundle { name, version, verified, sha256, .. } = Bundle::load(folder)?;
+    telemetry::print_line(format_args!("{name} {version}: {verified} golden vectors agree, sha256 {sha256}"));
+    Ok(ExitCode::SUCCESS)
 }
 
 fn run(settings: Settings) -> anyhow::Result<()> {
@@ -136,7 +148,7 @@ fn models(settings: &Settings) -> ExitCode {
     code
 }
 
-/// Reads every bus once and prints a line a device; fails when one gave no value.
+/// Reads every bus once, listens to every broker, and prints a line a device; fails when a bus or a broker did.
 fn sensors(settings: &Settings) -> anyhow::Result<ExitCode> {
     let runtime = Runtime::new().context("starting the runtime")?;
     let _inside = runtime.enter();
@@ -146,19 +158,53 @@ fn sensors(settings: &Settings) -> anyhow::Result<ExitCode> {
         if let Source::Replay { file, .. } = source {
             telemetry::print_line(format_args!("{}: a recorded file", file.display()));
         }
+        if let Source::Mqtt { broker, client_id, topics, .. } = source {
+            let heard = hear(broker, client_id, topics, settings);
+            let problems = heard.unwrap_or_else(|error| vec![format!("{error:#}")]);
+            for problem in problems {
+                telemetry::print_line(format_args!("{}: {problem}", source.name()));
+                code = ExitCode::FAILURE;
+            }
+        }
         for reading in source::read_once(source, &hardware, SystemClock.now()) {
-            let device = settings.registry.device(reading.device);
-            if reading.value.is_finite() {
-                let quality = reading.quality.as_str();
-                telemetry::print_line(format_args!(
-                    "{}: {} {} ({quality})",
-                    device.id, reading.value, device.unit
-                ));
-            } else {
-                telemetry::print_line(format_args!("{}: no value ({})", device.id, source.name()));
+            if !print_reading(settings, &reading, &source.name()) {
                 code = ExitCode::FAILURE;
             }
         }
     }
     Ok(code)
+}
+
+/// Prints what the devices of a broker say within the sources' timeout, and returns what is wrong. That one is silent
+/// is not: nobody has asked it.
+fn hear(
+    broker: &MqttSettings,
+    client_id: &str,
+    topics: &[JsonTopic],
+    settings: &Settings,
+) -> anyhow::Result<Vec<String>> {
+    let wait = settings.source_timeout;
+    let heard = Handle::current().block_on(mqtt::listen(broker, client_id, topics, &SystemClock, wait))?;
+    for device in topics.iter().flat_map(JsonTopic::devices) {
+        if let Some(reading) = heard.readings.get(&device) {
+            print_reading(settings, reading, &broker.host);
+        } else {
+            let id = &settings.registry.device(device).id;
+            telemetry::print_line(format_args!("{id}: nothing came within {}", duration::format(wait)));
+        }
+    }
+    Ok(heard.refused.iter().map(|filter| format!("the broker refuses {filter}; see its ACL")).collect())
+}
+
+/// Prints a line; whether there was a value.
+fn print_reading(settings: &Settings, reading: &Reading, source: &str) -> bool {
+    let device = settings.registry.device(reading.device);
+    let there = reading.value.is_finite();
+    if there {
+        let quality = reading.quality.as_str();
+        telemetry::print_line(format_args!("{}: {} {} ({quality})", device.id, reading.value, device.unit));
+    } else {
+        telemetry::print_line(format_args!("{}: no value ({source})", device.id));
+    }
+    there
 }

@@ -75,7 +75,11 @@ impl Metrics {
             own.readings.clone(),
         );
         registry.register("edge_marks", "Findings of the filter", own.marks.clone());
-        registry.register("edge_source_faults", "Polls of a chip that gave no value", own.faults.clone());
+        registry.register(
+            "edge_source_faults",
+            "Polls that gave no value, connections to a plant's broker that broke, filters that it refused",
+            own.faults.clone(),
+        );
         registry.register(
             "edge_aggregates",
             "Aggregates emitted, revisions included",
@@ -107,7 +111,7 @@ impl Metrics {
         self.clock_set.set(i64::from(set));
     }
 
-    /// A chip gave no value.
+    /// A chip gave no value, or a broker is away or refuses.
     pub fn source_fault(&self, reason: &'static str) {
         self.faults.get_or_create(&Why { reason }).inc();
     }

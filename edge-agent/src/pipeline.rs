@@ -199,6 +199,7 @@ fn uplink_settings(settings: &Settings, models: &Models) -> uplink::Settings {
         site: settings.site.clone(),
         gateway: settings.gateway.clone(),
         mqtt: settings.mqtt.clone(),
+        root: settings.root.clone(),
         uplink: settings.uplink.clone(),
         max_message_bytes: settings.outbox.max_message_bytes,
         version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -258,7 +259,8 @@ impl Refine {
         self.last_at = self.last_at.max(at);
         self.metrics.polled(&census);
         let given = readings.len() as u64;
-        let last_event = readings.iter().map(|reading| reading.ts).max();
+        // A sender's clock that is ahead of ours must not keep our own sources waiting after a restart.
+        let last_event = readings.iter().map(|reading| reading.ts.min(at)).max();
         let marks = self.filter.mark(&mut readings);
         let mut missed = Missed::default();
         let aggregates = self.windows.push(at, &readings, &mut missed);

@@ -5,9 +5,11 @@
 
 mod check;
 pub mod file;
-mod modbus;
+pub(crate) mod modbus;
+mod mqtt_source;
 
 use std::{
+    collections::BTreeMap,
     net::SocketAddr,
     path::{Path, PathBuf},
     sync::Arc,
@@ -52,8 +54,10 @@ pub struct Settings {
     pub clock: ClockSettings,
     /// A bus whose transfers take longer is given up and opened again.
     pub source_timeout: Duration,
-    /// The broker.
+    /// The broker that the readings go to.
     pub mqtt: MqttSettings,
+    /// Root of all topics there.
+    pub root: String,
     /// Delivery.
     pub uplink: UplinkSettings,
     /// The disk buffer, and when batches are sealed for it.
@@ -135,6 +139,17 @@ pub enum Source {
     },
     /// A Modbus connection or line with its slaves.
     Modbus(modbus_source::Settings),
+    /// A broker in the plant, where other people's devices publish JSON.
+    Mqtt {
+        /// Its address as it was typed.
+        url: String,
+        /// How it is reached.
+        broker: MqttSettings,
+        /// The agent's name there, which its session goes by.
+        client_id: String,
+        /// What is read there.
+        topics: Vec<JsonTopic>,
+    },
     /// A recorded file.
     Replay {
         /// The file.
@@ -142,6 +157,71 @@ pub enum Source {
         /// What its columns mean.
         form: ReplayForm,
     },
+}
+
+/// How the readings of one quantity are found in the messages of a topic filter. Pointers are JSON pointers
+/// (RFC 6901) into the message or, where it is an array, into each of its elements.
+#[derive(Clone, Debug, PartialEq)]
+pub struct JsonTopic {
+    /// MQTT topic filter.
+    pub filter: String,
+    /// Pointer to the value.
+    pub value: String,
+    /// Whose value it is.
+    pub whose: Whose,
+    /// Pointer to the event time; without it, the time of arrival is taken.
+    pub time: Option<String>,
+    /// Pointer to the quality; without it, all are good.
+    pub quality: Option<String>,
+    /// Numbers of the texts that stand for one, such as `RUNNING`.
+    pub words: BTreeMap<String, f64>,
+    /// A reading that is older is rejected.
+    pub max_age: Duration,
+}
+
+/// Whose value is read.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Whose {
+    /// Always this device's.
+    One(Target),
+    /// The device's whose name stands at `at`.
+    Named {
+        /// Where the name stands.
+        at: NameAt,
+        /// The names that are known.
+        names: BTreeMap<String, Target>,
+    },
+}
+
+/// Where a message names its device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NameAt {
+    /// At this JSON pointer.
+    Pointer(String),
+    /// In this level of the topic, from 0.
+    Level(usize),
+}
+
+/// A device, and the affine map from what is sent into its unit.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Target {
+    /// The device.
+    pub device: DeviceIx,
+    /// `value in its unit = what is sent * scale + shift`.
+    pub scale: f64,
+    /// See `scale`.
+    pub shift: f64,
+}
+
+impl JsonTopic {
+    /// The devices that it feeds.
+    pub fn devices(&self) -> impl Iterator<Item = DeviceIx> {
+        let (one, named) = match &self.whose {
+            Whose::One(target) => (Some(target), None),
+            Whose::Named { names, .. } => (None, Some(names.values())),
+        };
+        one.into_iter().chain(named.into_iter().flatten()).map(|target| target.device)
+    }
 }
 
 /// What the columns of a recorded file mean.
@@ -161,11 +241,12 @@ pub enum ReplayForm {
 }
 
 impl Source {
-    /// The path or address of the bus or file.
+    /// The path of the bus or file, or the address of the bus or broker.
     pub fn name(&self) -> String {
         match self {
             Self::I2c { path, .. } | Self::Spi { path, .. } => path.clone(),
             Self::Modbus(bus) => bus.address.to_string(),
+            Self::Mqtt { url, .. } => url.clone(),
             Self::Replay { file, .. } => file.display().to_string(),
         }
     }
@@ -220,7 +301,7 @@ pub enum I2cChip {
     },
 }
 
-/// The broker.
+/// A broker.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MqttSettings {
     /// Host name or address.
@@ -229,8 +310,6 @@ pub struct MqttSettings {
     pub port: u16,
     /// Whether to speak TLS (`mqtts://`).
     pub tls: bool,
-    /// Root of all topics.
-    pub root: String,
     /// Empty for none.
     pub username: String,
     /// Reference to the password.
@@ -308,4 +387,4 @@ pub struct WindowSettings {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

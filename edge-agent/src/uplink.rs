@@ -6,7 +6,6 @@
 //!
 //! Nothing here blocks the runtime: whatever waits for the outbox's disk runs on blocking threads.
 
-mod connection;
 mod link;
 
 use std::{
@@ -29,7 +28,7 @@ use prometheus_client::{
 use rumqttc::{
     Outgoing,
     v5::{
-        Event, Incoming,
+        Event, Incoming, MqttOptions,
         mqttbytes::{
             QoS,
             v5::{PubAck, PubAckReason, PublishProperties},
@@ -41,12 +40,10 @@ use tokio::{
     task::{JoinHandle, JoinSet, spawn_blocking},
 };
 
-use self::{
-    connection::{Connection, Dialer},
-    link::{FromCloud, Link, seed},
-};
+use self::link::{FromCloud, Link, seed};
 use crate::{
     backoff::Backoff,
+    connection::{self, Connection, next_events},
     delivery::{Delivery, MessageRef, Mode, Rules},
     outbox::{Message, Outbox, OutboxError, RangeSet},
     settings::{MqttSettings, UplinkMode, UplinkSettings},
@@ -73,6 +70,8 @@ pub struct Settings {
     pub gateway: String,
     /// The broker.
     pub mqtt: MqttSettings,
+    /// Root of all topics.
+    pub root: String,
     /// Delivery.
     pub uplink: UplinkSettings,
     /// Largest payload, in bytes.
@@ -87,7 +86,20 @@ pub struct Settings {
 
 impl Settings {
     fn topic(&self, stream: Stream) -> String {
-        Topic { site: self.site.clone(), gateway: self.gateway.clone(), stream }.under(&self.mqtt.root)
+        Topic { site: self.site.clone(), gateway: self.gateway.clone(), stream }.under(&self.root)
+    }
+
+    /// Of the connection that plays this role.
+    fn options(&self, role: &str) -> anyhow::Result<MqttOptions> {
+        let id = format!("{}.{}.{role}", self.site, self.gateway);
+        let mut options = connection::options(&self.mqtt, id, self.max_message_bytes).context("mqtt")?;
+        options.set_outgoing_inflight_upper_limit(self.uplink.inflight.max(1));
+        Ok(options)
+    }
+
+    /// Requests that wait for the connection: a full window, and documents.
+    fn requests(&self) -> usize {
+        usize::from(self.uplink.inflight) + 16
     }
 }
 
@@ -180,7 +192,7 @@ struct Uplink {
     clock: Arc<dyn Clock>,
     metrics: Metrics,
     delivery: Delivery,
-    dialer: Dialer,
+    options: MqttOptions,
     backoff: Backoff,
     begun: Instant,
     connection: Option<Connection>,
@@ -221,7 +233,7 @@ impl Uplink {
         };
         Ok(Self {
             delivery: Delivery::new(rules, lanes),
-            dialer: Dialer::new(&settings, "data", None)?,
+            options: settings.options("data")?,
             backoff: Backoff::new(mqtt.backoff, mqtt.max_backoff, seed(&outbox)),
             begun: Instant::now(),
             connection: None,
@@ -258,7 +270,7 @@ impl Uplink {
                 return Ok(());
             }
             if self.connection.is_none() && now >= self.dial_at {
-                self.connection = Some(self.dialer.dial());
+                self.connection = Some(Connection::dial(&self.options, self.settings.requests()));
             }
             if now >= report_at {
                 report_at = now + REPORT_EVERY;
@@ -471,10 +483,8 @@ impl Uplink {
             self.forgetting = None;
             forgotten?.context("forgetting in the outbox")?;
         }
-        if let Some(mut connection) = self.connection.take() {
-            let _ = connection.client.try_disconnect();
-            let gone = async { while let Some(Ok(_)) = connection.events.recv().await {} };
-            let _ = tokio::time::timeout(Duration::from_millis(200), gone).await;
+        if let Some(connection) = self.connection.take() {
+            connection.close().await;
         }
         self.report().await
     }
@@ -494,17 +504,6 @@ impl Uplink {
 /// Ends when it is time to stop, also when whoever would say so is gone.
 async fn stopped(stop: &mut watch::Receiver<bool>) {
     let _ = stop.wait_for(|stop| *stop).await;
-}
-
-/// Everything that has happened on the connection; waits for ever when there is none.
-async fn next_events(
-    connection: &mut Option<Connection>,
-    events: &mut Vec<Result<Event, Arc<rumqttc::v5::ConnectionError>>>,
-) -> usize {
-    match connection {
-        Some(connection) => connection.events.recv_many(events, 256).await,
-        None => std::future::pending().await,
-    }
 }
 
 /// The end of a job; waits for ever when there is none.
@@ -547,4 +546,4 @@ impl Bucket {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -1,9 +1,15 @@
 //! From the configuration as typed to the one that is used: every mistake is noted, none ends the checking.
 
-use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use common::{
-    config::Mistakes,
+    config::{Mistakes, SecretRef},
     reading::{Asset, Device, DeviceIx, Registry},
     time::duration,
     units::{DeviceType, Unit},
@@ -14,7 +20,7 @@ use super::{
     Checks, ClockSettings, Deadband, I2cChip, I2cProbe, MqttSettings, OutboxSettings, ReplayForm, Settings,
     Source, UplinkSettings, WindowSettings,
     file::{self, File},
-    modbus,
+    modbus, mqtt_source,
 };
 use crate::source::chip::{Ads1115, Sht4x, ads1115};
 
@@ -52,12 +58,18 @@ pub(super) fn check(file: File, sha256: String, origin: String) -> Result<Settin
     for bus in file.modbus {
         sources.extend(modbus::check(bus, &mut bind, &mut m));
     }
+    let (mqtt, root) = check_mqtt(file.mqtt, &mut m);
+    for (i, broker) in file.mqtt_source.into_iter().enumerate() {
+        let name = format!("{}.{}.source-{i}", file.site, file.gateway);
+        sources.push(mqtt_source::check(broker, name, (&mqtt, &root), &mut bind, &mut m));
+    }
     for replay in file.replay {
         sources.push(check_replay(replay, &mut bind, &mut m));
     }
     check_paths(&sources, &mut m);
     let settings = Settings {
-        mqtt: check_mqtt(file.mqtt, &mut m),
+        mqtt,
+        root,
         uplink: check_uplink(file.uplink, &mut m),
         outbox: check_outbox(file.outbox, file.data_dir.join("outbox"), &mut m),
         window: check_window(&file.window, &mut m),
@@ -271,7 +283,7 @@ fn check_paths(sources: &[Source], m: &mut Mistakes) {
     for (i, source) in sources.iter().enumerate() {
         let name = source.name();
         let twice = sources[..i].iter().any(|s| s.name() == name);
-        m.require(!twice, &name, "the path stands twice", "put all that is on a bus under one table");
+        m.require(!twice, &name, "it stands twice", "put all that is read there under one table");
     }
 }
 
@@ -285,8 +297,36 @@ pub(super) fn at_least(key: &str, value: Duration, least: Duration, m: &mut Mist
     value.max(least)
 }
 
-fn check_mqtt(mqtt: file::Mqtt, m: &mut Mistakes) -> MqttSettings {
-    let (tls, rest) = match (mqtt.url.strip_prefix("mqtts://"), mqtt.url.strip_prefix("mqtt://")) {
+fn check_mqtt(mqtt: file::Mqtt, m: &mut Mistakes) -> (MqttSettings, String) {
+    let root_ok = !mqtt.root.is_empty()
+        && !mqtt.root.starts_with('/')
+        && !mqtt.root.ends_with('/')
+        && !mqtt.root.contains(['#', '+', '$']);
+    m.require(root_ok, "mqtt.root", format!("{:?} is no root", mqtt.root), "write it as tailrace/v1");
+    let address = check_broker(|field| format!("mqtt.{field}"), &mqtt.url, &mqtt.password, &mqtt.ca, m);
+    let settings = MqttSettings {
+        keep_alive: at_least("mqtt.keep_alive", mqtt.keep_alive, Duration::from_secs(5), m),
+        backoff: at_least("mqtt.backoff", mqtt.backoff, Duration::from_millis(10), m),
+        max_backoff: at_least("mqtt.max_backoff", mqtt.max_backoff, mqtt.backoff, m),
+        username: mqtt.username,
+        password: mqtt.password,
+        ca: (!mqtt.ca.as_os_str().is_empty()).then_some(mqtt.ca),
+        host: address.0,
+        port: address.1,
+        tls: address.2,
+    };
+    (settings, mqtt.root)
+}
+
+/// Host, port and whether by TLS; `key` names a field of the broker's table.
+pub(super) fn check_broker(
+    key: impl Fn(&str) -> String,
+    url: &str,
+    password: &SecretRef,
+    ca: &Path,
+    m: &mut Mistakes,
+) -> (String, u16, bool) {
+    let (tls, rest) = match (url.strip_prefix("mqtts://"), url.strip_prefix("mqtt://")) {
         (Some(rest), _) => (true, rest),
         (_, Some(rest)) => (false, rest),
         _ => (false, ""),
@@ -294,36 +334,20 @@ fn check_mqtt(mqtt: file::Mqtt, m: &mut Mistakes) -> MqttSettings {
     let parts = rest.trim_end_matches('/').rsplit_once(':');
     let address = parts.and_then(|(host, port)| Some((host, port.parse::<u16>().ok()?)));
     let address = address.filter(|(host, _)| !host.is_empty() && !host.contains(['@', '/']));
-    let problem = format!("{:?} is no broker's address", mqtt.url);
-    m.require(address.is_some(), "mqtt.url", problem, "write mqtt://HOST:PORT or mqtts://HOST:PORT");
+    let problem = format!("{url:?} is no broker's address");
+    m.require(address.is_some(), &key("url"), problem, "write mqtt://HOST:PORT or mqtts://HOST:PORT");
     let (host, port) = address.unwrap_or(("", 0));
     let host = host.trim_start_matches('[').trim_end_matches(']').to_owned();
     let loopback = host == "localhost" || host.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback());
     m.require(
-        tls || loopback || !mqtt.password.is_set() || host.is_empty(),
-        "mqtt.password",
+        tls || loopback || !password.is_set() || host.is_empty(),
+        &key("password"),
         format!("it would travel in plain text to {host}"),
         "use mqtts://",
     );
-    let no_ca = mqtt.ca.as_os_str().is_empty();
-    m.require(!tls || !no_ca, "mqtt.ca", "mqtts:// needs it", "name the PEM file of the broker's authority");
-    let root_ok = !mqtt.root.is_empty()
-        && !mqtt.root.starts_with('/')
-        && !mqtt.root.ends_with('/')
-        && !mqtt.root.contains(['#', '+', '$']);
-    m.require(root_ok, "mqtt.root", format!("{:?} is no root", mqtt.root), "write it as tailrace/v1");
-    MqttSettings {
-        keep_alive: at_least("mqtt.keep_alive", mqtt.keep_alive, Duration::from_secs(5), m),
-        backoff: at_least("mqtt.backoff", mqtt.backoff, Duration::from_millis(10), m),
-        max_backoff: at_least("mqtt.max_backoff", mqtt.max_backoff, mqtt.backoff, m),
-        ca: (!no_ca).then_some(mqtt.ca),
-        root: mqtt.root,
-        username: mqtt.username,
-        password: mqtt.password,
-        host,
-        port,
-        tls,
-    }
+    let no_ca = ca.as_os_str().is_empty();
+    m.require(!tls || !no_ca, &key("ca"), "mqtts:// needs it", "name the PEM file of the broker's authority");
+    (host, port, tls)
 }
 
 fn check_uplink(uplink: file::Uplink, m: &mut Mistakes) -> UplinkSettings {

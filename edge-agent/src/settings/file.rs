@@ -23,6 +23,7 @@ pub struct File {
     pub i2c: Vec<I2cBus>,
     pub spi: Vec<SpiDevice>,
     pub modbus: Vec<ModbusBus>,
+    pub mqtt_source: Vec<MqttSource>,
     pub replay: Vec<Replay>,
     pub mqtt: Mqtt,
     pub uplink: Uplink,
@@ -204,6 +205,40 @@ pub struct ModbusRegister {
 
 const fn one() -> f64 {
     1.0
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MqttSource {
+    pub url: String,
+    #[serde(default)]
+    pub username: String,
+    #[serde(default)]
+    pub password: SecretRef,
+    #[serde(default)]
+    pub ca: PathBuf,
+    #[serde(default)]
+    pub topic: Vec<JsonTopic>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct JsonTopic {
+    pub filter: String,
+    pub value: String,
+    pub device: Option<String>,
+    pub name: Option<String>,
+    pub level: Option<usize>,
+    #[serde(default)]
+    pub devices: BTreeMap<String, String>,
+    pub time: Option<String>,
+    pub quality: Option<String>,
+    #[serde(default)]
+    pub words: BTreeMap<String, f64>,
+    pub unit: Option<String>,
+    pub scale: Option<f64>,
+    pub offset: Option<f64>,
+    pub max_age: Option<Span>,
 }
 
 #[derive(Clone, Debug, Deserialize)]

@@ -48,6 +48,19 @@ pub(super) fn check(bus: ModbusBus, bind: &mut Binding<'_>, m: &mut Mistakes) ->
     Some(Source::Modbus(settings))
 }
 
+/// Where a command's option says that slaves are.
+///
+/// # Errors
+/// What is wrong with it, with the fix.
+pub(crate) fn address(option: &str, bus: &ModbusBus) -> Result<Address, Mistakes> {
+    let mut m = Mistakes::of("the command line");
+    let address = check_address(option, bus, &mut m);
+    match (address, m.list.is_empty()) {
+        (Some(address), true) => Ok(address),
+        _ => Err(m),
+    }
+}
+
 fn check_address(key: &str, bus: &ModbusBus, m: &mut Mistakes) -> Option<Address> {
     if let Some(path) = bus.url.strip_prefix("rtu://") {
         let absolute = Path::new(path).is_absolute();

@@ -52,7 +52,8 @@ axis = "x"
 rms = "pump/vibration"
 "#;
 
-pub(super) fn load(text: &str, env: &[(&str, &str)]) -> Result<Settings, Mistakes> {
+/// A configuration file with this text, and this environment.
+pub(crate) fn load(text: &str, env: &[(&str, &str)]) -> Result<Settings, Mistakes> {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("edge-agent.toml");
     std::fs::write(&path, text).unwrap();
@@ -263,4 +264,89 @@ fn the_manual_alone_lacks_only_what_must_be_said() {
     let mistakes = Settings::read(&layers, []).unwrap_err();
     let keys: Vec<_> = mistakes.list.iter().map(|m| m.key.as_str()).collect();
     assert_eq!(keys, ["site", "gateway", "data_dir"]);
+}
+
+/// A broker in the plant that feeds the device without a source.
+const BROKER: &str = r#"
+[[device]]
+id = "pump/speed"
+type = "speed"
+asset = "pump"
+unit = "Hz"
+[[mqtt_source]]
+url = "mqtt://127.0.0.1:1884"
+[[mqtt_source.topic]]
+filter = "shop/+/state"
+value = "/rpm"
+level = 2
+devices = { "p-7" = "pump/speed" }
+time = "/ts"
+unit = "/min"
+scale = 10.0
+offset = -60.0
+"#;
+
+#[test]
+fn a_broker_in_the_plant_becomes_topics() {
+    let settings = load(&format!("{BASE}{BROKER}"), &[]).unwrap();
+    let Some(Source::Mqtt { broker, client_id, topics, .. }) = settings.sources.last() else {
+        panic!("{:?}", settings.sources)
+    };
+    assert_eq!((broker.port, broker.max_backoff), (1884, Duration::from_secs(30)));
+    assert!(client_id.starts_with("plant.gw-1.source-0-"), "{client_id}");
+    let [topic] = &topics[..] else { panic!("{topics:?}") };
+    assert_eq!((topic.filter.as_str(), topic.max_age), ("shop/+/state", Duration::from_secs(30 * 86_400)));
+    let Whose::Named { at: NameAt::Level(1), names } = &topic.whose else { panic!("{topic:?}") };
+    // 156 is sent, that is 1500 /min, that is 25 Hz.
+    let Target { device, scale, shift } = names["p-7"];
+    assert_eq!(device, DeviceIx(3));
+    assert!((156.0 * scale + shift - 25.0).abs() < 1e-9, "{scale} {shift}");
+}
+
+#[test]
+fn mistakes_about_a_broker_in_the_plant() {
+    let check = |from: &str, to: &str, expected: &str| {
+        assert!(BROKER.contains(from), "{from}");
+        let report = load(&format!("{BASE}{}", BROKER.replacen(from, to, 1)), &[]).unwrap_err().to_string();
+        assert!(report.contains(expected), "{expected:?} not in {report}");
+    };
+    let second = |filter: &str| {
+        let topic = "\n[[mqtt_source.topic]]\nvalue = \"/t\"\nunit = \"Cel\"\ndevice = \"pump/other\"\n";
+        let device =
+            "\n[[device]]\nid = \"pump/other\"\ntype = \"temperature\"\nasset = \"pump\"\nunit = \"K\"\n";
+        format!("offset = -60.0\n{topic}filter = \"{filter}\"\n{device}")
+    };
+    check("127.0.0.1:1884", "broker", "\"mqtt://broker\" is no broker's address; write mqtt://HOST:PORT");
+    check(
+        "127.0.0.1:1884\"",
+        "b.example:1\"\npassword = \"env:P\"",
+        "would travel in plain text to b.example",
+    );
+    check("mqtt://127.0.0.1:1884", "mqtts://127.0.0.1:8884", "1:8884\" ca: mqtts:// needs it");
+    check("shop/+/state", "shop/+x/state", "it is no topic filter; write levels");
+    check("shop/+/state", "shop/#/state", "it is no topic filter; write levels");
+    check("\"/rpm\"", "\"rpm\"", "value = \"rpm\" is no JSON pointer; write it as /a/b");
+    check("\"/ts\"", "\"/a~2\"", "time = \"/a~2\" is no JSON pointer");
+    check("level = 2", "level = 4", "it has no such level; write 1 to 3");
+    check("level = 2", "level = 2\nname = \"/id\"", "it does not say whose value it is; write one of");
+    check("level = 2", "device = \"pump/speed\"", "device and devices exclude each other");
+    check("\"p-7\" = \"pump/speed\"", "", "devices is empty; list their names");
+    check("pump/speed\" }", "pump/sped\" }", "devices \"p-7\": no device \"pump/sped\"");
+    check("pump/speed\" }", "pump/vibration\" }", "is already read by spi");
+    check("\"/min\"", "\"Cel\"", "it shows \"Cel\", device \"pump/speed\" has \"Hz\"");
+    check("10.0", "0", "scale is of no use");
+    check("offset = -60.0", "max_age = \"1s\"", "max_age: 1s is below 1min; raise it");
+    check("offset = -60.0", &second("shop/x/#"), "it meets \"shop/+/state\"; a message could come twice");
+}
+
+#[test]
+fn a_source_does_not_listen_to_the_agent_itself() {
+    for (port, filter, echoes) in [(1883, "#", true), (1883, "tailrace/+/gw", true), (1884, "#", false)] {
+        let text = BROKER.replacen("1884", &port.to_string(), 1).replacen("shop/+/state", filter, 1);
+        let text = text.replacen("level = 2", "name = \"/id\"", 1);
+        let loaded = load(&format!("{BASE}{text}"), &[]);
+        let report = loaded.err().map(|m| m.to_string()).unwrap_or_default();
+        let named = report.contains("the agent itself writes under tailrace/v1; narrow it");
+        assert_eq!((named, report.is_empty()), (echoes, !echoes), "{filter} at {port}: {report}");
+    }
 }

@@ -6,14 +6,18 @@
 //! ahead, a clock was set back, and it polls at once, at displaced ticks ([`Start`]). Whatever was due makes a reading: a chip that does not answer makes one of quality bad,
 //! without a value.
 //!
+//! A broker in the plant ([`mqtt`]) is no bus: its devices speak when they want to, and nothing of theirs is ever due.
+//!
 //! A poll that takes too long leaves its thread behind with the bus; the bus is opened again at the next tick, and
 //! no other bus notices. At most [`MAX_ABANDONED`] threads are left behind at a time.
 
 mod bus;
 pub mod chip;
 pub mod i2c;
+pub mod json;
 mod linux;
 pub mod modbus;
+pub mod mqtt;
 pub mod replay;
 pub(crate) mod schedule;
 pub mod spi;
@@ -146,8 +150,8 @@ impl<H> Clone for Context<H> {
     }
 }
 
-/// Runs one source until it is told to stop, its file ends, or nobody listens any more. A source takes one pacer
-/// of the clock.
+/// Runs one source until it is told to stop, its file ends, or nobody listens any more. A bus or a file takes one
+/// pacer of the clock.
 ///
 /// # Errors
 /// When a recorded file cannot be read; a bus that fails is tried again for ever.
@@ -175,6 +179,9 @@ pub async fn run<H: Hardware>(
             let timeout = timeout + bus.longest_poll();
             bus::run(move || modbus::ModbusBus::new(bus.clone()), timeout, context).await;
         }
+        Source::Mqtt { broker, client_id, topics, .. } => {
+            mqtt::run(broker, client_id, topics, context).await;
+        }
         Source::Replay { file, form } => {
             replay::run(&file, &form, Arc::clone(&settings.registry), context).await?;
         }
@@ -195,7 +202,8 @@ pub fn read_once<H: Hardware>(source: &Source, hardware: &Arc<H>, at: Timestamp)
             poll(Box::new(spi::Accelerometer::new(hardware, path, period, burst, outputs)))
         }
         Source::Modbus(bus) => poll(Box::new(modbus::ModbusBus::new(bus))),
-        Source::Replay { .. } => Vec::new(),
+        // Neither can be asked for a value.
+        Source::Mqtt { .. } | Source::Replay { .. } => Vec::new(),
     }
 }
 

@@ -29,7 +29,7 @@ use crate::{census::Census, outbox::Limits, seal::Draft};
 const ROOT: &str = "tailrace/v1";
 
 /// A new broker on a free port; it runs until the process ends and remembers nothing.
-fn broker() -> SocketAddr {
+pub(crate) fn broker() -> SocketAddr {
     let listen = StdListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let connections = ConnectionSettings {
         connection_timeout_ms: 5000,
@@ -54,7 +54,7 @@ fn broker() -> SocketAddr {
 }
 
 /// Carries connections to `target`; `None` cuts all and refuses new ones.
-async fn proxy(target: watch::Receiver<Option<SocketAddr>>) -> SocketAddr {
+pub(crate) async fn proxy(target: watch::Receiver<Option<SocketAddr>>) -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     tokio::spawn(async move {
@@ -160,7 +160,6 @@ fn settings(at: SocketAddr, mode: UplinkMode) -> Settings {
         host: at.ip().to_string(),
         port: at.port(),
         tls: false,
-        root: ROOT.to_owned(),
         username: String::new(),
         password: common::config::SecretRef::default(),
         ca: None,
@@ -182,6 +181,7 @@ fn settings(at: SocketAddr, mode: UplinkMode) -> Settings {
     Settings {
         site: "plant".into(),
         gateway: "gw".into(),
+        root: ROOT.to_owned(),
         mqtt,
         uplink,
         max_message_bytes: 128 * 1024,

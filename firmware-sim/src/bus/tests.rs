@@ -7,9 +7,10 @@ use std::{
 
 use common::reading::{DeviceIx, Quality};
 use edge_agent::{
-    settings::BurstOutput,
+    discover::{self, Answer, Findings},
+    settings::{BurstOutput, Settings},
     source::{
-        Bus,
+        self, Bus,
         chip::{self, ChipError, Ne43, ads1115, ism330dhcx, loop_current, ne43},
         spi::Accelerometer,
     },
@@ -199,4 +200,56 @@ fn open_loops_are_bad_and_nacks_are_reported() {
     }
     // One drop-out of 30 s and one NACK of 10 s, polled every 5 s.
     assert!((4..=6).contains(&open) && nacks == 2, "{open} open, {nacks} nacks");
+}
+
+#[test]
+fn what_is_discovered_can_be_run_as_it_is() {
+    let (plant, hardware, clock) = gateway(Rates::default());
+    let buses = ["/dev/i2c-1".to_owned(), "/dev/i2c-2".to_owned()];
+    let i2c = discover::scan_i2c(&hardware, &buses, |_| {});
+    let findings = Findings { i2c, ..Findings::default() };
+    let layout = plant.layout();
+    let mut wanted: BTreeMap<(String, u8), Answer> = layout
+        .channels
+        .iter()
+        .map(|channel| ((format!("/dev/{}", channel.bus), channel.address), Answer::Ads1115))
+        .collect();
+    let (press, serial) = (&layout.press, 0x5a17_0000 | u32::from(layout.press.address));
+    wanted.insert((format!("/dev/{}", press.bus), press.address), Answer::Sht4x { serial });
+    let found: BTreeMap<_, _> = findings
+        .i2c
+        .iter()
+        .flat_map(|bus| {
+            bus.answers.iter().flatten().map(|(at, answer)| ((bus.path.clone(), *at), answer.clone()))
+        })
+        .collect();
+    assert_eq!(found, wanted);
+
+    // The three keys that only the plant knows; then every sensor is read through the agent's own sources.
+    let text =
+        ["site", "gateway", "data_dir"].iter().fold(discover::configuration(&findings), |text, key| {
+            text.replacen(&format!("\n{key} = \"\""), &format!("\n{key} = \"x\""), 1)
+        });
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("edge-agent.toml");
+    std::fs::write(&file, &text).unwrap();
+    let settings = Settings::load(Some(&file)).unwrap_or_else(|mistakes| panic!("{mistakes}\n{text}"));
+    let now = Timestamp::from_micros(clock.load(Ordering::Relaxed));
+    let hardware = Arc::new(hardware);
+    let read: BTreeMap<String, f64> = settings
+        .sources
+        .iter()
+        .flat_map(|source| source::read_once(source, &hardware, now))
+        .filter(|reading| reading.value.is_finite())
+        .map(|reading| (settings.registry.device(reading.device).id.clone(), reading.value))
+        .collect();
+    for (index, channel) in layout.channels.iter().enumerate() {
+        let id = format!("{}/{:#04x}/{}", channel.bus, channel.address, channel.input);
+        let current_ma = plant.current(channel, plant.value(Signal::Channel(index), now)) * 1e3;
+        // One step of the converter over 150 ohm is 0.83 uA.
+        assert!((read[&id] - current_ma).abs() < 1e-3, "{id}: {} mA, not {current_ma}", read[&id]);
+    }
+    let temperature = read[&format!("{}/{:#04x}/temperature", press.bus, press.address)];
+    assert!((temperature - plant.value(Signal::PressTemperature, now)).abs() < 2e-3, "{temperature}");
+    assert_eq!(read.len(), layout.channels.len() + 2, "inputs without a transmitter show no value");
 }

@@ -132,9 +132,10 @@ step_judges() {
 # With the flags of the unit tests, so that nothing is compiled twice for other features.
 build_demo() { cargo build --profile demo --locked --workspace --all-targets; }
 
-step_plc() {
+step_modbus() {
   build_demo
-  "$venv/bin/python" deploy/judges/judge_plc.py "$CARGO_TARGET_DIR/demo/firmware-sim"
+  "$venv/bin/python" deploy/judges/judge_modbus.py "$CARGO_TARGET_DIR/demo/edge-agent"
+  "$venv/bin/python" deploy/judges/judge_plc.py "$CARGO_TARGET_DIR/demo/firmware-sim" "$CARGO_TARGET_DIR/demo/edge-agent"
 }
 
 step_demo() {
@@ -151,7 +152,7 @@ step_sigkill() {
 
 # --- in their order: cheap ones first ---------------------------------------------------------------------------
 
-all=(tools format tree lint broker train judges clippy unit plc demo sigkill)
+all=(tools format tree lint broker train judges clippy unit modbus demo sigkill)
 steps=("$@")
 if ((${#steps[@]} == 0)); then steps=("${all[@]}"); fi
 for name in "${steps[@]}"; do

@@ -101,7 +101,7 @@ fn execute(cli: Cli) -> anyhow::Result<ExitCode> {
             models(&settings);
             Ok(ExitCode::SUCCESS)
         }
-        Command::Sensors => Ok(sensors(&settings)),
+        Command::Sensors => sensors(&settings),
         Command::Model(ModelCommand::Verify { .. }) => Ok(models(&settings)),
     }
 }
@@ -137,7 +137,9 @@ fn models(settings: &Settings) -> ExitCode {
 }
 
 /// Reads every bus once and prints a line a device; fails when one gave no value.
-fn sensors(settings: &Settings) -> ExitCode {
+fn sensors(settings: &Settings) -> anyhow::Result<ExitCode> {
+    let runtime = Runtime::new().context("starting the runtime")?;
+    let _inside = runtime.enter();
     let hardware = Arc::new(LinuxHardware);
     let mut code = ExitCode::SUCCESS;
     for source in &settings.sources {
@@ -158,5 +160,5 @@ fn sensors(settings: &Settings) -> ExitCode {
             }
         }
     }
-    code
+    Ok(code)
 }

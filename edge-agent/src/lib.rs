@@ -2,6 +2,7 @@
 //!
 //! Start reading at `pipeline.rs`, which names the stages in the order in which data flows.
 
+mod backoff;
 pub mod census;
 pub mod cli;
 pub mod delivery;

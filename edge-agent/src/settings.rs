@@ -5,6 +5,7 @@
 
 mod check;
 pub mod file;
+mod modbus;
 
 use std::{
     net::SocketAddr,
@@ -19,7 +20,10 @@ use common::{
 };
 use sha2::{Digest, Sha256};
 
-use crate::source::chip::{Ads1115, Sht4x, ads1115, ism330dhcx};
+use crate::source::{
+    chip::{Ads1115, Sht4x, ads1115, ism330dhcx},
+    modbus as modbus_source,
+};
 
 /// `default.toml`, compiled in.
 pub const DEFAULTS: &str = include_str!("../default.toml");
@@ -126,6 +130,8 @@ pub enum Source {
         /// Device of the burst's peak in m/s², with the factor into its unit.
         peak: Option<(DeviceIx, f64)>,
     },
+    /// A Modbus connection or line with its slaves.
+    Modbus(modbus_source::Settings),
     /// A recorded file.
     Replay {
         /// The file.
@@ -152,10 +158,11 @@ pub enum ReplayForm {
 }
 
 impl Source {
-    /// The path of the bus or file.
+    /// The path or address of the bus or file.
     pub fn name(&self) -> String {
         match self {
             Self::I2c { path, .. } | Self::Spi { path, .. } => path.clone(),
+            Self::Modbus(bus) => bus.address.to_string(),
             Self::Replay { file, .. } => file.display().to_string(),
         }
     }

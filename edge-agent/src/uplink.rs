@@ -42,10 +42,11 @@ use tokio::{
 };
 
 use self::{
-    connection::{Backoff, Connection, Dialer},
+    connection::{Connection, Dialer},
     link::{FromCloud, Link, seed},
 };
 use crate::{
+    backoff::Backoff,
     delivery::{Delivery, MessageRef, Mode, Rules},
     outbox::{Message, Outbox, OutboxError, RangeSet},
     settings::{MqttSettings, UplinkMode, UplinkSettings},

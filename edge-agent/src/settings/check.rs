@@ -14,6 +14,7 @@ use super::{
     Checks, Deadband, I2cChip, I2cProbe, MqttSettings, OutboxSettings, ReplayForm, Settings, Source,
     UplinkSettings, WindowSettings,
     file::{self, File},
+    modbus,
 };
 use crate::source::chip::{Ads1115, Sht4x, ads1115, ism330dhcx};
 
@@ -45,6 +46,9 @@ pub(super) fn check(file: File, sha256: String, origin: String) -> Result<Settin
     }
     for spi in file.spi {
         sources.extend(check_spi(spi, &mut bind, &mut m));
+    }
+    for bus in file.modbus {
+        sources.extend(modbus::check(bus, &mut bind, &mut m));
     }
     for replay in file.replay {
         sources.push(check_replay(replay, &mut bind, &mut m));
@@ -134,13 +138,13 @@ fn check_unit(key: &str, device: &Device, m: &mut Mistakes) {
 }
 
 /// Finds the devices that sources name, and sees to it that each has one source.
-struct Binding<'a> {
+pub(super) struct Binding<'a> {
     registry: &'a Registry,
     bound: BTreeMap<DeviceIx, String>,
 }
 
 impl Binding<'_> {
-    fn device(&mut self, key: &str, id: &str, m: &mut Mistakes) -> Option<DeviceIx> {
+    pub(super) fn device(&mut self, key: &str, id: &str, m: &mut Mistakes) -> Option<DeviceIx> {
         let Some(ix) = self.registry.find(id) else {
             m.add(key, format!("no device {id:?}"), "add a [[device]] with this id");
             return None;
@@ -155,7 +159,7 @@ impl Binding<'_> {
     }
 
     /// The device and the affine map from `unit` into its own.
-    fn convert(
+    pub(super) fn convert(
         &mut self,
         key: &str,
         id: Option<&String>,
@@ -168,7 +172,7 @@ impl Binding<'_> {
         let own = Unit::parse(&device.unit)?;
         let Some((scale, shift)) = Unit::parse(unit).and_then(|from| from.into_unit(own)) else {
             let fix = format!("give the device a unit that converts from {unit:?}");
-            m.add(key, format!("the chip shows {unit:?}, device {:?} has {:?}", device.id, device.unit), fix);
+            m.add(key, format!("it shows {unit:?}, device {:?} has {:?}", device.id, device.unit), fix);
             return None;
         };
         Some((ix, scale, shift))
@@ -302,15 +306,15 @@ fn check_paths(sources: &[Source], m: &mut Mistakes) {
     for (i, source) in sources.iter().enumerate() {
         let name = source.name();
         let twice = sources[..i].iter().any(|s| s.name() == name);
-        m.require(!twice, &name, "the path stands twice", "put all chips of a bus under one table");
+        m.require(!twice, &name, "the path stands twice", "put all that is on a bus under one table");
     }
 }
 
-fn check_period(key: &str, period: Duration, m: &mut Mistakes) -> Duration {
+pub(super) fn check_period(key: &str, period: Duration, m: &mut Mistakes) -> Duration {
     at_least(&format!("{key} period"), period, Duration::from_millis(10), m)
 }
 
-fn at_least(key: &str, value: Duration, least: Duration, m: &mut Mistakes) -> Duration {
+pub(super) fn at_least(key: &str, value: Duration, least: Duration, m: &mut Mistakes) -> Duration {
     let problem = format!("{} is below {}", duration::format(value), duration::format(least));
     m.require(value >= least, key, problem, "raise it");
     value.max(least)

@@ -22,6 +22,7 @@ pub struct File {
     pub device: Vec<DeviceEntry>,
     pub i2c: Vec<I2cBus>,
     pub spi: Vec<SpiDevice>,
+    pub modbus: Vec<ModbusBus>,
     pub replay: Vec<Replay>,
     pub mqtt: Mqtt,
     pub uplink: Uplink,
@@ -126,6 +127,68 @@ pub struct Ism330dhcx {
     pub axis: String,
     pub rms: Option<String>,
     pub peak: Option<String>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ModbusBus {
+    pub url: String,
+    pub baud: Option<u32>,
+    pub parity: Option<String>,
+    pub stop_bits: Option<u8>,
+    pub timeout: Option<Span>,
+    #[serde(default)]
+    pub slave: Vec<ModbusSlave>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ModbusSlave {
+    pub unit: u8,
+    pub period: Option<Span>,
+    pub profile: Option<String>,
+    #[serde(default)]
+    pub devices: BTreeMap<String, String>,
+    pub max_registers: Option<u16>,
+    pub max_gap: Option<u16>,
+    #[serde(default)]
+    pub register: Vec<ModbusRegister>,
+}
+
+/// A device type's registers, in a file of its own.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ModbusProfile {
+    pub max_registers: Option<u16>,
+    pub max_gap: Option<u16>,
+    pub register: Vec<ModbusRegister>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ModbusRegister {
+    /// In a profile `name`, in a slave `device`.
+    #[serde(alias = "device")]
+    pub name: String,
+    pub table: String,
+    pub address: u16,
+    #[serde(rename = "type")]
+    pub form: Option<String>,
+    pub bit: Option<u8>,
+    pub word_order: Option<String>,
+    pub byte_order: Option<String>,
+    #[serde(default = "one")]
+    pub scale: f64,
+    #[serde(default)]
+    pub offset: f64,
+    pub unit: Option<String>,
+    #[serde(default)]
+    pub no_value: Vec<i64>,
+    pub period: Option<Span>,
+}
+
+const fn one() -> f64 {
+    1.0
 }
 
 #[derive(Clone, Debug, Deserialize)]

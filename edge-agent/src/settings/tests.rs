@@ -52,7 +52,7 @@ axis = "x"
 rms = "pump/vibration"
 "#;
 
-fn load(text: &str, env: &[(&str, &str)]) -> Result<Settings, Mistakes> {
+pub(super) fn load(text: &str, env: &[(&str, &str)]) -> Result<Settings, Mistakes> {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("edge-agent.toml");
     std::fs::write(&path, text).unwrap();
@@ -145,7 +145,7 @@ fn a_device_has_one_source_and_one_name() {
         let report = load(&BASE.replacen(from, to, 1), &[]).unwrap_err().to_string();
         assert!(report.contains(expected), "{expected:?} not in {report}");
     };
-    check("temperature = \"pump/temperature\"", "temperature = \"pump/vibration\"", "the chip shows \"Cel\"");
+    check("temperature = \"pump/temperature\"", "temperature = \"pump/vibration\"", "it shows \"Cel\"");
     check(
         "device = \"pump/pressure\"",
         "device = \"pump/vibration\"",

@@ -12,6 +12,7 @@ mod bus;
 pub mod chip;
 pub mod i2c;
 mod linux;
+pub mod modbus;
 pub mod replay;
 mod schedule;
 pub mod spi;
@@ -139,6 +140,10 @@ pub async fn run<H: Hardware>(
             };
             bus::run(make, timeout, context).await;
         }
+        Source::Modbus(bus) => {
+            let timeout = timeout + bus.longest_poll();
+            bus::run(move || modbus::ModbusBus::new(bus.clone()), timeout, context).await;
+        }
         Source::Replay { file, form } => {
             replay::run(&file, &form, Arc::clone(&settings.registry), context).await?;
         }
@@ -146,7 +151,7 @@ pub async fn run<H: Hardware>(
     Ok(())
 }
 
-/// Reads everything on a bus once, now; for `edge-agent sensors`. Blocks.
+/// Reads everything on a bus once, now; for `edge-agent sensors`. Blocks, in the context of a runtime.
 pub fn read_once<H: Hardware>(source: &Source, hardware: &Arc<H>, at: Timestamp) -> Vec<Reading> {
     let hardware = Arc::clone(hardware);
     let poll = |mut bus: Box<dyn Bus>| {
@@ -158,6 +163,7 @@ pub fn read_once<H: Hardware>(source: &Source, hardware: &Arc<H>, at: Timestamp)
         Source::Spi { path, period, burst, rms, peak } => {
             poll(Box::new(spi::Accelerometer::new(hardware, path, period, burst, rms, peak)))
         }
+        Source::Modbus(bus) => poll(Box::new(modbus::ModbusBus::new(bus))),
         Source::Replay { .. } => Vec::new(),
     }
 }

@@ -1,4 +1,4 @@
-//! One connection to the broker: options, the task that drives it, and the pause after it broke.
+//! One connection to the broker: options, and the task that drives it.
 
 use std::{sync::Arc, time::Duration};
 
@@ -87,48 +87,5 @@ pub(super) struct Connection {
 impl Drop for Connection {
     fn drop(&mut self) {
         self.task.abort();
-    }
-}
-
-/// The pause before connecting again: doubles from `first` to `max`; each is between a half and the whole of it.
-pub(super) struct Backoff {
-    first: Duration,
-    max: Duration,
-    failures: u32,
-    seed: u64,
-}
-
-impl Backoff {
-    pub(super) fn new(first: Duration, max: Duration, seed: u64) -> Self {
-        Self { first, max, failures: 0, seed }
-    }
-
-    /// A connection came to stand.
-    pub(super) fn succeeded(&mut self) {
-        self.failures = 0;
-    }
-
-    /// The next pause.
-    pub(super) fn pause(&mut self) -> Duration {
-        let whole = self.first.saturating_mul(1 << self.failures.min(16)).min(self.max);
-        self.failures += 1;
-        self.seed = self.seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        whole.mul_f64(0.5 + 0.5 * ((self.seed >> 33) as f64 / (1u64 << 31) as f64))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn pauses_double_within_their_limits() {
-        let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(30), 3);
-        for expected in [0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 25.6, 30.0, 30.0] {
-            let pause = backoff.pause().as_secs_f64();
-            assert!((0.5 * expected..=expected).contains(&pause), "{pause} of {expected}");
-        }
-        backoff.succeeded();
-        assert!(backoff.pause() <= Duration::from_millis(200));
     }
 }

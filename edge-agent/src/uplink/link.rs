@@ -26,10 +26,10 @@ use tokio::{
 
 use super::{
     Settings,
-    connection::{Backoff, Connection, Dialer},
+    connection::{Connection, Dialer},
     stopped,
 };
-use crate::outbox::Outbox;
+use crate::{backoff::Backoff, outbox::Outbox};
 
 /// How long the farewell may take.
 const FAREWELL: Duration = Duration::from_secs(2);

@@ -144,11 +144,7 @@ step_mqtt_source() {
 step_modbus() {
   build_demo
   "$venv/bin/python" deploy/judges/judge_modbus.py "$CARGO_TARGET_DIR/demo/edge-agent"
-}
-
-step_plc() {
-  build_demo
-  "$venv/bin/python" deploy/judges/judge_plc.py "$CARGO_TARGET_DIR/demo/firmware-sim"
+  "$venv/bin/python" deploy/judges/judge_plc.py "$CARGO_TARGET_DIR/demo/firmware-sim" "$CARGO_TARGET_DIR/demo/edge-agent"
 }
 
 step_demo() {
@@ -171,7 +167,7 @@ step_chaos() {
 
 # --- in their order: cheap ones first ---------------------------------------------------------------------------
 
-all=(tools format tree lint broker train judges clippy unit modbus plc mqtt_source demo sigkill chaos)
+all=(tools format tree lint broker train judges clippy unit modbus mqtt_source demo sigkill chaos)
 steps=("$@")
 if ((${#steps[@]} == 0)); then steps=("${all[@]}"); fi
 for name in "${steps[@]}"; do

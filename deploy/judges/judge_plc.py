@@ -1,10 +1,11 @@
 """Reads the simulated Modbus devices with pymodbus, as a client that does not know them.
 
-    judge_plc.py FIRMWARE_SIM
+    judge_plc.py FIRMWARE_SIM EDGE_AGENT
 
 The PLC over TCP: every register must show what `plc --map` says of the same instant; refusals and faults must be
 what is documented. The smart node over RTU on its pseudo-terminal: windows must fit what the plant shows, settings
-must hold, and what is meant for others must not be answered.
+must hold, and what is meant for others must not be answered. Of both, `edge-agent sensors` must read every value
+with the configuration that they print.
 """
 
 import contextlib
@@ -103,6 +104,22 @@ def judge_refusals(report, client):
         report.check(got == 1, f"{what}: not served (exception 1)", got)
 
 
+def judge_agent(report, program, agent, scratch, *device):
+    """What `edge-agent sensors` reads with the configuration that the device prints."""
+    told = subprocess.run([program, *device, "--agent-config"], check=True, capture_output=True, text=True).stdout
+    config = scratch / "edge-agent.toml"
+    config.write_text(f'site = "lab"\ngateway = "gw-1"\ndata_dir = "{scratch}"\n\n{told}')
+    read = subprocess.run([agent, "sensors", "--config", config], capture_output=True, text=True)
+    good = {line.split(": ")[0] for line in read.stdout.splitlines() if line.endswith("(good)")}
+    wanted = {row["device"] for row in register_map(program, *device)}
+    report.check(
+        read.returncode == 0 and good == wanted,
+        f"edge-agent sensors: {len(wanted)} values of the {device[0]}",
+        f"exit status {read.returncode}\n{read.stdout}\n{read.stderr}",
+    )
+    print("".join(f"        {line}\n" for line in read.stdout.splitlines()[:3]), end="")
+
+
 def judge_faults(report, plc, log, connect):
     def fault(line):
         plc.stdin.write(f"{line}\n".encode())
@@ -141,7 +158,7 @@ def judge_faults(report, plc, log, connect):
         report.check(isinstance(read(client, 1, "input", 0, 4), list), "ok: and comes back")
 
 
-def judge_plc(report, program, scratch):
+def judge_plc(report, program, agent, scratch):
     refused = subprocess.run([program, "plc", "--listen", "0.0.0.0:0"], capture_output=True, text=True)
     report.check(
         refused.returncode == 1 and "not a loopback address" in refused.stderr,
@@ -166,10 +183,11 @@ def judge_plc(report, program, scratch):
         with connect() as client:
             judge_values(report, program, client)
             judge_refusals(report, client)
+        judge_agent(report, program, agent, scratch, "plc", "--listen", f"127.0.0.1:{port}")
         judge_faults(report, plc, log, connect)
 
 
-def judge_node(report, program, scratch):
+def judge_node(report, program, agent, scratch):
     link, log = scratch / "node.tty", scratch / "node.log"
     with running([program, "node", "--link", link, "--address", "7"], log) as node:
         deadline = time.monotonic() + 30
@@ -183,6 +201,7 @@ def judge_node(report, program, scratch):
             judge_registers(report, program, client)
         finally:
             client.close()
+        judge_agent(report, program, agent, scratch, "node", "--link", link, "--address", "7")
         node.terminate()
         report.check(node.wait(20) == 0 and not link.is_symlink(), "SIGTERM ends it, and its link goes")
 
@@ -197,7 +216,8 @@ def judge_registers(report, program, client):
         ("function 6", lambda: client.write_register(0, 4, device_id=7)),
         ("function 16", lambda: client.write_registers(0, [2], device_id=7)),
     ]:
-        report.check(not request().isError(), f"the window is set by {what}")
+        got = outcome(request)
+        report.check(isinstance(got, list), f"the window is set by {what}", got)
     report.check(read(client, 7, "holding", 0, 1) == [2], "the window is 2 s now")
     report.check(read(client, 8, "input", 0, 1) is None, "another address is not answered")
     report.check(outcome(lambda: client.read_coils(0, count=1, device_id=7)) == 1, "no coils (exception 1)")
@@ -225,13 +245,13 @@ def judge_registers(report, program, client):
 
 
 def main():
-    if len(sys.argv) != 2:
+    if len(sys.argv) != 3:
         sys.exit(__doc__)
-    program = Path(sys.argv[1]).absolute()
+    program, agent = (Path(name).absolute() for name in sys.argv[1:])
     report = Report("Modbus devices")
     with tempfile.TemporaryDirectory(prefix="tailrace-modbus.") as scratch:
-        judge_plc(report, program, Path(scratch))
-        judge_node(report, program, Path(scratch))
+        judge_plc(report, program, agent, Path(scratch))
+        judge_node(report, program, agent, Path(scratch))
     sys.exit(report.finish())
 
 

@@ -4,15 +4,15 @@
 //! Serial Line V1.02*, 2.5.1; a pseudo-terminal knows neither speed nor parity, but the node keeps the silence of
 //! that speed. The line is there as long as the node, so what is sent while nobody listens waits for the next one
 //! who opens it, up to the terminal's buffer: a master throws away what comes before it asked. What the buffer does
-//! not take is gone, as on a wire.
+//! not take is gone, as on a wire. A master that is killed while it has the line for itself alone (TIOCEXCL) leaves
+//! that mark on it, which only root passes by: start the node again.
 //!
 //! The chip is the one at the press of the recorded plant, so the node shows, window by window, what `press/…` of
 //! `firmware-sim plc --map` shows instant by instant.
 
 use std::{
-    fs::{self, File, OpenOptions},
-    io::{self, Read as _, Write as _},
-    os::unix::fs::{OpenOptionsExt as _, symlink},
+    fs, io,
+    os::unix::fs::symlink,
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -25,21 +25,17 @@ use common::{
 };
 use edge_agent::source::Hardware as _;
 use embedded_hal::{delay::DelayNs, i2c::I2c};
-use nix::{
-    fcntl::OFlag,
-    pty::{PtyMaster, grantpt, posix_openpt, ptsname_r, unlockpt},
-    sys::termios::{SetArg, cfmakeraw, tcgetattr, tcsetattr},
-};
 use smart_node::{
     node::{self, Node},
     pdu::Table,
     rtu::{MAX_FRAME, Slave},
 };
 use tokio::{
-    io::unix::AsyncFd,
+    io::AsyncReadExt as _,
     signal::unix::{SignalKind, signal},
     time::{Instant, sleep_until},
 };
+use tokio_serial::{SerialPort as _, SerialStream};
 
 use crate::{
     bus::SimHardware,
@@ -97,19 +93,19 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     let slave = Slave::new(address, BAUD).with_context(|| format!("--address {address} is not 1 to 247"))?;
     let node = Node::new(i2c, hardware.delay(), node::Address::Address0x44, slave, 0);
 
-    let line = Line::open(link)?;
+    let mut line = Line::open(link)?;
     print_line(format_args!("slave {address} on {}", line.link.display()));
     let mut terminate = signal(SignalKind::terminate()).context("listening for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("listening for SIGINT")?;
     tokio::select! {
-        done = main_loop(node, &line.master) => done.context("reading the pseudo-terminal"),
+        done = main_loop(node, &mut line.master) => done.context("reading the pseudo-terminal"),
         _ = terminate.recv() => Ok(()),
         _ = interrupt.recv() => Ok(()),
     }
 }
 
 /// What the board's main loop does: hands bytes and the time to the firmware, and sends what it answers.
-async fn main_loop(mut node: Node<impl I2c, impl DelayNs>, master: &AsyncFd<PtyMaster>) -> io::Result<()> {
+async fn main_loop(mut node: Node<impl I2c, impl DelayNs>, master: &mut SerialStream) -> io::Result<()> {
     let start = Instant::now();
     let mut buffer = [0; MAX_FRAME];
     let mut came = 0;
@@ -118,16 +114,12 @@ async fn main_loop(mut node: Node<impl I2c, impl DelayNs>, master: &AsyncFd<PtyM
         let reply = node.poll(now);
         if !reply.is_empty() {
             // Short or failed writes are bytes that the line did not take: the CRC tells the master.
-            let _ = master.get_ref().write(reply);
+            let _ = master.try_write(reply);
         }
         node.receive(now, &buffer[..came]);
         came = 0;
         tokio::select! {
-            ready = master.readable() => {
-                if let Ok(read) = ready?.try_io(|master| master.get_ref().read(&mut buffer)) {
-                    came = read?;
-                }
-            }
+            read = master.read(&mut buffer) => came = read?,
             () = sleep_until(start + Duration::from_micros(node.next_deadline())) => {}
         }
     }
@@ -135,31 +127,19 @@ async fn main_loop(mut node: Node<impl I2c, impl DelayNs>, master: &AsyncFd<PtyM
 
 /// A pseudo-terminal and the link to its other end, which goes with it.
 struct Line {
-    master: AsyncFd<PtyMaster>,
-    /// Held open, so that the line stays when a master closes it, and raw from the beginning.
-    _other_end: File,
+    master: SerialStream,
+    /// Held open, so that the line stays when a master closes it.
+    _other_end: SerialStream,
     target: String,
     link: PathBuf,
 }
 
 impl Line {
     fn open(link: PathBuf) -> anyhow::Result<Self> {
-        let open = || -> io::Result<(PtyMaster, File, String)> {
-            let master =
-                posix_openpt(OFlag::O_RDWR | OFlag::O_NOCTTY | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC)?;
-            grantpt(&master)?;
-            unlockpt(&master)?;
-            let path = ptsname_r(&master)?;
-            let other_end =
-                OpenOptions::new().read(true).write(true).custom_flags(OFlag::O_NOCTTY.bits()).open(&path)?;
-            let mut raw = tcgetattr(&other_end)?;
-            cfmakeraw(&mut raw);
-            tcsetattr(&other_end, SetArg::TCSANOW, &raw)?;
-            Ok((master, other_end, path))
-        };
-        let (master, other_end, target) = open().context("opening a pseudo-terminal")?;
+        let (master, other_end) = SerialStream::pair().context("opening a pseudo-terminal")?;
+        let target = other_end.name().context("a pseudo-terminal has a name")?;
         place(&link, &target)?;
-        Ok(Self { master: AsyncFd::new(master)?, _other_end: other_end, target, link })
+        Ok(Self { master, _other_end: other_end, target, link })
     }
 }
 

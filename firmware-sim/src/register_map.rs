@@ -126,3 +126,34 @@ fn table_name(table: Table) -> &'static str {
         Table::Input => "input",
     }
 }
+
+#[cfg(test)]
+pub(crate) mod agent {
+    //! The agent's own Modbus source, as the other side in tests.
+
+    use std::{collections::BTreeMap, sync::Arc};
+
+    use common::time::{Clock as _, SystemClock};
+    use edge_agent::{
+        settings::Settings,
+        source::{self, LinuxHardware},
+    };
+
+    use super::{Row, agent_config};
+
+    /// What the agent reads once of `rows` at `url`, by device; NaN where it got no value.
+    pub(crate) async fn read(url: &str, rows: &[Row]) -> BTreeMap<String, f64> {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("edge-agent.toml");
+        let head = format!("site = \"lab\"\ngateway = \"gw-1\"\ndata_dir = {:?}\n\n", folder.path());
+        std::fs::write(&file, head + &agent_config(url, rows)).unwrap();
+        let settings = Settings::load(Some(&file)).unwrap();
+        let done = tokio::task::spawn_blocking(move || {
+            let hardware = Arc::new(LinuxHardware);
+            let readings =
+                settings.sources.iter().flat_map(|s| source::read_once(s, &hardware, SystemClock.now()));
+            readings.map(|r| (settings.registry.device(r.device).id.clone(), r.value)).collect()
+        });
+        done.await.unwrap()
+    }
+}

@@ -1,9 +1,13 @@
-use std::sync::atomic::{AtomicI64, Ordering};
+use std::{
+    fs::OpenOptions,
+    io::{Read as _, Write as _},
+    sync::atomic::{AtomicI64, Ordering},
+};
 
 use smart_node::rtu::crc16;
 
 use super::*;
-use crate::{bus::SimI2c, chip::SimDelay, plant::Signal};
+use crate::{bus::SimI2c, chip::SimDelay, plant::Signal, register_map::agent};
 
 const ADDRESS: u8 = 9;
 
@@ -73,7 +77,7 @@ fn the_window_of_the_press_is_what_the_plant_says() {
 async fn answers_on_a_pseudo_terminal() {
     let folder = tempfile::tempdir().unwrap();
     let link = folder.path().join("tty");
-    let line = Line::open(link.clone()).unwrap();
+    let mut line = Line::open(link.clone()).unwrap();
     let (node, ..) = at_the_press(&Arc::default());
     let master = tokio::task::spawn_blocking({
         let link = link.clone();
@@ -94,11 +98,42 @@ async fn answers_on_a_pseudo_terminal() {
     });
     let answers = tokio::select! {
         answers = master => answers.unwrap(),
-        ended = main_loop(node, &line.master) => panic!("the line ended: {ended:?}"),
+        ended = main_loop(node, &mut line.master) => panic!("the line ended: {ended:?}"),
     };
     assert_eq!(answers, [frame(&[6, 0, 0, 0x0d, 0x0a]), frame(&[3, 2, 0x0d, 0x0a]), frame(&[0x84, 6]),]);
     drop(line);
     assert!(fs::symlink_metadata(link).is_err(), "the link goes with the line");
+}
+
+#[tokio::test]
+async fn the_agent_reads_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let link = folder.path().join("tty");
+    let mut line = Line::open(link.clone()).unwrap();
+    // The chip's time stands still, the node's goes on: all samples are the same.
+    let (node, plant, anchor) = at_the_press(&Arc::default());
+    let rows = rows(plant.layout(), ADDRESS);
+    let url = format!("rtu://{}", link.display());
+    let window_of_1_s = tokio::task::spawn_blocking(move || {
+        OpenOptions::new().write(true).open(link)?.write_all(&frame(&[6, 0, 0, 0, 1]))
+    });
+    let agent = async {
+        window_of_1_s.await.unwrap().unwrap();
+        tokio::time::sleep(Duration::from_millis(2_500)).await;
+        agent::read(&url, &rows).await
+    };
+    let read = tokio::select! {
+        read = agent => read,
+        ended = main_loop(node, &mut line.master) => panic!("the line ended: {ended:?}"),
+    };
+    assert_eq!(read.len(), 8);
+    for (signal, name) in [(Signal::PressTemperature, "temperature"), (Signal::PressHumidity, "humidity")] {
+        for (feature, wanted) in [("mean", None), ("min", None), ("max", None), ("rms", Some(0.0))] {
+            let got = read[&format!("smart-node/{name}-{feature}")];
+            let wanted = wanted.unwrap_or_else(|| plant.value(signal, anchor));
+            assert!((got - wanted).abs() < 0.003, "{name} {feature}: {got} is not {wanted}");
+        }
+    }
 }
 
 #[tokio::test]

@@ -103,7 +103,7 @@ async fn requests_are_answered_one_by_one_however_they_are_cut() {
     stranger.write_all(b"GET / HTTP/1.1\r\n\r\n").await.unwrap();
     let mut rest = Vec::new();
     let _ = timeout(SOON, stranger.read_to_end(&mut rest)).await.expect("the end");
-    assert_eq!(rest, []);
+    assert!(rest.is_empty());
     stream.write_all(&request(3, 1)).await.unwrap();
     assert_eq!(answer(&mut stream).await.0, 3);
 }
@@ -138,12 +138,35 @@ async fn faults_do_what_they_say() {
     let _ = timeout(SOON, stream.read_to_end(&mut rest)).await.expect("the connection is closed");
     let mut refused = TcpStream::connect(address).await.unwrap();
     let _ = timeout(SOON, refused.read_to_end(&mut rest)).await.expect("a new one, too");
-    assert_eq!(rest, []);
+    assert!(rest.is_empty());
 
     set.send_replace(Fault::None);
     let mut stream = TcpStream::connect(address).await.unwrap();
     stream.write_all(&request(6, 1)).await.unwrap();
     assert_eq!(answer(&mut stream).await.0, 6);
+}
+
+#[tokio::test]
+async fn the_agent_reads_every_register() {
+    let (address, _set) = plc().await;
+    let units = Units::demo(ANCHOR.parse().unwrap()).unwrap();
+    let rows: Vec<_> = units.rows().cloned().collect();
+    let begun = SystemClock.now();
+    let read = register_map::agent::read(&format!("tcp://{address}"), &rows).await;
+    let ended = SystemClock.now();
+    assert_eq!(read.len(), rows.len());
+    // Each value is that of some instant of the grid of 100 ms since we began, to half a step of its register.
+    let instants = (0..).map(|n| begun + Duration::from_millis(100) * n);
+    let instants = instants.take_while(|at| at.since(ended) < Duration::from_millis(100));
+    let shown: Vec<Vec<f64>> = instants.map(|at| units.values(at).collect()).collect();
+    for (index, row) in rows.iter().enumerate() {
+        let got = read[&row.device];
+        let near = |values: &Vec<f64>| {
+            let half_step = if row.scale == 1.0 { values[index].abs() * 1e-7 } else { row.scale / 2.0 };
+            (got - values[index]).abs() <= half_step * (1.0 + 1e-9)
+        };
+        assert!(shown.iter().any(near), "{}: {got}", row.device);
+    }
 }
 
 #[tokio::test]

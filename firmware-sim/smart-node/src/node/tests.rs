@@ -1,4 +1,4 @@
-use std::{collections::VecDeque, vec, vec::Vec};
+use std::{collections::VecDeque, vec::Vec};
 
 use embedded_hal::i2c::{self, Operation};
 
@@ -132,7 +132,7 @@ fn a_sensor_that_is_away_leaves_samples_out_and_then_fails_the_window() {
 
 #[test]
 fn a_board_that_was_busy_leaves_samples_out_and_keeps_the_time() {
-    let mut node = node(&vec![Some((26_214, 29_360)); 9]);
+    let mut node = node(&[Some((26_214, 29_360)); 9]);
     assert_eq!(ask(&mut node, 0, &[6, 0, 0, 0, 5]), [6, 0, 0, 0, 5]);
     run(&mut node, 1_500_000);
     node.poll(5_200_000);

@@ -98,6 +98,7 @@ fn what_is_not_meant_for_it_is_not_answered() {
         assert_eq!(exchange(&request[..at]).0, NOTHING, "cut to {at} bytes");
     }
     assert_eq!(exchange(&framed(&[0x12, 0x03, 0x00, 0x6b, 0x00, 0x03])).0, NOTHING, "another slave");
+    assert_eq!(exchange(&framed(&[0x11])).0, NOTHING, "no function");
     assert_eq!(exchange(&[0x11; 300]).0, NOTHING, "too long");
     // SL 2.2: everybody carries a broadcast out, nobody answers.
     let (reply, bank) = exchange(&framed(&[0x00, 0x06, 0x00, 0x01, 0x00, 0x03]));
@@ -199,6 +200,7 @@ proptest! {
 fn a_frame_of_256_bytes_is_taken_and_one_of_257_is_not() {
     let longest = framed(&[&[ADDRESS, 0x41][..], &vec![0; 252]].concat());
     assert_eq!((longest.len(), exchange(&longest).0), (256, framed(&[ADDRESS, 0xc1, 0x01])));
+    assert_eq!(exchange(&[&longest[..], &[0]].concat()).0, NOTHING);
     let longer = framed(&[&[ADDRESS, 0x41][..], &vec![0; 253]].concat());
     assert_eq!((longer.len(), exchange(&longer).0), (257, NOTHING.to_vec()));
 }

@@ -2,8 +2,8 @@ use std::collections::BTreeMap;
 use std::sync::Arc as StdArc;
 
 use arrow::array::{
-    Array, ArrayRef, Float64Array, RecordBatch, StringDictionaryBuilder, TimestampMicrosecondArray as Times,
-    UInt8Array,
+    Array, ArrayRef, AsArray, Float64Array, RecordBatch, StringArray, StringDictionaryBuilder,
+    TimestampMicrosecondArray as Times, UInt8Array,
 };
 use arrow::datatypes::{Int32Type, Int64Type};
 use common::{

@@ -173,7 +173,7 @@ fn flash_wear() {
     }
     drop(outbox);
     let per_day = |bytes: u64| bytes as f64 / SECONDS as f64 * 86_400.0 / 1e9;
-    let mut line = |what: &str, bytes: u64| {
+    let line = |what: &str, bytes: u64| {
         eprintln!(
             "{what}: {:.1} MB, {:.2} times what was sealed, {:.2} GB a day",
             bytes as f64 / 1e6,

@@ -226,7 +226,9 @@ impl Link {
             Error::Protocol(ProtocolError::HeaderMismatch { message, .. }) => Fault::Stray(message),
             Error::Protocol(ProtocolError::FunctionCodeMismatch { .. }) => Fault::Stray(error.to_string()),
             // What the codec cannot read.
-            Error::Transport(error) if error.kind() == io::ErrorKind::InvalidData => {
+            Error::Transport(error)
+                if matches!(error.kind(), io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof) =>
+            {
                 Fault::Damaged(error.to_string())
             }
             Error::Transport(error) => {
@@ -240,7 +242,8 @@ impl Link {
         match &self.address {
             Address::Tcp { host, port } => {
                 let connecting = TcpStream::connect((host.as_str(), *port));
-                let stream = tokio::time::timeout(self.timeout, connecting).await??;
+                let late = |_| io::Error::new(io::ErrorKind::TimedOut, "nobody answers there");
+                let stream = tokio::time::timeout(self.timeout, connecting).await.map_err(late)??;
                 stream.set_nodelay(true)?;
                 Ok(client::tcp::attach(stream))
             }

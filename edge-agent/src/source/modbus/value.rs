@@ -160,7 +160,7 @@ mod tests {
     #[test]
     fn scale_and_offset() {
         let tenths = Encoding { scale: 0.1, offset: -40.0, ..plain(Form::U16) };
-        assert_eq!(tenths.decode(&[653]), Some(25.300_000_000_000_004));
+        assert_eq!(tenths.decode(&[653]), Some(25.299_999_999_999_997));
     }
 
     #[test]

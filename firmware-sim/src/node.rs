@@ -76,6 +76,8 @@ pub struct Options {
 pub async fn run(options: Options) -> anyhow::Result<()> {
     let Options { link, address, anchor, map, agent_config } = options;
     if map {
+        print_line("# input 0: seconds since start, u32; 2: windows; 3: samples in the last window");
+        print_line(format_args!("# holding 0: length of a window in s, 1 to {}", node::MAX_WINDOW_S));
         print_line(register_map::HEADER);
         rows(&Layout::demo()?, address).iter().for_each(print_line);
         return Ok(());

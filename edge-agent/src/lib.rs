@@ -13,6 +13,7 @@ pub mod filter;
 pub mod metrics;
 pub mod model;
 pub mod outbox;
+pub mod page;
 pub mod pipeline;
 pub mod seal;
 pub mod settings;

@@ -66,7 +66,7 @@ pub struct Settings {
     pub window: WindowSettings,
     /// Folder of model bundles.
     pub models: Option<PathBuf>,
-    /// Where `/metrics` and `/healthz` answer.
+    /// Where `/metrics`, `/healthz` and the gateway's page answer.
     pub listen: Option<SocketAddr>,
 }
 

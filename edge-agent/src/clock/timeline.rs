@@ -247,7 +247,7 @@ mod tests {
         let wall = |text: &str, synced| Shown { up: seconds(30), wall: text.parse().unwrap(), synced };
         let held = |text: &str| Some(text.parse().unwrap());
         let trusted = Known { trust: true, ..NO_RTC };
-        let earlier = Known { offset: Some(1_000_000), ..NO_RTC };
+        let earlier = Known { offset: Some(NOW * 1_000_000), ..NO_RTC };
         for (shown, known, set) in [
             (wall("1970-01-01T00:00:40Z", false), RTC, false),
             // Nothing makes such a time right.

@@ -1,7 +1,8 @@
 //! The configurations of the three programs: ordinary files in the data folder.
 //!
 //! What differs from the shipped defaults makes a short run meet more: many small messages, small generations of the
-//! outbox, windows of a second (so that two lanes are written at once, often), early repetition, short pauses.
+//! outbox, windows of a second that close at once (so that also an agent that lives for a second writes two lanes),
+//! early repetition, short pauses.
 
 use std::{fmt::Write as _, net::SocketAddr, path::Path};
 
@@ -40,7 +41,7 @@ pub(super) fn agent(
          [uplink]\nmode = \"cloud\"\nresend_after = \"5s\"\nmax_resend_after = \"20s\"\nstatus_every = \"2s\"\n\
          drain = \"15min\"\n\n\
          [outbox]\nlinger = \"100ms\"\ngeneration_bytes = 1048576\ncensus_every = \"2s\"\n\n\
-         [window]\nwidth = \"1s\"\n\n\
+         [window]\nwidth = \"1s\"\nlateness = \"100ms\"\n\n\
          [metrics]\nlisten = \"{metrics}\"\n",
         home = quoted(home)?,
     );

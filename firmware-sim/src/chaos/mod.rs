@@ -17,7 +17,7 @@
 //! **with in-flight** messages when the agent's metric `edge_unacknowledged_messages`, read right before it, is not 0:
 //! sealed in the outbox, and without the cloud's acknowledgement.
 //!
-//! In the end all of them run, the agent is stopped, the file is cut off at the present, and the agent goes on to its
+//! In the end all of them run, the agent is stopped, the file is cut off shortly after, and the agent goes on to its
 //! end, drains, and ends by itself; then the cloud refines all that it has, and stops. Then the audit: silver against
 //! the file ([`judge`]), and the ledger.
 
@@ -68,6 +68,9 @@ const TELL_EVERY: Duration = Duration::from_secs(5);
 const PATIENCE: Duration = Duration::from_secs(180);
 /// A program that was asked to end, or an agent at the end of its file, gets so long.
 const DRAIN: Duration = Duration::from_secs(300);
+/// How long the file goes on in the end, so that the agent hears that the cloud is there: else it would not wait for
+/// its acknowledgements.
+const CALM: Duration = Duration::from_secs(3);
 
 /// How the programs are killed.
 #[derive(Clone, Debug, clap::Args)]
@@ -127,6 +130,7 @@ struct Chaos {
     options: Options,
     store: String,
     agent_metrics: SocketAddr,
+    cloud_http: SocketAddr,
     agent: Program,
     broker: Program,
     cloud: Program,
@@ -202,6 +206,7 @@ impl Chaos {
             options,
             store,
             agent_metrics: loopback(metrics),
+            cloud_http: loopback(http),
             flow: Flow::default(),
             begun: Instant::now(),
             strikes: 0,
@@ -289,6 +294,12 @@ impl Chaos {
         Ok(())
     }
 
+    /// Whether the cloud has acknowledged something in its present life.
+    async fn cloud_acknowledges(&self) -> bool {
+        let metrics = http::get(self.cloud_http, "/metrics").await.unwrap_or_default();
+        http::metric(&metrics, "tailrace_cloud_messages_acknowledged_total", "") > 0.0
+    }
+
     async fn ask(&mut self) {
         match http::get(self.agent_metrics, "/metrics").await {
             Ok(metrics) => self.flow.saw(&metrics),
@@ -321,18 +332,18 @@ impl Chaos {
             let _ = self.program(who).check();
             self.program(who).start()?;
         }
-        // Before it answers, SIGTERM would find it without a handler.
+        // Before it answers, SIGTERM would find the agent without a handler; and the cloud must be there.
         let deadline = Instant::now() + PATIENCE;
         self.flow.unacknowledged = None;
-        while self.flow.unacknowledged.is_none() {
-            ensure!(Instant::now() < deadline, "the agent did not answer for {PATIENCE:?}");
+        while self.flow.unacknowledged.is_none() || !self.cloud_acknowledges().await {
+            ensure!(Instant::now() < deadline, "agent and cloud were not both there for {PATIENCE:?}");
             self.look().await?;
         }
         // A clean stop, then the rest of the file.
         self.agent.terminate().await?;
         self.drain().await?;
         self.flow.restarted();
-        self.load.end_at(SystemClock.now()).context("cutting off the file of the load")?;
+        self.load.end_at(SystemClock.now() + CALM).context("cutting off the file of the load")?;
         self.agent.start()?;
         self.drain().await?;
         self.cloud.terminate().await?;

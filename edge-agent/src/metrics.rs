@@ -1,4 +1,4 @@
-//! What the agent tells Prometheus, and where: `/metrics` and `/healthz`.
+//! What the agent tells Prometheus, and where: `/metrics` and `/healthz`, beside the gateway's own [page](crate::page).
 //!
 //! `tailrace_edge_readings_total{stage, outcome}` shows conservation: for every stage, in = the sum of its outcomes.
 //! Labels come from enumerations and configuration, never from data.
@@ -176,8 +176,8 @@ pub async fn listen(address: SocketAddr) -> anyhow::Result<TcpListener> {
     })
 }
 
-/// Answers until the task is dropped.
-pub async fn serve(listener: TcpListener, registry: Shared) {
+/// Answers, `page` included, until the task is dropped.
+pub async fn serve(listener: TcpListener, registry: Shared, page: Router) {
     let metrics = move || {
         let registry = Arc::clone(&registry);
         async move {
@@ -185,7 +185,7 @@ pub async fn serve(listener: TcpListener, registry: Shared) {
             ([(header::CONTENT_TYPE, telemetry::EXPOSITION_TYPE)], text)
         }
     };
-    let app = Router::new().route("/metrics", get(metrics)).route("/healthz", get(|| async { "ok\n" }));
+    let app = page.route("/metrics", get(metrics)).route("/healthz", get(|| async { "ok\n" }));
     if let Err(error) = axum::serve(listener, app).await {
         tracing::error!(%error, "metrics are no longer served; restart the agent");
     }

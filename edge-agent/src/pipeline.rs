@@ -28,6 +28,7 @@ use std::{
 
 use anyhow::Context as _;
 use common::{
+    documents::ModelStatus,
     telemetry,
     time::{Clock, Timestamp},
 };
@@ -42,6 +43,7 @@ use crate::{
     metrics::{self, Metrics},
     model::{Models, episode::Event},
     outbox::{Limits, Outbox},
+    page::{Latest, Page},
     seal::{Cut, Processed, Sealer},
     settings::{OutboxSettings, Settings},
     source::{self, Hardware, Polled},
@@ -84,13 +86,26 @@ pub async fn run<H: Hardware>(
         devices = settings.registry.devices.len(), sources = settings.sources.len(),
         resume_after = resume_after.map(|at| at.to_string()), "agent starts"
     );
-    let served = listener.map(|at| tokio::spawn(metrics::serve(at, Arc::new(Mutex::new(registry)))));
+    // Models are loaded once, so their states do not change and the sender may go.
+    let (_, model_states) = watch::channel(models.status().to_vec());
+    let latest = Arc::new(Latest::new(settings.registry.devices.len()));
+    let page = Page {
+        settings: Arc::clone(&settings),
+        epoch: outbox.epoch(),
+        started_at: clock.now(),
+        clock: Arc::clone(&clock),
+        latest: Arc::clone(&latest),
+        models: model_states.clone(),
+        delivery: delivery_metrics.clone(),
+    };
+    let served =
+        listener.map(|at| tokio::spawn(metrics::serve(at, Arc::new(Mutex::new(registry)), page.routes())));
 
     // From the last stage to the first, so that each finds its reader running.
     let (stop_uplink, uplink_stopped) = watch::channel(false);
     let mut uplink = tokio::spawn(uplink::run(
         outbox.clone(),
-        uplink_settings(&settings, &models),
+        uplink_settings(&settings, model_states),
         Arc::clone(&settings.registry),
         Arc::clone(&clock),
         delivery_metrics,
@@ -101,7 +116,7 @@ pub async fn run<H: Hardware>(
     let mut seal =
         tokio::spawn(seal(sealer, to_seal, outbox.clone(), Arc::clone(&clock), Arc::clone(&metrics)));
     let (polled, to_refine) = mpsc::channel(POLLED);
-    let stages = Refine::new(&settings, models, Arc::clone(&metrics));
+    let stages = Refine::new(&settings, models, Arc::clone(&metrics), latest);
     let refine = tokio::spawn(refine(stages, resumed, to_refine, processed));
     let (stop_sources, sources_stopped) = watch::channel(false);
     let context = source::Context {
@@ -174,9 +189,7 @@ fn limits(settings: &OutboxSettings) -> Limits {
     }
 }
 
-fn uplink_settings(settings: &Settings, models: &Models) -> uplink::Settings {
-    // Models are loaded once, so their states do not change and the sender may go.
-    let (_, models) = watch::channel(models.status().to_vec());
+fn uplink_settings(settings: &Settings, models: watch::Receiver<Vec<ModelStatus>>) -> uplink::Settings {
     uplink::Settings {
         site: settings.site.clone(),
         gateway: settings.gateway.clone(),
@@ -217,16 +230,18 @@ struct Refine {
     windows: Windows,
     models: Models,
     metrics: Arc<Metrics>,
+    latest: Arc<Latest>,
     last_at: Timestamp,
 }
 
 impl Refine {
-    fn new(settings: &Settings, models: Models, metrics: Arc<Metrics>) -> Self {
+    fn new(settings: &Settings, models: Models, metrics: Arc<Metrics>, latest: Arc<Latest>) -> Self {
         Self {
             filter: Filter::new(settings.checks.clone()),
             windows: Windows::new(settings.window, settings.registry.devices.len()),
             models,
             metrics,
+            latest,
             last_at: Timestamp::default(),
         }
     }
@@ -238,6 +253,7 @@ impl Refine {
         let given = readings.len() as u64;
         let last_event = readings.iter().map(|reading| reading.ts).max();
         let marks = self.filter.mark(&mut readings);
+        self.latest.update(&readings);
         let mut missed = Missed::default();
         let aggregates = self.windows.push(at, &readings, &mut missed);
         self.metrics.windowed(given, missed, aggregates.len() as u64);

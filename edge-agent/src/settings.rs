@@ -19,7 +19,10 @@ use common::{
 };
 use sha2::{Digest, Sha256};
 
-use crate::source::chip::{Ads1115, Sht4x, ads1115, ism330dhcx};
+use crate::{
+    source::chip::{Ads1115, Sht4x, ads1115, ism330dhcx},
+    vibration::Feature,
+};
 
 /// `default.toml`, compiled in.
 pub const DEFAULTS: &str = include_str!("../default.toml");
@@ -53,7 +56,7 @@ pub struct Settings {
     pub window: WindowSettings,
     /// Folder of model bundles.
     pub models: Option<PathBuf>,
-    /// Where `/metrics` and `/healthz` answer.
+    /// Where `/metrics`, `/healthz` and the gateway's page answer.
     pub listen: Option<SocketAddr>,
 }
 
@@ -121,10 +124,8 @@ pub enum Source {
         period: Duration,
         /// What a burst is.
         burst: ism330dhcx::Settings,
-        /// Device of the burst's RMS in m/s², with the factor into its unit.
-        rms: Option<(DeviceIx, f64)>,
-        /// Device of the burst's peak in m/s², with the factor into its unit.
-        peak: Option<(DeviceIx, f64)>,
+        /// What is made of it.
+        outputs: Vec<BurstOutput>,
     },
     /// A recorded file.
     Replay {
@@ -168,6 +169,17 @@ pub struct I2cProbe {
     pub period: Duration,
     /// What.
     pub chip: I2cChip,
+}
+
+/// A device that shows a feature of a burst.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct BurstOutput {
+    /// What it shows.
+    pub feature: Feature,
+    /// The device.
+    pub device: DeviceIx,
+    /// From the feature's unit into the device's.
+    pub scale: f64,
 }
 
 /// A chip, or one input of it.

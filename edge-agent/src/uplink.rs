@@ -36,6 +36,7 @@ use rumqttc::{
         },
     },
 };
+use serde::Serialize;
 use tokio::{
     sync::{mpsc, watch},
     task::{JoinHandle, JoinSet, spawn_blocking},
@@ -126,6 +127,37 @@ impl Metrics {
         );
         own
     }
+
+    /// Whether the data connection stands.
+    pub fn is_connected(&self) -> bool {
+        self.connected.get() == 1
+    }
+
+    /// Messages that only the broker has.
+    pub fn awaiting(&self) -> i64 {
+        self.awaiting.get()
+    }
+
+    /// How much waits in the outbox, as of the last report.
+    pub fn depths(&self) -> [Depth; 4] {
+        Lane::ALL.map(|lane| {
+            let of = |family: &Family<InLane, Gauge>| {
+                family.get(&InLane { lane: lane.as_str() }).map_or(0, |gauge| gauge.get())
+            };
+            Depth { lane, messages: of(&self.messages), bytes: of(&self.bytes) }
+        })
+    }
+}
+
+/// How much of a lane waits in the outbox.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Depth {
+    /// The queue.
+    pub lane: Lane,
+    /// Messages held.
+    pub messages: i64,
+    /// Bytes on disk.
+    pub bytes: i64,
 }
 
 /// Delivers until `stop` is true, then for at most `uplink.drain` more, and says goodbye. The outbox should be

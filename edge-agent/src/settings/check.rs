@@ -15,7 +15,9 @@ use super::{
     UplinkSettings, WindowSettings,
     file::{self, File},
 };
-use crate::source::chip::{Ads1115, Sht4x, ads1115, ism330dhcx};
+use crate::source::chip::{Ads1115, Sht4x, ads1115};
+
+mod spi;
 
 /// NE 43's highest meaningful current with some room, which the converter's range must hold.
 const MAX_LOOP_A: f64 = 0.0215;
@@ -44,7 +46,7 @@ pub(super) fn check(file: File, sha256: String, origin: String) -> Result<Settin
         sources.push(check_i2c(bus, &mut bind, &mut m));
     }
     for spi in file.spi {
-        sources.extend(check_spi(spi, &mut bind, &mut m));
+        sources.extend(spi::check(spi, &mut bind, &mut m));
     }
     for replay in file.replay {
         sources.push(check_replay(replay, &mut bind, &mut m));
@@ -75,6 +77,10 @@ fn check_assets(assets: &[Asset], devices: &[file::DeviceEntry], m: &mut Mistake
         m.require(!asset.id.is_empty(), &key, "its id is empty", "give it a name of its own");
         let twice = assets[..i].iter().any(|a| a.id == asset.id);
         m.require(!twice, &key, "the id stands twice", "give each asset a name of its own");
+        let group = asset.machine_group.is_none_or(|group| [1, 2].contains(&group));
+        m.require(group, &key, "machine_group is none of ISO 20816-3", "write 1 (large) or 2 (medium)");
+        let support = asset.support.as_deref().is_none_or(|support| ["rigid", "flexible"].contains(&support));
+        m.require(support, &key, "support is none of ISO 20816-1", "write \"rigid\" or \"flexible\"");
         if let Some(when) = &asset.running_when {
             let known = devices.iter().any(|d| d.device.id == when.device);
             let key = format!("{key} running_when");
@@ -254,48 +260,6 @@ fn check_replay(entry: file::Replay, bind: &mut Binding<'_>, m: &mut Mistakes) -
         file: entry.file,
         form: ReplayForm::Wide { separator: entry.separator, time: entry.time, columns },
     }
-}
-
-fn check_spi(entry: file::SpiDevice, bind: &mut Binding<'_>, m: &mut Mistakes) -> Option<Source> {
-    let key = format!("spi {:?} ism330dhcx", entry.path);
-    let chip = entry.ism330dhcx;
-    let rate = match chip.rate_hz {
-        833 => Some(ism330dhcx::DataRate::Hz833),
-        1667 => Some(ism330dhcx::DataRate::Hz1667),
-        3333 => Some(ism330dhcx::DataRate::Hz3333),
-        6667 => Some(ism330dhcx::DataRate::Hz6667),
-        _ => None,
-    };
-    let problem = format!("rate_hz = {} is none of the chip's", chip.rate_hz);
-    m.require(rate.is_some(), &key, problem, "write 833, 1667, 3333 or 6667");
-    let range = match chip.range_g {
-        2 => Some(ism330dhcx::Range::G2),
-        4 => Some(ism330dhcx::Range::G4),
-        8 => Some(ism330dhcx::Range::G8),
-        16 => Some(ism330dhcx::Range::G16),
-        _ => None,
-    };
-    let problem = format!("range_g = {} is none of the chip's", chip.range_g);
-    m.require(range.is_some(), &key, problem, "write 2, 4, 8 or 16");
-    let axis = match chip.axis.as_str() {
-        "x" => Some(ism330dhcx::Axis::X),
-        "y" => Some(ism330dhcx::Axis::Y),
-        "z" => Some(ism330dhcx::Axis::Z),
-        _ => None,
-    };
-    m.require(axis.is_some(), &key, format!("axis {:?} is unknown", chip.axis), "write x, y or z");
-    let sane = (16..=65_536).contains(&chip.samples);
-    m.require(sane, &key, format!("samples = {} is no burst", chip.samples), "write 16 to 65536");
-    let some = chip.rms.is_some() || chip.peak.is_some();
-    m.require(some, &key, "it feeds no device", "name the device of rms or of peak");
-    let period = check_period(&key, chip.period, m);
-    let rms = bind.convert(&key, chip.rms.as_ref(), "m/s2", m).map(|(ix, scale, _)| (ix, scale));
-    let peak = bind.convert(&key, chip.peak.as_ref(), "m/s2", m).map(|(ix, scale, _)| (ix, scale));
-    let burst = ism330dhcx::Settings { rate: rate?, range: range?, axis: axis?, samples: chip.samples };
-    let lasts = Duration::from_secs_f64(burst.samples as f64 / burst.rate.hz());
-    let problem = format!("a burst of {:.1} s does not fit into its period", lasts.as_secs_f64());
-    m.require(lasts < period, &key, problem, "take fewer samples, or take them less often");
-    Some(Source::Spi { path: entry.path, period, burst, rms, peak })
 }
 
 fn check_paths(sources: &[Source], m: &mut Mistakes) {

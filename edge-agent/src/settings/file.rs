@@ -126,6 +126,20 @@ pub struct Ism330dhcx {
     pub axis: String,
     pub rms: Option<String>,
     pub peak: Option<String>,
+    pub crest_factor: Option<String>,
+    pub kurtosis: Option<String>,
+    pub velocity: Option<String>,
+    pub zone: Option<String>,
+    #[serde(default)]
+    pub band: Vec<Band>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Band {
+    pub low_hz: f64,
+    pub high_hz: f64,
+    pub device: String,
 }
 
 #[derive(Clone, Debug, Deserialize)]

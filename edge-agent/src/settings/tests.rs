@@ -74,7 +74,7 @@ fn a_configuration_becomes_indices_and_drivers() {
     assert_eq!((pressure.range, pressure.stuck_after), (Some([0.0, 16.0]), Some(Duration::from_secs(600))));
     assert_eq!(pressure.deadband, Some(Deadband { width: 0.1, heartbeat: Duration::from_secs(300) }));
     assert_eq!(temperature, Checks::default());
-    let [Source::I2c { probes, .. }, Source::Spi { rms, peak, .. }] = &settings.sources[..] else {
+    let [Source::I2c { probes, .. }, Source::Spi { outputs, .. }] = &settings.sources[..] else {
         panic!("{:?}", settings.sources)
     };
     assert_eq!(probes.iter().map(|p| p.period.as_secs()).collect::<Vec<_>>(), [360, 30]);
@@ -84,7 +84,8 @@ fn a_configuration_becomes_indices_and_drivers() {
     };
     assert_eq!(device, DeviceIx(1));
     assert!((scale - 1.8).abs() < 1e-12 && (shift - 32.0).abs() < 1e-9, "{scale} {shift}");
-    assert_eq!((*rms, *peak), (Some((DeviceIx(2), 1.0)), None));
+    let rms = BurstOutput { feature: Feature::Rms, device: DeviceIx(2), scale: 1.0 };
+    assert_eq!(outputs[..], [rms]);
 }
 
 #[test]
@@ -155,6 +156,105 @@ fn a_device_has_one_source_and_one_name() {
     check("address = 0x44", "address = 0x48", "the address stands twice");
     check("stuck_after", "stuck_afer", "stuck_afer");
     check("[[i2c]]", "[[i2cc]]", "i2cc: unknown key; did you mean i2c?");
+}
+
+/// [`BASE`] with every feature of a burst.
+fn vibrating() -> String {
+    let machine = "rated_speed_rpm = 590.0\nsupport = \"flexible\"\nmachine_group = 2\n";
+    let chip = "velocity = \"pump/velocity\"\nzone = \"pump/zone\"\ncrest_factor = \"pump/crest\"\n\
+                kurtosis = \"pump/kurtosis\"\npeak = \"pump/peak\"\n\
+                [[spi.ism330dhcx.band]]\nlow_hz = 500.0\nhigh_hz = 1600.0\ndevice = \"pump/band\"\n";
+    let state = "kind = \"state\"\nlabels = { 1 = \"A\", 2 = \"B\", 3 = \"C\", 4 = \"D\" }\n";
+    let devices = [
+        ("velocity", "vibration_velocity", "[in_i]/s", ""),
+        ("zone", "state", "1", state),
+        ("crest", "crest_factor", "1", ""),
+        ("kurtosis", "kurtosis", "1", ""),
+        ("peak", "vibration", "[g]", ""),
+        ("band", "vibration", "m/s2", ""),
+    ]
+    .map(|(id, kind, unit, more)| {
+        format!(
+            "[[device]]\nid = \"pump/{id}\"\ntype = \"{kind}\"\nasset = \"pump\"\nunit = \"{unit}\"\n{more}"
+        )
+    });
+    BASE.replacen("id = \"pump\"\n", &format!("id = \"pump\"\n{machine}"), 1)
+        .replacen("samples = 4096", "samples = 20000", 1)
+        .replacen("[[i2c]]", &format!("{}[[i2c]]", devices.concat()), 1)
+        + chip
+}
+
+#[test]
+fn a_burst_feeds_the_devices_of_its_features() {
+    let settings = load(&vibrating(), &[]).unwrap();
+    let Some(Source::Spi { outputs, .. }) = settings.sources.last() else { panic!("{:?}", settings.sources) };
+    let shown: Vec<_> =
+        outputs.iter().map(|o| (settings.registry.device(o.device).id.as_str(), o.feature)).collect();
+    // Below 600 r/min the band begins at 2 Hz.
+    let expected = [
+        ("pump/vibration", Feature::Rms),
+        ("pump/peak", Feature::Peak),
+        ("pump/crest", Feature::CrestFactor),
+        ("pump/kurtosis", Feature::Kurtosis),
+        ("pump/velocity", Feature::Velocity { low_hz: 2.0 }),
+        ("pump/zone", Feature::Zone { low_hz: 2.0, limits: [2.3, 4.5, 7.1] }),
+        ("pump/band", Feature::Band { low_hz: 500.0, high_hz: 1_600.0 }),
+    ];
+    assert_eq!(shown, expected);
+    let scale = |ix: usize| outputs[ix].scale;
+    assert!((scale(1) - 1.0 / 9.806_65).abs() < 1e-12 && (scale(4) - 1.0 / 25.4).abs() < 1e-12);
+}
+
+#[test]
+fn a_burst_that_cannot_show_a_feature_is_a_mistake_with_its_fix() {
+    let check = |from: &str, to: &str, expected: &str| {
+        assert!(vibrating().contains(from), "{from}");
+        let report = load(&vibrating().replacen(from, to, 1), &[]).unwrap_err().to_string();
+        assert!(report.contains(expected), "{expected:?} not in {report}");
+    };
+    check(
+        "rate_hz = 3333",
+        "rate_hz = 833",
+        "velocity: it reaches up to 1000 Hz, and at rate_hz = 833 the chip shows 417 Hz; write rate_hz = 3333 or \
+         more, or leave it out",
+    );
+    check(
+        "samples = 20000",
+        "samples = 4096",
+        "velocity: it needs a burst of 5.00 s, and samples = 4096 last 1.23 s; write samples = 16667 or more, or leave \
+         it out",
+    );
+    check(
+        "high_hz = 1600.0",
+        "high_hz = 1700.0",
+        "band: it reaches up to 1700 Hz, and at rate_hz = 3333 the chip",
+    );
+    check("high_hz = 1600.0", "high_hz = 4000.0", "the chip shows 1667 Hz; end it lower");
+    check(
+        "high_hz = 1600.0",
+        "high_hz = 500.1",
+        "band: it needs a burst of 40.00 s, and samples = 20000 last 6.00 s; make it wider",
+    );
+    check("high_hz = 1600.0", "high_hz = 500.0", "band: low_hz = 500 and high_hz = 500 span nothing");
+    check("\"[in_i]/s\"", "\"mm\"", "\"mm\" does not measure vibration_velocity");
+    check(
+        "type = \"kurtosis\"\nasset = \"pump\"\nunit = \"1\"",
+        "type = \"kurtosis\"\nasset = \"pump\"\nunit = \"mm/s\"",
+        "kurtosis: the chip shows \"1\"",
+    );
+    check(
+        "4 = \"D\"",
+        "4 = \"E\"",
+        "zone: device \"pump/zone\" cannot show a zone; give it kind = \"state\"",
+    );
+    check(
+        "machine_group = 2\n",
+        "",
+        "zone: asset \"pump\" does not declare both its group and its support; write its",
+    );
+    check("machine_group = 2", "machine_group = 3", "machine_group is none of ISO 20816-3; write 1 (large)");
+    check("\"flexible\"", "\"soft\"", "support is none of ISO 20816-1; write \"rigid\"");
+    check("device = \"pump/band\"", "device = \"pump/zone\"", "device \"pump/zone\" is already read by");
 }
 
 #[test]

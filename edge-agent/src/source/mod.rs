@@ -131,11 +131,11 @@ pub async fn run<H: Hardware>(
             let make = move || i2c::I2cBus::new(Arc::clone(&hardware), path.clone(), probes.clone());
             bus::run(make, timeout, context).await;
         }
-        Source::Spi { path, period, burst, rms, peak } => {
+        Source::Spi { path, period, burst, outputs } => {
             let hardware = Arc::clone(&context.hardware);
             let timeout = timeout + spi::duration(&burst);
             let make = move || {
-                spi::Accelerometer::new(Arc::clone(&hardware), path.clone(), period, burst, rms, peak)
+                spi::Accelerometer::new(Arc::clone(&hardware), path.clone(), period, burst, outputs.clone())
             };
             bus::run(make, timeout, context).await;
         }
@@ -155,8 +155,8 @@ pub fn read_once<H: Hardware>(source: &Source, hardware: &Arc<H>, at: Timestamp)
     };
     match source.clone() {
         Source::I2c { path, probes } => poll(Box::new(i2c::I2cBus::new(hardware, path, probes))),
-        Source::Spi { path, period, burst, rms, peak } => {
-            poll(Box::new(spi::Accelerometer::new(hardware, path, period, burst, rms, peak)))
+        Source::Spi { path, period, burst, outputs } => {
+            poll(Box::new(spi::Accelerometer::new(hardware, path, period, burst, outputs)))
         }
         Source::Replay { .. } => Vec::new(),
     }

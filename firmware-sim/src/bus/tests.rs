@@ -1,11 +1,20 @@
 //! The agent's own drivers on the simulated plant: what goes in at the chip comes out of the driver.
 
 use std::{
-    sync::atomic::{AtomicI64, Ordering},
+    sync::atomic::{AtomicBool, AtomicI64, Ordering},
     time::Duration,
 };
 
-use edge_agent::source::chip::{self, ChipError, Ne43, ads1115, ism330dhcx, loop_current, ne43};
+use common::reading::{DeviceIx, Quality};
+use edge_agent::{
+    settings::BurstOutput,
+    source::{
+        Bus,
+        chip::{self, ChipError, Ne43, ads1115, ism330dhcx, loop_current, ne43},
+        spi::Accelerometer,
+    },
+    vibration::{self, Feature},
+};
 
 use super::*;
 use crate::faults::Rates;
@@ -85,29 +94,67 @@ fn a_burst_is_the_waveform() {
             let wanted = waveform.at(f64::from(n) / burst.rate_hz);
             assert!((sample - wanted).abs() <= 0.0024, "sample {n}: {sample} for {wanted}");
         }
-        impulsiveness.push(burst.peak() / burst.rms());
+        impulsiveness.extend(vibration::measure(&burst, [Feature::Kurtosis]));
     }
     assert!(impulsiveness[1] > 1.3 * impulsiveness[0], "the bearing wears: {impulsiveness:?}");
-    assert_eq!(sensor.overruns(), 0);
+}
+
+/// A gateway whose thread is held up, or not, for longer than a driver wants to wait.
+struct Late(SimHardware, Arc<AtomicBool>);
+
+#[derive(Clone)]
+struct LateDelay(SimDelay, Arc<AtomicBool>);
+
+impl Hardware for Late {
+    type I2c = SimI2c;
+    type Spi = SimSpi;
+    type Delay = LateDelay;
+
+    fn i2c(&self, path: &str) -> anyhow::Result<SimI2c> {
+        self.0.i2c(path)
+    }
+
+    fn spi(&self, path: &str) -> anyhow::Result<SimSpi> {
+        self.0.spi(path)
+    }
+
+    fn delay(&self) -> LateDelay {
+        LateDelay(self.0.delay(), Arc::clone(&self.1))
+    }
+}
+
+impl DelayNs for LateDelay {
+    fn delay_ns(&mut self, ns: u32) {
+        self.0.delay_ns(ns);
+        if self.1.load(Ordering::Relaxed) {
+            self.0.delay_us(ns / 800);
+        }
+    }
 }
 
 #[test]
 fn a_late_reader_discards_the_burst() {
-    /// A driver that is held up for longer than it wants to wait.
-    #[derive(Clone)]
-    struct Late(SimDelay);
-    impl DelayNs for Late {
-        fn delay_ns(&mut self, ns: u32) {
-            self.0.delay_ns(ns);
-            self.0.delay_us(ns / 800);
-        }
-    }
     let (_, hardware, _) = gateway(Rates::default());
-    let mut sensor = chip::Ism330dhcx::new(ism330dhcx::Settings::default());
-    let mut spi = hardware.spi("spidev0.0").unwrap();
-    let got = sensor.burst(&mut spi, &mut Late(hardware.delay()));
-    assert_eq!((got.err(), sensor.overruns()), (Some(ChipError::Overrun), 1));
-    assert!(sensor.burst(&mut spi, &mut hardware.delay()).is_ok(), "the next burst is whole");
+    let late = Arc::new(AtomicBool::new(true));
+    let rms = BurstOutput { feature: Feature::Rms, device: DeviceIx(7), scale: 1.0 };
+    let velocity =
+        BurstOutput { feature: Feature::Velocity { low_hz: 10.0 }, device: DeviceIx(8), scale: 1.0 };
+    let mut bus = Accelerometer::new(
+        Arc::new(Late(hardware, Arc::clone(&late))),
+        "/dev/spidev0.0".into(),
+        Duration::from_secs(60),
+        ism330dhcx::Settings::default(),
+        vec![rms, velocity],
+    );
+    let poll = bus.poll(anchor(), &[0]);
+    assert_eq!(poll.faults, ["overrun"]);
+    let bad = |r: &common::reading::Reading| r.quality == Quality::Bad && r.value.is_nan();
+    assert!(poll.readings.len() == 2 && poll.readings.iter().all(bad), "{poll:?}");
+    late.store(false, Ordering::Relaxed);
+    let poll = bus.poll(anchor(), &[0]);
+    assert!(poll.faults.is_empty(), "the next burst is whole: {poll:?}");
+    assert_eq!(poll.readings.iter().map(|r| r.device).collect::<Vec<_>>(), [DeviceIx(7), DeviceIx(8)]);
+    assert!(poll.readings.iter().all(|r| r.quality == Quality::Good && r.value > 0.0), "{poll:?}");
 }
 
 #[test]

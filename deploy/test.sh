@@ -147,9 +147,15 @@ step_sigkill() {
     --data-dir "$scratch/sigkill" --backfill "$backfill" --for 15s
 }
 
+step_chaos() {
+  build_demo
+  "$venv/bin/python" deploy/judges/judge_chaos.py "$CARGO_TARGET_DIR/demo/firmware-sim" \
+    --data-dir "$scratch/chaos" --kills 20
+}
+
 # --- in their order: cheap ones first ---------------------------------------------------------------------------
 
-all=(tools format tree lint broker train judges clippy unit demo sigkill)
+all=(tools format tree lint broker train judges clippy unit demo sigkill chaos)
 steps=("$@")
 if ((${#steps[@]} == 0)); then steps=("${all[@]}"); fi
 for name in "${steps[@]}"; do

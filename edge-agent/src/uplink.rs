@@ -104,6 +104,7 @@ pub struct Metrics {
     published: Family<InLane, Counter>,
     connected: Gauge,
     awaiting: Gauge,
+    unacknowledged: Gauge,
     unknown_acks: Counter,
 }
 
@@ -120,6 +121,11 @@ impl Metrics {
         );
         registry.register("edge_connected", "1 while the data connection stands", own.connected.clone());
         registry.register("edge_awaiting_cloud", "Messages that only the broker has", own.awaiting.clone());
+        registry.register(
+            "edge_unacknowledged_messages",
+            "Messages sealed that their next owner has not acknowledged",
+            own.unacknowledged.clone(),
+        );
         registry.register(
             "edge_unknown_acks",
             "Acknowledgements of what this agent does not hold",
@@ -324,6 +330,7 @@ impl Uplink {
             for (lane, head) in Lane::ALL.into_iter().zip(self.outbox.heads()) {
                 self.delivery.appended(lane, head);
             }
+            self.metrics.unacknowledged.set(self.delivery.unacknowledged().cast_signed());
         }
     }
 

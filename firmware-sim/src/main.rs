@@ -3,7 +3,7 @@
 use std::{ffi::OsString, process::ExitCode};
 
 use clap::Parser;
-use firmware_sim::{chips, demo, fleet};
+use firmware_sim::{chaos, chips, demo, fleet};
 
 /// Simulated chips and plants for Tailrace, and the one-command demo
 #[derive(Parser)]
@@ -13,6 +13,7 @@ use firmware_sim::{chips, demo, fleet};
   cargo demo                                   everything, live, until Ctrl-C
   cargo demo -- --backfill 6h --for 60s        six hours of history, a minute live, then the ledger
   firmware-sim fleet --url mqtt://127.0.0.1:1883 --gateways 10 --readings 1000000
+  firmware-sim chaos --kills 20 --data-dir /tmp/chaos   the real programs under SIGKILL, then the audit
   firmware-sim chips                           which chips are simulated and what they show"
 )]
 enum Command {
@@ -22,6 +23,8 @@ enum Command {
     Chips,
     /// Send readings of many gateways to a broker, as fast as they are taken
     Fleet(fleet::Options),
+    /// Kill the real programs at random under load, then account for every reading; needs mosquitto
+    Chaos(chaos::Options),
     /// A part of the demo, started by it
     #[command(hide = true)]
     Child {
@@ -50,6 +53,7 @@ async fn main() -> ExitCode {
         Command::Demo(options) => demo::run(options).await,
         Command::Chips => chips::list().map(|()| ExitCode::SUCCESS),
         Command::Fleet(options) => fleet::run(options).await.map(|()| ExitCode::SUCCESS),
+        Command::Chaos(options) => chaos::run(options).await,
         Command::Child { role } => demo::run_child(role).await.map(|()| ExitCode::SUCCESS),
     };
     done.unwrap_or_else(|e| {

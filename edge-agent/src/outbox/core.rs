@@ -117,7 +117,8 @@ impl Core {
         }
         self.make_room(now)?;
         let carries = |lane: Lane| drafts.iter().any(|d| d.lane == lane && d.batch.num_rows() > 0);
-        // Metadata and the census of empty drafts go with the lane that is written last.
+        // Metadata, the census of empty drafts, and how far the readings have come go with the lane that is written
+        // last: after a crash between two lanes, sources go on before the readings that were not written.
         let home = [Lane::Readings, Lane::Aggregates, Lane::Anomalies]
             .into_iter()
             .find(|lane| carries(*lane))
@@ -131,12 +132,12 @@ impl Core {
                     continue;
                 }
                 count(&mut write.census, draft);
-                write.last_event = write.last_event.max(Some(draft.last_event));
                 if has_rows {
                     write.batches.push(&draft.batch);
                 }
             }
             if lane == home {
+                write.last_event = drafts.iter().map(|draft| draft.last_event).max();
                 write.meta =
                     meta.iter().map(|(name, value)| (*name, self.stamp + 1, value.as_slice())).collect();
             }

@@ -164,10 +164,17 @@ impl LaneStore {
         let (number, active, manifest) = match active {
             Some(found) => found,
             None => {
+                // After a kill between the end of a generation and the next one's beginning, the caller's entries go on.
+                let kept = match &last {
+                    Some((number, manifest)) if manifest.closed => entries(&dir_of(&dir, *number)),
+                    _ => Vec::new(),
+                };
+                let kept: Vec<_> =
+                    kept.iter().map(|(name, at, value)| (name.as_str(), *at, &value[..])).collect();
                 let number = last.as_ref().map_or(1, |(number, _)| number + 1);
                 let mut state = last.map(|(_, m)| State { next: m.range().end.max(m.state.next), ..m.state });
                 let state = state.take().unwrap_or_default();
-                let (generation, manifest) = create(&dir, number, state, &[])?;
+                let (generation, manifest) = create(&dir, number, state, &kept)?;
                 (number, generation, manifest)
             }
         };
@@ -553,6 +560,11 @@ fn recover(dir: &Path, lane: Lane, manifest: &Manifest) -> Result<(Generation, M
     }
     recovered.state = state;
     Ok((generation, recovered))
+}
+
+/// The caller's entries in a closed generation; none where it cannot be read, which is found when it is delivered.
+fn entries(dir: &Path) -> Vec<(String, u64, Vec<u8>)> {
+    Generation::open(dir).and_then(|generation| generation.meta(dir)).unwrap_or_default()
 }
 
 /// Makes a generation; its manifest, written last, makes it count.

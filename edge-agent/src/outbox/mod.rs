@@ -17,7 +17,7 @@
 //!
 //! * **Durable on return.** [`Outbox::append`] makes one sled transaction and one fsync per lane that it touches:
 //!   one for readings alone. Messages, their census, and the lane's state are one transaction; the caller's
-//!   metadata goes into the last one, so it is never ahead of the messages.
+//!   metadata and [`Outbox::last_event_time`] go into the last one, so they are never ahead of the messages.
 //! * **Declared once.** Counts wait in the state of the lane that they came with, under a number. The control
 //!   message that declares them and the number that it declares are one transaction in the control lane; after a
 //!   crash, counts with a declared number are not declared again. Counts are declared every `census_every` of

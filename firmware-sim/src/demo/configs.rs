@@ -186,14 +186,14 @@ pub(super) fn cloud(lake: &Path, mqtt_port: u16, pg_port: u16, http_port: u16) -
 }
 
 /// The `file://` URL of the lake's folder, which is made where it does not exist.
-pub(super) fn store_url(lake: &Path) -> anyhow::Result<String> {
+pub(crate) fn store_url(lake: &Path) -> anyhow::Result<String> {
     std::fs::create_dir_all(lake).with_context(|| format!("cannot write to {}", lake.display()))?;
     let absolute = lake.canonicalize().with_context(|| format!("finding {}", lake.display()))?;
     Ok(format!("file://{}", absolute.to_str().context("the data folder's path is not UTF-8")?))
 }
 
 /// A path as a TOML string, absolute.
-fn quoted(path: &Path) -> anyhow::Result<String> {
+pub(crate) fn quoted(path: &Path) -> anyhow::Result<String> {
     let absolute = std::path::absolute(path).with_context(|| format!("finding {}", path.display()))?;
     let text = absolute.to_str().with_context(|| format!("{} is not UTF-8", path.display()))?;
     Ok(toml::Value::String(text.to_owned()).to_string())

@@ -95,7 +95,10 @@ step_unit() {
   fi
 }
 
-step_train() { "$venv/bin/python" deploy/train/train.py --check; }
+step_train() {
+  "$venv/bin/python" deploy/train/train.py --check
+  "$venv/bin/python" deploy/train/level_shift.py --check
+}
 
 step_lint() {
   local file out

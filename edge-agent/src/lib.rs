@@ -13,5 +13,6 @@ pub mod pipeline;
 pub mod seal;
 pub mod settings;
 pub mod source;
+pub mod trial;
 pub mod uplink;
 pub mod window;

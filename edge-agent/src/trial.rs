@@ -21,6 +21,7 @@ use crate::{
         calibrate::{self, Entry},
         machine::Purpose,
     },
+    page::Latest,
     pipeline::{Refine, load_models},
     settings::{ReplayForm, Settings, Source},
     source::replay::{self, Row},
@@ -126,7 +127,8 @@ fn stages(settings: &Settings, purpose: Purpose) -> anyhow::Result<Refine> {
     }
     ensure!(!models.status().is_empty(), "there is no model in models.dir");
     let (status, _) = watch::channel(Vec::new());
-    Ok(Refine::new(settings, models, Arc::new(Metrics::default()), status))
+    let latest = Arc::new(Latest::new(settings.registry.devices.len()));
+    Ok(Refine::new(settings, models, Arc::new(Metrics::default()), status, latest))
 }
 
 /// `input`, read as the configuration says of its one recorded file.

@@ -98,6 +98,7 @@ step_unit() {
 step_train() {
   "$venv/bin/python" deploy/train/train.py --check
   "$venv/bin/python" deploy/train/vibration.py --check
+  "$venv/bin/python" deploy/train/level_shift.py --check
 }
 
 step_lint() {

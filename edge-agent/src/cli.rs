@@ -24,9 +24,11 @@ use tokio::{
 
 use crate::{
     clock::{self, Machine},
-    model::{Models, bundle::Bundle},
+    model::{bundle::Bundle, machine::Purpose},
+    pipeline,
     settings::{JsonTopic, MqttSettings, Settings, Source},
     source::{self, LinuxHardware, mqtt},
+    trial,
 };
 
 const EXAMPLES: &str = "Examples:
@@ -34,6 +36,8 @@ const EXAMPLES: &str = "Examples:
   edge-agent discover --i2c /dev/i2c-1 --out edge-agent.toml
   edge-agent sensors --config /etc/tailrace/edge-agent.toml
   edge-agent run --config /etc/tailrace/edge-agent.toml
+  edge-agent calibrate --config edge-agent.toml --input recorded.csv --rows 3600
+  edge-agent try --config edge-agent.toml --input recorded.csv --out predictions.csv
   edge-agent model verify /var/lib/tailrace/models/tep-process
   TAILRACE_EDGE__MQTT__URL=mqtts://broker.example:8883 edge-agent run --config edge-agent.toml
 
@@ -62,6 +66,38 @@ enum Command {
     Sensors,
     /// Look for sensors and write a configuration of what was found; stop the agent first
     Discover(discover::Where),
+    /// Fit what is normal for this machine on a recording of it, and write it beside the model
+    ///
+    /// Refused, with exit status 1, while the machine still drifts.
+    Calibrate {
+        /// The model, where models.dir has several that are calibrated
+        #[arg(long, value_name = "NAME")]
+        model: Option<String>,
+        /// Recorded file, read as the configuration's [[replay]] says of its own
+        #[arg(long, value_name = "FILE")]
+        input: PathBuf,
+        /// How many of its rows; the machine must be in order in all of them
+        #[arg(long, value_name = "N")]
+        rows: usize,
+        /// Without it, calibration.toml in the model's folder, where the agent looks for it
+        #[arg(long, value_name = "FILE")]
+        out: Option<PathBuf>,
+    },
+    /// Run a recorded file through the filter, the windows and the models
+    ///
+    /// Writes datetime,anomaly,score, one line a row: whether an anomaly is open after the row, and the score over
+    /// its threshold.
+    Try {
+        /// Recorded file, read as the configuration's [[replay]] says of its own
+        #[arg(long, value_name = "FILE")]
+        input: PathBuf,
+        /// Where the predictions go
+        #[arg(long, value_name = "FILE")]
+        out: PathBuf,
+        /// Calibrate on so many rows first, instead of by calibration.toml
+        #[arg(long, value_name = "N")]
+        calibrate_rows: Option<usize>,
+    },
     /// Models
     #[command(subcommand)]
     Model(ModelCommand),
@@ -97,6 +133,14 @@ fn execute(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Check => Ok(check(&settings()?)),
         Command::Sensors => sensors(&settings()?),
         Command::Discover(places) => discover::execute(&places),
+        Command::Calibrate { model, input, rows, out } => {
+            trial::calibrate(&settings()?, model.as_deref(), &input, rows, out.as_deref())?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Try { input, out, calibrate_rows } => {
+            trial::predict(&settings()?, &input, &out, calibrate_rows)?;
+            Ok(ExitCode::SUCCESS)
+        }
         Command::Model(ModelCommand::Verify { folder: Some(folder) }) => verify(&folder),
         Command::Model(ModelCommand::Verify { folder: None }) => Ok(models(&settings()?)),
     }
@@ -137,7 +181,7 @@ fn run(settings: Settings) -> anyhow::Result<()> {
 
 /// Prints every configured model's state; fails when one cannot be used.
 fn models(settings: &Settings) -> ExitCode {
-    let models = Models::load(settings.models.as_deref(), &settings.registry, settings.window.width);
+    let (models, _) = pipeline::load_models(settings, Purpose::Score);
     let mut code = ExitCode::SUCCESS;
     for status in models.status() {
         telemetry::print_line(format_args!("model {}: {}", status.name, status.state));

@@ -18,6 +18,7 @@ pub mod pipeline;
 pub mod seal;
 pub mod settings;
 pub mod source;
+pub mod trial;
 pub mod uplink;
 pub mod vibration;
 pub mod window;

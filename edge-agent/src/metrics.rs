@@ -46,8 +46,15 @@ struct Model {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct Scored {
+struct ModelWindow {
+    model: String,
     outcome: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Machine {
+    model: String,
+    machine: String,
 }
 
 /// Counts of the stages up to the outbox; delivery has its own.
@@ -57,9 +64,9 @@ pub struct Metrics {
     marks: Family<Marked, Counter>,
     faults: Family<Why, Counter>,
     aggregates: Counter,
-    windows_scored: Family<Scored, Counter>,
+    model_windows: Family<ModelWindow, Counter>,
     models: Family<Model, Gauge>,
-    scores: Family<Model, Gauge<f64, AtomicU64>>,
+    scores: Family<Machine, Gauge<f64, AtomicU64>>,
     events: Counter,
     seals: Counter,
     clock_set: Gauge,
@@ -87,8 +94,8 @@ impl Metrics {
         );
         registry.register(
             "edge_model_windows",
-            "Windows by whether they were scored",
-            own.windows_scored.clone(),
+            "Windows of the models by what became of them: scored, failed, incomplete, standing",
+            own.model_windows.clone(),
         );
         registry.register(
             "edge_model_active",
@@ -143,13 +150,21 @@ impl Metrics {
         self.models.get_or_create(&Model { model: name.to_owned() }).set(active.into());
     }
 
-    /// The score of a window, or none where an input was missing.
-    pub fn scored(&self, model: &str, score: Option<f64>) {
-        let outcome = if score.is_some() { "scored" } else { "unscored" };
-        self.windows_scored.get_or_create(&Scored { outcome }).inc();
-        if let Some(score) = score {
-            self.scores.get_or_create(&Model { model: model.to_owned() }).set(score);
-        }
+    /// What became of a model's window.
+    pub fn window(&self, model: &str, outcome: &'static str) {
+        self.model_windows.get_or_create(&ModelWindow { model: model.to_owned(), outcome }).inc();
+    }
+
+    /// The score of a machine's window.
+    pub fn score(&self, model: &str, machine: &str, score: f64) {
+        let label = Machine { model: model.to_owned(), machine: machine.to_owned() };
+        self.scores.get_or_create(&label).set(score);
+    }
+
+    /// Readings that came too late or too early for the windows of a model.
+    pub fn missed_by_models(&self, missed: Missed) {
+        self.add("model", "late", missed.late);
+        self.add("model", "early", missed.early);
     }
 
     /// Anomalies raised or cleared.

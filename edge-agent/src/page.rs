@@ -240,7 +240,9 @@ mod tests {
         let file = folder.path().join("edge-agent.toml");
         std::fs::write(&file, CONFIG).unwrap();
         let (latest, mut registry) = (Arc::new(Latest::new(2)), telemetry::registry());
-        let bad = ModelStatus { name: "m".into(), sha256: String::new(), state: "no golden.json".into() };
+        let (sha256, calibration_sha256) = (String::new(), String::new());
+        let bad =
+            ModelStatus { name: "m".into(), sha256, calibration_sha256, state: "no golden.json".into() };
         let page = Page {
             settings: Arc::new(Settings::load(Some(&file)).unwrap()),
             epoch: Uuid::nil(),

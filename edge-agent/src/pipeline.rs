@@ -2,8 +2,8 @@
 //!
 //! ```text
 //! source ─┐
-//! source ─┼─ Polled ─▶ refine: filter → windows → models ─ Processed ─▶ seal ─ drafts ─▶ outbox ─▶ uplink
-//! source ─┘  (64)                                          (16)                 (disk)
+//! source ─┼─ Polled ─▶ refine: filter → windows, models ─ Processed ─▶ seal ─ drafts ─▶ outbox ─▶ uplink
+//! source ─┘  (64)                                         (16)                 (disk)
 //! ```
 //!
 //! | stage | core | shell | ends when |
@@ -41,7 +41,12 @@ use crate::{
     census::Outcome,
     filter::Filter,
     metrics::{self, Metrics},
-    model::{Models, episode::Event},
+    model::{
+        Models,
+        episode::Event,
+        folder::{self, Change, Folder},
+        machine::Purpose,
+    },
     outbox::{Limits, Outbox},
     page::{Latest, Page},
     seal::{Cut, Processed, Sealer},
@@ -55,10 +60,14 @@ use crate::{
 const POLLED: usize = 64;
 /// Batches that wait to be sealed.
 const PROCESSED: usize = 16;
+/// Bundles that wait to be taken over.
+const CHANGES: usize = 4;
 /// How long the uplink may take its leave when the clock begins anew; what it holds is in the outbox too.
 const LEAVE: Duration = Duration::from_millis(500);
-/// Where the outbox keeps the open episodes.
+/// Where the outbox keeps the open episodes and the models' states.
 const EPISODES: &str = "episodes";
+/// How often, in the gateway's time, the states are kept: as much of their memory a kill may cost.
+const KEEP_STATES: Duration = Duration::from_secs(60);
 
 /// Runs the agent until `stop` turns true or its sender is dropped, until every recorded file has ended and there are
 /// no buses, or until the clock has ended: then the agent is to be run again by another one ([`crate::clock`]). Where
@@ -80,8 +89,7 @@ pub async fn run<H: Hardware>(
         Some(address) => Some(metrics::listen(address).await?),
         None => None,
     };
-    let (outbox, mut models) = open(Arc::clone(&settings), clock.now()).await?;
-    models.report(&metrics);
+    let (outbox, mut models, folder) = open(Arc::clone(&settings), clock.now()).await?;
     metrics.clock_set(!clock.now().is_provisional());
     let resumed = resume(&outbox, &mut models, clock.now())?;
     let resume_after = outbox.last_event_time();
@@ -90,8 +98,7 @@ pub async fn run<H: Hardware>(
         devices = settings.registry.devices.len(), sources = settings.sources.len(),
         resume_after = resume_after.map(|at| at.to_string()), "agent starts"
     );
-    // Models are loaded once, so their states do not change and the sender may go.
-    let (_, model_states) = watch::channel(models.status().to_vec());
+    let (status, model_status) = watch::channel(models.status());
     let latest = Arc::new(Latest::new(settings.registry.devices.len()));
     let page = Page {
         settings: Arc::clone(&settings),
@@ -99,7 +106,7 @@ pub async fn run<H: Hardware>(
         started_at: clock.now(),
         clock: Arc::clone(&clock),
         latest: Arc::clone(&latest),
-        models: model_states.clone(),
+        models: model_status.clone(),
         delivery: delivery_metrics.clone(),
     };
     let served =
@@ -109,7 +116,7 @@ pub async fn run<H: Hardware>(
     let (stop_uplink, uplink_stopped) = watch::channel(false);
     let mut uplink = tokio::spawn(uplink::run(
         outbox.clone(),
-        uplink_settings(&settings, model_states),
+        uplink_settings(&settings, model_status),
         Arc::clone(&settings.registry),
         Arc::clone(&clock),
         delivery_metrics,
@@ -120,8 +127,11 @@ pub async fn run<H: Hardware>(
     let mut seal =
         tokio::spawn(seal(sealer, to_seal, outbox.clone(), Arc::clone(&clock), Arc::clone(&metrics)));
     let (polled, to_refine) = mpsc::channel(POLLED);
-    let stages = Refine::new(&settings, models, Arc::clone(&metrics), latest);
-    let refine = tokio::spawn(refine(stages, resumed, to_refine, processed));
+    let (changed, changes) = mpsc::channel(CHANGES);
+    let watched = folder.zip(settings.models.poll);
+    let watched = watched.map(|(folder, every)| tokio::spawn(folder::watch(folder, every, changed)));
+    let stages = Refine::new(&settings, models, Arc::clone(&metrics), status, latest);
+    let refine = tokio::spawn(refine(stages, resumed, to_refine, changes, processed));
     let (stop_sources, sources_stopped) = watch::channel(false);
     let context = source::Context {
         hardware: Arc::new(hardware),
@@ -158,6 +168,9 @@ pub async fn run<H: Hardware>(
         note("source", ended);
     }
     note("refine", refine.await.map(Ok));
+    if let Some(watched) = watched {
+        note("models", watched.await);
+    }
     if !seal_ended {
         note("seal", seal.await);
     }
@@ -187,13 +200,27 @@ pub async fn run<H: Hardware>(
 }
 
 /// Opens what blocks: the outbox, and the models with their verification.
-async fn open(settings: Arc<Settings>, now: Timestamp) -> anyhow::Result<(Outbox, Models)> {
+async fn open(settings: Arc<Settings>, now: Timestamp) -> anyhow::Result<(Outbox, Models, Option<Folder>)> {
     let opened = task::spawn_blocking(move || {
         let outbox = Outbox::open(&settings.outbox.dir, limits(&settings.outbox), now)?;
-        let models = Models::load(settings.models.as_deref(), &settings.registry, settings.window.width);
-        anyhow::Ok((outbox, models))
+        let (models, folder) = load_models(&settings, Purpose::Score);
+        anyhow::Ok((outbox, models, folder))
     });
     opened.await?
+}
+
+/// The models as their folder holds them. Blocks.
+pub(crate) fn load_models(settings: &Settings, purpose: Purpose) -> (Models, Option<Folder>) {
+    let (registry, lateness) = (Arc::clone(&settings.registry), settings.window.lateness);
+    let mut models = Models::new(registry, lateness, settings.models.budget, purpose);
+    if purpose == Purpose::Score {
+        models.calibrate_over(settings.models.calibrate_over);
+    }
+    let mut folder = settings.models.dir.clone().map(Folder::new);
+    for change in folder.iter_mut().flat_map(Folder::load) {
+        models.apply(change);
+    }
+    (models, folder)
 }
 
 fn limits(settings: &OutboxSettings) -> Limits {
@@ -248,28 +275,41 @@ async fn first_failure_or_end(
 }
 
 /// The cores between sources and seal.
-struct Refine {
+pub(crate) struct Refine {
     filter: Filter,
     windows: Windows,
-    models: Models,
+    pub(crate) models: Models,
     metrics: Arc<Metrics>,
     latest: Arc<Latest>,
+    status: watch::Sender<Vec<ModelStatus>>,
     last_at: Timestamp,
+    /// When the models' state was kept.
+    kept_at: Timestamp,
 }
 
 impl Refine {
-    fn new(settings: &Settings, models: Models, metrics: Arc<Metrics>, latest: Arc<Latest>) -> Self {
-        Self {
+    pub(crate) fn new(
+        settings: &Settings,
+        models: Models,
+        metrics: Arc<Metrics>,
+        status: watch::Sender<Vec<ModelStatus>>,
+        latest: Arc<Latest>,
+    ) -> Self {
+        let mut stages = Self {
             filter: Filter::new(settings.checks.clone()),
             windows: Windows::new(settings.window, settings.registry.devices.len()),
             models,
             metrics,
             latest,
+            status,
             last_at: Timestamp::default(),
-        }
+            kept_at: Timestamp::default(),
+        };
+        stages.tell();
+        stages
     }
 
-    fn process(&mut self, polled: Polled) -> Processed {
+    pub(crate) fn process(&mut self, polled: Polled) -> Processed {
         let Polled { at, mut readings, mut census } = polled;
         self.last_at = self.last_at.max(at);
         self.metrics.polled(&census);
@@ -281,7 +321,7 @@ impl Refine {
         let mut missed = Missed::default();
         let aggregates = self.windows.push(at, &readings, &mut missed);
         self.metrics.windowed(given, missed, aggregates.len() as u64);
-        let events = self.models.score(&aggregates, &self.metrics);
+        let events = self.models.push(at, &readings, &self.metrics);
         let held = self.filter.hold(&mut readings);
         for reading in &held {
             census.add(reading.ts, Outcome::Held, 1);
@@ -291,16 +331,35 @@ impl Refine {
         Processed { readings, aggregates, events, census, last_event, episodes }
     }
 
+    /// Takes over what has changed in the models' folder.
+    fn exchange(&mut self, change: Change) -> Processed {
+        let events = self.models.apply(change);
+        let episodes = self.changed(&events);
+        Processed { events, episodes, ..Processed::default() }
+    }
+
     fn finish(&mut self) -> Processed {
         let aggregates = self.windows.flush();
-        let mut events = self.models.score(&aggregates, &self.metrics);
-        events.extend(self.models.stop(self.last_at));
-        let episodes = self.changed(&events);
+        let events = self.models.stop(&self.metrics);
+        let episodes = Some(self.models.state());
         Processed { aggregates, events, episodes, ..Processed::default() }
     }
 
-    fn changed(&self, events: &[Event]) -> Option<Vec<u8>> {
-        (!events.is_empty()).then(|| self.models.state())
+    /// What is to be kept of the models over a restart, if it is time to.
+    fn changed(&mut self, events: &[Event]) -> Option<Vec<u8>> {
+        self.tell();
+        let due = self.models.stateful() && self.last_at.since(self.kept_at) >= KEEP_STATES;
+        if events.is_empty() && !due {
+            return None;
+        }
+        self.kept_at = self.last_at;
+        Some(self.models.state())
+    }
+
+    fn tell(&mut self) {
+        if let Some(status) = self.models.news(&self.metrics) {
+            self.status.send_replace(status);
+        }
     }
 }
 
@@ -308,6 +367,7 @@ async fn refine(
     mut stages: Refine,
     resumed: Option<Processed>,
     mut polled: mpsc::Receiver<Polled>,
+    mut changes: mpsc::Receiver<Change>,
     processed: mpsc::Sender<Processed>,
 ) {
     if let Some(resumed) = resumed
@@ -315,8 +375,16 @@ async fn refine(
     {
         return;
     }
-    while let Some(batch) = polled.recv().await {
-        if processed.send(stages.process(batch)).await.is_err() {
+    loop {
+        let next = tokio::select! {
+            batch = polled.recv() => match batch {
+                Some(batch) => stages.process(batch),
+                None => break,
+            },
+            // Without a watched folder, no change ever comes.
+            Some(change) = changes.recv() => stages.exchange(change),
+        };
+        if processed.send(next).await.is_err() {
             return;
         }
     }

@@ -64,8 +64,8 @@ pub struct Settings {
     pub outbox: OutboxSettings,
     /// Tumbling windows.
     pub window: WindowSettings,
-    /// Folder of model bundles.
-    pub models: Option<PathBuf>,
+    /// Models.
+    pub models: ModelSettings,
     /// Where `/metrics`, `/healthz` and the gateway's page answer.
     pub listen: Option<SocketAddr>,
 }
@@ -81,10 +81,11 @@ impl Settings {
 
     fn read(layers: &Layers<'_>, env: impl IntoIterator<Item = (String, String)>) -> Result<Self, Mistakes> {
         let table: toml::Table = config::load_with_env(layers, env)?;
+        let folder = layers.file.and_then(Path::parent).unwrap_or(Path::new(""));
         let origin = layers.file.map_or_else(|| "the environment".to_owned(), |p| p.display().to_string());
         let sha256 = format!("{:x}", Sha256::digest(table.to_string()));
         match table.try_into::<file::File>() {
-            Ok(file) => check::check(file, sha256, origin),
+            Ok(file) => check::check(file, sha256, origin, folder),
             Err(e) => {
                 let mut mistakes = Mistakes::of(origin);
                 mistakes.add("value", e.to_string().trim_end().replace('\n', " "), "see default.toml");
@@ -373,6 +374,19 @@ pub struct ClockSettings {
     pub trust: bool,
     /// For how long after the machine's start messages wait for it to be set.
     pub wait: Duration,
+}
+
+/// Models.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ModelSettings {
+    /// Folder with one bundle a sub-folder.
+    pub dir: Option<PathBuf>,
+    /// How often it is looked at for changes; none for never.
+    pub poll: Option<Duration>,
+    /// Most time that a model may take for a window.
+    pub budget: Duration,
+    /// On how much of what it reads the agent calibrates a model itself; none for not at all.
+    pub calibrate_over: Option<Duration>,
 }
 
 /// Tumbling windows in event time.

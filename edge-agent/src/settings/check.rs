@@ -17,8 +17,8 @@ use common::{
 };
 
 use super::{
-    Checks, ClockSettings, Deadband, I2cChip, I2cProbe, MqttSettings, OutboxSettings, ReplayForm, Settings,
-    Source, UplinkSettings, WindowSettings,
+    Checks, ClockSettings, Deadband, I2cChip, I2cProbe, ModelSettings, MqttSettings, OutboxSettings,
+    ReplayForm, Settings, Source, UplinkSettings, WindowSettings,
     file::{self, File},
     modbus, mqtt_source,
 };
@@ -31,7 +31,8 @@ const MAX_LOOP_A: f64 = 0.0215;
 /// The converter's range in V.
 const ADC_FULL_SCALE_V: f64 = 4.096;
 
-pub(super) fn check(file: File, sha256: String, origin: String) -> Result<Settings, Mistakes> {
+/// `folder` is the one of the configuration file.
+pub(super) fn check(file: File, sha256: String, origin: String, folder: &Path) -> Result<Settings, Mistakes> {
     let mut m = Mistakes::of(origin);
     for (key, name) in [("site", &file.site), ("gateway", &file.gateway)] {
         m.require(
@@ -44,7 +45,7 @@ pub(super) fn check(file: File, sha256: String, origin: String) -> Result<Settin
     let no_dir = file.data_dir.as_os_str().is_empty();
     m.require(!no_dir, "data_dir", "it is empty", "name a folder on a local disk");
     check_assets(&file.asset, &file.device, &mut m);
-    let checks = check_devices(&file.device, &file.asset, &mut m);
+    let checks = check_devices(&file.device, &file.filter, &file.asset, &mut m);
     let registry =
         Registry { assets: file.asset, devices: file.device.into_iter().map(|entry| entry.device).collect() };
     let mut bind = Binding { registry: &registry, bound: BTreeMap::new() };
@@ -73,7 +74,7 @@ pub(super) fn check(file: File, sha256: String, origin: String) -> Result<Settin
         uplink: check_uplink(file.uplink, &mut m),
         outbox: check_outbox(file.outbox, file.data_dir.join("outbox"), &mut m),
         window: check_window(&file.window, &mut m),
-        models: (!file.models.dir.as_os_str().is_empty()).then_some(file.models.dir),
+        models: check_models(&file.models, folder, &mut m),
         listen: check_listen(&file.metrics.listen, &mut m),
         clock: ClockSettings { trust: file.clock.trust, wait: file.clock.wait },
         source_timeout: at_least("source.timeout", file.source.timeout, Duration::from_millis(100), &mut m),
@@ -106,10 +107,23 @@ fn check_assets(assets: &[Asset], devices: &[file::DeviceEntry], m: &mut Mistake
     }
 }
 
-fn check_devices(entries: &[file::DeviceEntry], assets: &[Asset], m: &mut Mistakes) -> Vec<Checks> {
+fn check_devices(
+    entries: &[file::DeviceEntry],
+    filters: &[file::FilterTable],
+    assets: &[Asset],
+    m: &mut Mistakes,
+) -> Vec<Checks> {
+    for table in filters {
+        let some = entries.iter().any(|entry| table.matches(&entry.device.id));
+        let key = format!("filter {:?}", table.devices);
+        m.require(some, &key, "no device's id matches", "write * for any text, such as \"pump-*/speed\"");
+    }
     let mut all = Vec::with_capacity(entries.len());
     for (i, file::DeviceEntry { device, filter }) in entries.iter().enumerate() {
         let key = format!("device {:?}", device.id);
+        // The device's own keys, then those of the tables that mean it, in their order.
+        let tables = filters.iter().filter(|table| table.matches(&device.id));
+        let filter = tables.fold(filter.clone(), |filter, table| filter.or(&table.filter));
         m.require(!device.id.is_empty(), &key, "its id is empty", "name it, such as \"pump-01/speed\"");
         let twice = entries[..i].iter().any(|e| e.device.id == device.id);
         m.require(!twice, &key, "the id stands twice", "give each device a name of its own");
@@ -406,6 +420,22 @@ fn check_window(window: &file::Window, m: &mut Mistakes) -> WindowSettings {
     let problem = format!("{} is more than 1000 windows", duration::format(window.revise_for));
     m.require(kept, "window.revise_for", problem, "lower it; older readings still reach the lake");
     WindowSettings { width, lateness: window.lateness, revise_for: window.revise_for }
+}
+
+fn check_models(models: &file::Models, folder: &Path, m: &mut Mistakes) -> ModelSettings {
+    ModelSettings {
+        dir: (!models.dir.as_os_str().is_empty()).then(|| folder.join(&models.dir)),
+        poll: (!models.poll.is_zero())
+            .then(|| at_least("models.poll", models.poll, Duration::from_millis(100), m)),
+        budget: at_least("models.budget", models.budget, Duration::from_millis(1), m),
+        calibrate_over: (!models.calibrate_over.is_zero()).then(|| {
+            let minute = Duration::from_secs(60);
+            let over = at_least("models.calibrate_over", models.calibrate_over, minute, m);
+            let problem = format!("{} is more than 7d", duration::format(over));
+            m.require(over <= 7 * 24 * 60 * minute, "models.calibrate_over", problem, "lower it");
+            over
+        }),
+    }
 }
 
 fn check_listen(listen: &str, m: &mut Mistakes) -> Option<SocketAddr> {

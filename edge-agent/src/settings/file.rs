@@ -20,6 +20,7 @@ pub struct File {
     pub data_dir: PathBuf,
     pub asset: Vec<Asset>,
     pub device: Vec<DeviceEntry>,
+    pub filter: Vec<FilterTable>,
     pub i2c: Vec<I2cBus>,
     pub spi: Vec<SpiDevice>,
     pub modbus: Vec<ModbusBus>,
@@ -43,6 +44,14 @@ pub struct DeviceEntry {
     pub filter: DeviceFilter,
 }
 
+/// The filter of all devices whose id matches.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(try_from = "toml::Table")]
+pub struct FilterTable {
+    pub devices: String,
+    pub filter: DeviceFilter,
+}
+
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DeviceFilter {
@@ -62,6 +71,43 @@ impl TryFrom<toml::Table> for DeviceEntry {
             filter.extend(table.remove_entry(key));
         }
         Ok(Self { device: table.try_into()?, filter: filter.try_into()? })
+    }
+}
+
+impl TryFrom<toml::Table> for FilterTable {
+    type Error = toml::de::Error;
+
+    fn try_from(mut table: toml::Table) -> Result<Self, Self::Error> {
+        let missing = || <toml::de::Error as serde::de::Error>::missing_field("devices");
+        let devices = table.remove("devices").ok_or_else(missing)?.try_into()?;
+        Ok(Self { devices, filter: table.try_into()? })
+    }
+}
+
+impl FilterTable {
+    /// Whether a device is meant: `*` stands for any text.
+    pub fn matches(&self, id: &str) -> bool {
+        let mut parts = self.devices.split('*');
+        let first = parts.next().unwrap_or_default();
+        let Some(mut rest) = id.strip_prefix(first) else { return false };
+        let Some(last) = parts.next_back() else { return rest.is_empty() };
+        for part in parts {
+            let Some(at) = rest.find(part) else { return false };
+            rest = &rest[at + part.len()..];
+        }
+        rest.ends_with(last)
+    }
+}
+
+impl DeviceFilter {
+    /// What it leaves out is as in `other`.
+    pub fn or(&self, other: &Self) -> Self {
+        Self {
+            stuck_after: self.stuck_after.or(other.stuck_after),
+            rate_limit: self.rate_limit.or(other.rate_limit),
+            deadband: self.deadband.or(other.deadband),
+            heartbeat: self.heartbeat.or(other.heartbeat),
+        }
     }
 }
 
@@ -325,6 +371,12 @@ pub struct Window {
 #[serde(deny_unknown_fields)]
 pub struct Models {
     pub dir: PathBuf,
+    #[serde(with = "duration")]
+    pub poll: Duration,
+    #[serde(with = "duration")]
+    pub budget: Duration,
+    #[serde(with = "duration")]
+    pub calibrate_over: Duration,
 }
 
 #[derive(Clone, Debug, Deserialize)]

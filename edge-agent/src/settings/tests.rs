@@ -350,3 +350,24 @@ fn a_source_does_not_listen_to_the_agent_itself() {
         assert_eq!((named, report.is_empty()), (echoes, !echoes), "{filter} at {port}: {report}");
     }
 }
+
+#[test]
+fn a_filter_by_pattern_fills_what_the_device_leaves_out() {
+    let text = format!(
+        "{BASE}[[filter]]\ndevices = \"pump/*\"\nstuck_after = \"1h\"\n\
+         [[filter]]\ndevices = \"*/*ratu*e\"\nstuck_after = \"2h\"\nrate_limit = 3.0\n"
+    );
+    let settings = load(&text, &[]).unwrap();
+    let found: Vec<_> =
+        settings.checks.iter().map(|c| (c.stuck_after.unwrap().as_secs(), c.rate_limit)).collect();
+    assert_eq!(found, [(600, None), (3_600, Some(3.0)), (3_600, None)]);
+    for (table, part) in [
+        ("devices = \"pump\"", "filter \"pump\": no device's id matches"),
+        ("stuck_after = \"1h\"", "missing field `devices`"),
+        ("devices = \"*\"\nrange = [0, 1]", "unknown field `range`"),
+        ("devices = \"pump/vibration\"\ndeadband = 1.0", "deadband and heartbeat need each other"),
+    ] {
+        let error = load(&format!("{BASE}[[filter]]\n{table}\n"), &[]).unwrap_err().to_string();
+        assert!(error.contains(part), "{error}");
+    }
+}

@@ -7,7 +7,7 @@ use anyhow::Context as _;
 
 use crate::plant::{Channel, Layout};
 
-/// Folder of the shipped model bundles, for the agent to load them from.
+/// Folder of the shipped model bundles, beside the configuration.
 pub(super) const MODELS: &str = "models";
 
 /// Between two status messages; three missed ones make a gateway `unknown`.
@@ -75,11 +75,10 @@ pub(super) fn agent(
          [mqtt]\nurl = \"mqtt://{broker}\"\nkeep_alive = \"5s\"\nmax_backoff = \"2s\"\n\n\
          [uplink]\nstatus_every = \"{STATUS_EVERY}\"\ndrain = \"30s\"\n\n\
          [outbox]\ncensus_every = \"5s\"\n\n\
-         [models]\ndir = {models}\n\n\
+         [models]\ndir = \"{MODELS}\"\n\n\
          [metrics]\nlisten = \"{metrics}\"\n{ASSETS}",
         n = gateway + 1,
         home = quoted(&home.join("data"))?,
-        models = quoted(&home.join(MODELS))?,
     );
     for channel in &layout.channels {
         // The span of the transmitter, and as much beyond it as a healthy one can show.

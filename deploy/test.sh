@@ -109,7 +109,11 @@ step_disk() {
   return "$status"
 }
 
-step_train() { "$venv/bin/python" deploy/train/train.py --check; }
+step_train() {
+  "$venv/bin/python" deploy/train/train.py --check
+  "$venv/bin/python" deploy/train/vibration.py --check
+  "$venv/bin/python" deploy/train/level_shift.py --check
+}
 
 step_lint() {
   local file out
@@ -146,6 +150,18 @@ step_judges() {
 # With the flags of the unit tests, so that nothing is compiled twice for other features.
 build_demo() { cargo build --profile demo --locked --workspace --all-targets; }
 
+# Other people's devices on a broker in the plant.
+step_mqtt_source() {
+  build_demo
+  "$venv/bin/python" deploy/judges/judge_mqtt_source.py "$CARGO_TARGET_DIR/demo/edge-agent"
+}
+
+step_modbus() {
+  build_demo
+  "$venv/bin/python" deploy/judges/judge_modbus.py "$CARGO_TARGET_DIR/demo/edge-agent"
+  "$venv/bin/python" deploy/judges/judge_plc.py "$CARGO_TARGET_DIR/demo/firmware-sim" "$CARGO_TARGET_DIR/demo/edge-agent"
+}
+
 step_demo() {
   build_demo
   "$venv/bin/python" deploy/judges/judge_demo.py whole "$CARGO_TARGET_DIR/demo/firmware-sim" \
@@ -163,9 +179,15 @@ step_sigkill() {
     --data-dir "$scratch/sigkill" --backfill "$backfill" --for 15s
 }
 
+step_chaos() {
+  build_demo
+  "$venv/bin/python" deploy/judges/judge_chaos.py "$CARGO_TARGET_DIR/demo/firmware-sim" \
+    --data-dir "$scratch/chaos" --kills 20
+}
+
 # --- in their order: cheap ones first ---------------------------------------------------------------------------
 
-all=(tools format tree lint broker train judges clippy unit disk outbox demo sigkill)
+all=(tools format tree lint broker train judges clippy unit disk modbus mqtt_source outbox demo sigkill chaos)
 steps=("$@")
 if ((${#steps[@]} == 0)); then steps=("${all[@]}"); fi
 for name in "${steps[@]}"; do

@@ -7,18 +7,20 @@
 //! | `identity` | it is of a lane and does not name itself, or names another lane than its topic |
 //! | `payload` | its bytes are not what its stream carries |
 //! | `rows` | it holds another number of rows than it says |
+//! | `clock` | it holds aggregates or anomalies of a gateway whose clock was never set |
 //!
 //! **JSON readings** are an object or an array of objects: `device_id`, `timestamp`, `value`, and, where the
-//! sender knows them, `device_type`, `asset_id`, `unit`, `quality`. A timestamp is RFC 3339 text, or a number
-//! (also as text) of seconds, milliseconds or microseconds since 1970, told apart by its size: below 10¹¹
-//! seconds, below 10¹⁴ milliseconds, above that microseconds. A value is a number, such a number as text, a
-//! boolean (0 or 1), or null. A quality is `good`, `uncertain`, `bad`, or 0, 1, 2. Other layouts are read
-//! through JSON pointers ([`JsonSource`]).
+//! sender knows them, `device_type`, `asset_id`, `unit`, `quality`. [`common::json`] says what is taken for a
+//! timestamp, a value (which may be null, too) and a quality. Other layouts are read through JSON pointers
+//! ([`JsonSource`]).
 
 use arrow::array::RecordBatch;
 use common::{
     documents::{Devices, Status},
+    json,
+    reading::Quality,
     time::Timestamp,
+    topic_filter,
     wire::{self, Lane, Stream, Topic, VERSION},
 };
 use serde::{Deserialize, Serialize};
@@ -203,7 +205,7 @@ pub fn decode(
         };
         let content = match topic.stream {
             Stream::Lane(lane) => read_lane(lane, claim, payload),
-            Stream::Json => json(&JsonSource::standard(topic.site, topic.gateway), payload),
+            Stream::Json => samples(&JsonSource::standard(topic.site, topic.gateway), payload),
             Stream::Status => serde_json::from_slice(payload).map(Content::Status).map_err(not_json),
             Stream::Devices => registry(payload),
             Stream::Ack | Stream::Cmd(_) => {
@@ -212,34 +214,20 @@ pub fn decode(
         };
         return (sender, content);
     }
-    match sources.iter().find(|source| matches(&source.filter, topic)) {
+    match sources.iter().find(|source| topic_filter::matches(&source.filter, topic)) {
         Some(source) => {
             let sender = Sender {
                 site: Some(source.site.clone()),
                 gateway: Some(source.gateway.clone()),
                 nameless_readings: true,
             };
-            (sender, json(source, payload))
+            (sender, samples(source, payload))
         }
         None => {
             let reason = format!("{topic:?} is no topic of ours and matches no [[json]] filter");
             (Sender::default(), Err(Reject::new("topic", reason)))
         }
     }
-}
-
-/// Whether an MQTT topic filter matches a topic (MQTT 5, 4.7).
-pub fn matches(filter: &str, topic: &str) -> bool {
-    let mut levels = topic.split('/');
-    for wanted in filter.split('/') {
-        match (wanted, levels.next()) {
-            ("#", _) => return true,
-            ("+", Some(_)) => {}
-            (wanted, Some(level)) if wanted == level => {}
-            _ => return false,
-        }
-    }
-    levels.next().is_none()
 }
 
 fn read_lane(lane: Lane, claim: Option<Claim>, payload: &[u8]) -> Result<Content, Reject> {
@@ -268,7 +256,7 @@ fn registry(payload: &[u8]) -> Result<Content, Reject> {
     Ok(Content::Registry(devices.at, text.to_owned()))
 }
 
-fn json(source: &JsonSource, payload: &[u8]) -> Result<Content, Reject> {
+fn samples(source: &JsonSource, payload: &[u8]) -> Result<Content, Reject> {
     let document: Value = serde_json::from_slice(payload).map_err(not_json)?;
     let one = [document];
     let items = match &one[0] {
@@ -297,76 +285,29 @@ fn sample(source: &JsonSource, item: &Value) -> Result<Sample, Reject> {
         Some(other) => Err(Reject::new("payload", format!("{pointer} = {} is not text", shown(other)))),
     };
     let stated = item.pointer(&source.timestamp).unwrap_or(&Value::Null);
-    let ts = timestamp(stated).ok_or_else(|| {
+    let ts = json::instant(stated).ok_or_else(|| {
         let reason = format!("{} = {} is not RFC 3339, nor s, ms or µs", source.timestamp, shown(stated));
         Reject::new("timestamp", reason)
     })?;
-    let number = match item.pointer(&source.value) {
+    let value = match item.pointer(&source.value) {
         None => return Err(Reject::new("value", format!("{} is missing", source.value))),
         Some(Value::Null) => None,
-        Some(Value::Bool(on)) => Some(f64::from(u8::from(*on))),
-        Some(Value::Number(number)) => number.as_f64(),
-        Some(Value::String(text)) if text.trim().parse::<f64>().is_ok() => text.trim().parse().ok(),
-        Some(other) => {
-            return Err(Reject::new("value", format!("{} = {} is not a number", source.value, shown(other))));
-        }
+        Some(stated) => Some(json::number(stated).ok_or_else(|| {
+            let reason = format!("{} = {} is not a number", source.value, shown(stated));
+            Reject::new("value", reason)
+        })?),
     };
-    let quality = match item.pointer(&source.quality) {
-        None | Some(Value::Null) => 0,
-        Some(Value::String(word)) => match word.to_ascii_lowercase().as_str() {
-            "good" => 0,
-            "uncertain" => 1,
-            "bad" => 2,
-            _ => u8::MAX,
-        },
-        Some(other) => other.as_u64().and_then(|code| u8::try_from(code).ok()).unwrap_or(u8::MAX),
-    };
+    // What is no quality is left to the rule of that name.
+    let quality = json::quality(item.pointer(&source.quality).unwrap_or(&Value::Null));
     Ok(Sample {
         ts,
         device_id: text(&source.device_id)?,
         device_type: text(&source.device_type)?,
         asset_id: text(&source.asset_id)?,
         unit: text(&source.unit)?,
-        value: number,
-        quality,
+        value,
+        quality: quality.map_or(u8::MAX, Quality::code),
     })
-}
-
-/// An instant as other people write it.
-fn timestamp(value: &Value) -> Option<Timestamp> {
-    match value {
-        Value::String(text) => text.parse().ok().or_else(|| {
-            let text = text.trim();
-            match text.parse::<i64>() {
-                Ok(number) => whole(number),
-                Err(_) => fractional(text.parse().ok()?),
-            }
-        }),
-        Value::Number(number) => match number.as_i64() {
-            Some(number) => whole(number),
-            None => fractional(number.as_f64()?),
-        },
-        _ => None,
-    }
-}
-
-fn whole(number: i64) -> Option<Timestamp> {
-    let scale = match number.unsigned_abs() {
-        0..100_000_000_000 => 1_000_000,
-        100_000_000_000..100_000_000_000_000 => 1_000,
-        _ => 1,
-    };
-    number.checked_mul(scale).map(Timestamp::from_micros)
-}
-
-fn fractional(number: f64) -> Option<Timestamp> {
-    let scale = match number.abs() {
-        size if size < 1e11 => 1e6,
-        size if size < 1e14 => 1e3,
-        _ => 1.0,
-    };
-    let micros = (number * scale).round();
-    (micros.abs() < 9e18).then_some(Timestamp::from_micros(micros as i64))
 }
 
 fn not_json(error: serde_json::Error) -> Reject {
@@ -438,21 +379,6 @@ mod tests {
         let Ok(Content::Json { samples, bad }) = content else { panic!("{content:?}") };
         assert_eq!((samples[0].1.device_id.as_str(), samples[0].1.value), ("x", Some(4.0)));
         assert_eq!(bad[0].row, 1);
-    }
-
-    #[test]
-    fn topic_filters() {
-        for (filter, topic, expected) in [
-            ("a/+/c", "a/b/c", true),
-            ("a/+/c", "a/b/c/d", false),
-            ("a/#", "a/b/c", true),
-            ("a/#", "a", true),
-            ("+", "a", true),
-            ("+", "a/b", false),
-            ("a/b", "a", false),
-        ] {
-            assert_eq!(matches(filter, topic), expected, "{filter} {topic}");
-        }
     }
 
     proptest! {

@@ -10,7 +10,7 @@
 //! | `finite` | its value is infinite or not a number |
 //! | `range` | its value lies outside of its device type's range, in canonical units |
 //! | `future` | its time lies more than 5 min (by default) after it was received |
-//! | `past` | its time lies before 2015 |
+//! | `past` | its time lies before 2015: among them are those of a gateway whose clock was never set |
 //! | `conflict` | the same device has another value, quality or unit at the same time already |
 //!
 //! Rules are data: a plan names them by the SHA-256 of their TOML, which is kept in `ops/rules`, so a plan
@@ -20,7 +20,7 @@ use std::{collections::BTreeMap, time::Duration};
 
 use common::{
     reading::Kind,
-    time::Timestamp,
+    time::{EARLIEST, Timestamp},
     units::{DEVICE_TYPES, UNKNOWN_RANGE, Unit},
 };
 use serde::{Deserialize, Serialize};
@@ -28,8 +28,6 @@ use sha2::{Digest, Sha256};
 
 use crate::decode::JsonSource;
 
-/// Readings from before this are refused: 2015-01-01T00:00:00Z.
-pub const EARLIEST: Timestamp = Timestamp::from_micros(1_420_070_400_000_000);
 /// The partition of readings whose sender states no device type.
 pub const UNKNOWN_TYPE: &str = "unknown";
 

@@ -12,7 +12,8 @@ use std::{
 
 use arrow::{
     array::{ArrayRef, DictionaryArray, Float64Array, RecordBatch, TimestampMicrosecondArray, UInt8Array},
-    datatypes::Int32Type,
+    compute::cast,
+    datatypes::{DataType, Int32Type},
     util::pretty::pretty_format_batches,
 };
 use cloud_ingest::{
@@ -200,6 +201,50 @@ async fn every_reading_is_accounted_for() {
     for (got, wanted) in schema.schema().fields().iter().zip(Table::SensorReadings.schema().fields()) {
         assert_eq!((got.name(), got.data_type()), (wanted.name(), wanted.data_type()));
     }
+}
+
+/// What a gateway sends whose clock was never set: its times count from its machine's start.
+#[tokio::test]
+async fn what_has_no_time_is_kept_in_quarantine() {
+    let store = Store::open("memory:///").unwrap();
+    let tables = Tables::open(&store).await.unwrap();
+    let boot = Uuid::from_u128(3);
+    let unsynced = |of: Message, lane: Lane, rows: u64| {
+        let identity = Identity { lane, rows, clock: ClockState::Unsynced { boot }, ..of.identity.unwrap() };
+        Message { topic: format!("{ROOT}/plant/gw/{lane}"), identity: Some(identity), ..of }
+    };
+    let in_1970 = |micros: i64| at(0).as_micros() - micros;
+    // A device with a clock of its own beside one without.
+    let mixed = readings(0, &[(0, "a", 212.0), (1, "a", 213.0)]);
+    let batch = wire::decode(Lane::Readings, &mixed.payload).unwrap();
+    let mut columns = batch.columns().to_vec();
+    let ts = [at(0).as_micros(), at(1).as_micros() - in_1970(600_000_000)];
+    columns[0] = Arc::new(TimestampMicrosecondArray::from_iter_values(ts).with_timezone("UTC"));
+    let batch = RecordBatch::try_new(wire::schema(Lane::Readings), columns).unwrap();
+    let mut mixed = unsynced(mixed, Lane::Readings, 2);
+    mixed.payload = wire::encode(&batch, mixed.identity.as_ref().unwrap()).unwrap().into();
+    let schema = wire::schema(Lane::Aggregates);
+    let columns = schema.fields().iter().map(|field| -> ArrayRef {
+        match field.data_type() {
+            DataType::Timestamp(..) => {
+                Arc::new(TimestampMicrosecondArray::from(vec![600_000_000]).with_timezone("UTC"))
+            }
+            DataType::Dictionary(..) => Arc::new(["x"].into_iter().collect::<DictionaryArray<Int32Type>>()),
+            other => cast(&UInt8Array::from(vec![1]), other).unwrap(),
+        }
+    });
+    let window = RecordBatch::try_new(Arc::clone(&schema), columns.collect()).unwrap();
+    let mut aggregates = unsynced(readings(0, &[]), Lane::Aggregates, 1);
+    aggregates.payload = wire::encode(&window, aggregates.identity.as_ref().unwrap()).unwrap().into();
+    put(&store, 0, &[mixed, aggregates]).await;
+    let counts = refine_all(&mut refiner(&store, &tables)).await;
+    assert_eq!((counts.readings, counts.stored, counts.quarantined), (3, 1, 2));
+    let rules = ask(&tables, "select rule, readings, device_id from silver.quarantine order by rule").await;
+    for part in ["| clock | 1        |", "| past  | 1        | a"] {
+        assert!(rules.contains(part), "{part}\n{rules}");
+    }
+    let clocks = ask(&tables, "select distinct clock from silver.messages").await;
+    assert!(clocks.contains("| unsynced |"), "{clocks}");
 }
 
 #[tokio::test]

@@ -43,6 +43,9 @@ pub struct ModelStatus {
     pub name: String,
     /// SHA-256 of its `model.onnx` in hex.
     pub sha256: String,
+    /// SHA-256 of its `calibration.toml` in hex; empty where it has none.
+    #[serde(default)]
+    pub calibration_sha256: String,
     /// `active`, or why it is not.
     pub state: String,
 }

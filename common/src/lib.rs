@@ -19,8 +19,10 @@
 
 pub mod config;
 pub mod documents;
+pub mod json;
 pub mod reading;
 pub mod telemetry;
 pub mod time;
+pub mod topic_filter;
 pub mod units;
 pub mod wire;

@@ -136,6 +136,9 @@ pub struct Asset {
     /// `rigid` or `flexible` (ISO 20816-1).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub support: Option<String>,
+    /// Group by ISO 20816-3: 1 large (above 300 kW), 2 medium (15 to 300 kW).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub machine_group: Option<u8>,
     /// IANA time zone of the place where it stands.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub time_zone: Option<String>,

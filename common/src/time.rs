@@ -1,7 +1,14 @@
-//! Time: the instant that travels with every reading, and the only file that may read a clock.
+//! Time: the instant that travels with every reading, and the only module that may read a clock.
 //!
 //! Cores are handed a [`Timestamp`]; shells ask a [`Clock`]. `clippy.toml` bans every other wall clock.
 //! Intervals that guard retries and timeouts are monotonic and belong to the runtime (`tokio::time`).
+//!
+//! An instant before [`EARLIEST`] is **provisional**: it counts from the start of a machine whose clock was not set,
+//! and which machine start that was is told by whoever hands it on. So no flag has to travel beside an instant, and
+//! the two kinds cannot be confused by accident.
+
+#[cfg(target_os = "linux")]
+pub mod machine;
 
 use std::{fmt, future::Future, ops, pin::Pin, str::FromStr, time::Duration};
 
@@ -14,6 +21,8 @@ pub struct Timestamp(i64);
 
 /// Microseconds in one hour, the grain of censuses, of bronze paths and of gold.
 pub const HOUR_MICROS: i64 = 3_600_000_000;
+/// No reading of ours is older, 2015-01-01T00:00:00Z: an instant before it is provisional.
+pub const EARLIEST: Timestamp = Timestamp::from_micros(1_420_070_400_000_000);
 
 impl Timestamp {
     /// The instant `micros` µs after the Unix epoch.
@@ -47,6 +56,16 @@ impl Timestamp {
     /// How long after `earlier` this instant lies; zero when it lies before.
     pub fn since(self, earlier: Self) -> Duration {
         Duration::from_micros(self.0.saturating_sub(earlier.0).max(0).unsigned_abs())
+    }
+
+    /// Whether this instant counts from the start of a machine, because its clock was not set.
+    pub const fn is_provisional(self) -> bool {
+        self.0 < EARLIEST.0
+    }
+
+    /// This instant moved by `micros` µs, in either direction.
+    pub const fn shifted(self, micros: i64) -> Self {
+        Self(self.0.saturating_add(micros))
     }
 
     /// The calendar view in UTC; instants beyond chrono's years are clamped to its limits.
@@ -111,6 +130,18 @@ pub trait Clock: Send + Sync + 'static {
     /// A new participant that sleeps by this clock. A discrete-event clock moves only when all of its
     /// pacers sleep, so a source holds one for as long as it runs and drops it when it ends.
     fn pacer(&self) -> Box<dyn Pacer>;
+
+    /// From when on whoever lives by this clock answers for what is due: the present, unless it goes on for a clock
+    /// that has ended.
+    fn began(&self) -> Timestamp {
+        self.now()
+    }
+
+    /// Ends when time can only go on with a jump: then whoever lives by this clock stops, and begins anew with
+    /// another one. It never jumps itself; most clocks never end.
+    fn ended(&self) -> Sleep<'_> {
+        Box::pin(std::future::pending())
+    }
 }
 
 /// One sleeper of a [`Clock`].
@@ -205,6 +236,17 @@ mod tests {
         for (at, width, expected) in [(0, 10, 0), (9, 10, 0), (10, 10, 10), (-1, 10, -10), (-10, 10, -10)] {
             let floor = Timestamp::from_micros(at).floor(Duration::from_micros(width));
             assert_eq!(floor.as_micros(), expected, "{at} by {width}");
+        }
+    }
+
+    #[test]
+    fn provisional_is_what_no_reading_can_be() {
+        for (text, provisional) in [
+            ("1970-01-01T00:10:00Z", true),
+            ("2014-12-31T23:59:59.999999Z", true),
+            ("2015-01-01T00:00:00Z", false),
+        ] {
+            assert_eq!(text.parse::<Timestamp>().unwrap().is_provisional(), provisional, "{text}");
         }
     }
 

@@ -29,7 +29,8 @@
 //! | `rows_before` | rows sealed earlier in this epoch and lane |
 //! | `oldest` | lowest seq of this epoch and lane that the edge still held when it published (the schema metadata has the value at sealing) |
 //! | `sealed_at` | RFC 3339 time of the sealing, by the gateway's clock |
-//! | `clock` | `synced`, or `unsynced` when the gateway's clock was never set |
+//! | `clock` | `synced`, or `unsynced` when the gateway's clock was never set: then `sealed_at` and every instant in the payload that lies before [`EARLIEST`] count from the start of the machine |
+//! | `boot` | only beside `clock` = `unsynced`: UUID of that start of the machine |
 //!
 //! # Columns
 //!
@@ -49,7 +50,9 @@
 //!   `reason` utf8?
 //!   - `gap`: seqs `first_seq..=last_seq` of (`epoch`, `lane`) with `readings` rows were dropped for `reason`
 //!   - `census`: in the hour `from..to`, `readings` readings had the outcome `reason`, one of `polled`,
-//!     `sealed`, `held`, `skipped`, `rejected:<why>`; counts of one hour add up over records
+//!     `sealed`, `held`, `skipped`, `rejected:<why>`; counts of one hour add up over records;
+//!     hours that were counted before the clock was set begin with the machine's start, and are null where nobody
+//!     knows when that was
 //!   - `closing`: (`epoch`, `lane`) ended before seq `last_seq` + 1 with `readings` rows in all
 //!   - `interruption`: `epoch` did not stop cleanly; readings taken in `from..to` may not have been sealed
 //!
@@ -58,8 +61,8 @@
 use std::{collections::HashMap, fmt, io::Cursor, str::FromStr, sync::Arc};
 
 use arrow::{
-    array::RecordBatch,
-    datatypes::{DataType, Field, Schema, SchemaRef, TimeUnit},
+    array::{Array as _, ArrayRef, AsArray as _, RecordBatch},
+    datatypes::{DataType, Field, Schema, SchemaRef, TimeUnit, TimestampMicrosecondType},
     error::ArrowError,
     ipc::{
         CompressionType,
@@ -69,6 +72,8 @@ use arrow::{
 };
 use uuid::Uuid;
 
+#[cfg(doc)]
+use crate::time::EARLIEST;
 use crate::time::Timestamp;
 
 /// The wire version that this build writes; it reads this and every earlier one.
@@ -226,8 +231,11 @@ pub enum ClockState {
     /// It had been set.
     #[default]
     Synced,
-    /// It was never set; times are those of the machine's start.
-    Unsynced,
+    /// It was never set; provisional times count from this start of the machine.
+    Unsynced {
+        /// Names the start; nil where the sender does not say.
+        boot: Uuid,
+    },
 }
 
 impl ClockState {
@@ -235,7 +243,7 @@ impl ClockState {
     pub const fn as_str(self) -> &'static str {
         match self {
             ClockState::Synced => "synced",
-            ClockState::Unsynced => "unsynced",
+            ClockState::Unsynced { .. } => "unsynced",
         }
     }
 }
@@ -266,7 +274,11 @@ pub struct Identity {
 impl Identity {
     /// The user properties, in the order of the table above.
     pub fn to_properties(&self) -> Vec<(String, String)> {
-        [
+        let boot = match self.clock {
+            ClockState::Synced => None,
+            ClockState::Unsynced { boot } => Some(("boot", boot.to_string())),
+        };
+        let properties = [
             ("v", self.v.to_string()),
             ("epoch", self.epoch.to_string()),
             ("lane", self.lane.to_string()),
@@ -276,9 +288,8 @@ impl Identity {
             ("oldest", self.oldest.to_string()),
             ("sealed_at", self.sealed_at.to_string()),
             ("clock", self.clock.as_str().to_owned()),
-        ]
-        .map(|(key, value)| (key.to_owned(), value))
-        .to_vec()
+        ];
+        properties.into_iter().chain(boot).map(|(key, value)| (key.to_owned(), value)).collect()
     }
 
     /// Reads user properties; unknown keys are ignored, so that a newer version can still be named.
@@ -315,7 +326,12 @@ impl Identity {
             })?,
             clock: match get("clock")? {
                 "synced" => ClockState::Synced,
-                "unsynced" => ClockState::Unsynced,
+                "unsynced" => ClockState::Unsynced {
+                    boot: match get("boot") {
+                        Ok(boot) => boot.parse().map_err(|_| WireError::property("boot", boot, "a UUID"))?,
+                        Err(_) => Uuid::nil(),
+                    },
+                },
                 other => return Err(WireError::property("clock", other, "synced or unsynced")),
             },
         })
@@ -444,6 +460,11 @@ pub fn decode(lane: Lane, payload: &[u8]) -> Result<RecordBatch, WireError> {
     // trips an assertion in it; a poison message must not take its reader down.
     let read = std::panic::catch_unwind(|| read_one_batch(payload));
     let batch = read.unwrap_or_else(|_| Err(WireError::Payload("malformed metadata".into())))?;
+    conform(lane, &batch)
+}
+
+/// The columns of the lane, of a batch that was read.
+fn conform(lane: Lane, batch: &RecordBatch) -> Result<RecordBatch, WireError> {
     let expected = schema(lane);
     let mut columns = Vec::with_capacity(expected.fields().len());
     for field in expected.fields() {
@@ -464,6 +485,36 @@ pub fn decode(lane: Lane, payload: &[u8]) -> Result<RecordBatch, WireError> {
         columns.push(Arc::clone(column));
     }
     RecordBatch::try_new(expected, columns).map_err(|e| WireError::Payload(e.to_string()))
+}
+
+/// A message that was sealed before its gateway's clock was set, as it is now known to be: provisional instants in
+/// its columns and `sealed_at` moved by `offset` µs, the clock synced. The same message and offset give the same
+/// bytes, whenever and wherever that is done by the same build.
+///
+/// # Errors
+/// When the payload is none that this build could have sealed.
+pub fn set_clock(lane: Lane, payload: &[u8], offset: i64) -> Result<Vec<u8>, WireError> {
+    let read = read_one_batch(payload)?;
+    let metadata: Vec<_> = read.schema().metadata().iter().map(|(k, v)| (k.clone(), v.clone())).collect();
+    let sealed = Identity::from_properties(&metadata)?;
+    let settled = |micros: i64| match Timestamp::from_micros(micros) {
+        at if at.is_provisional() => at.shifted(offset).as_micros(),
+        at => at.as_micros(),
+    };
+    let rows = conform(lane, &read)?;
+    let columns = rows.columns().iter().map(|column| -> ArrayRef {
+        match column.as_primitive_opt::<TimestampMicrosecondType>() {
+            Some(instants) => {
+                Arc::new(instants.unary::<_, TimestampMicrosecondType>(settled).with_timezone("UTC"))
+            }
+            None => Arc::clone(column),
+        }
+    });
+    let rows = RecordBatch::try_new(rows.schema(), columns.collect())
+        .map_err(|e| WireError::Payload(e.to_string()))?;
+    let sealed_at = Timestamp::from_micros(settled(sealed.sealed_at.as_micros()));
+    let identity = Identity { sealed_at, clock: ClockState::Synced, ..sealed };
+    encode(&rows, &identity).map_err(|e| WireError::Payload(e.to_string()))
 }
 
 fn read_one_batch(payload: &[u8]) -> Result<RecordBatch, WireError> {

@@ -6,10 +6,10 @@ use std::{path::PathBuf, sync::Arc};
 
 use arrow::{
     array::{
-        ArrayRef, BooleanArray, DictionaryArray, Float64Array, Int32Array, Int64Array, RecordBatch,
-        StringArray, TimestampMicrosecondArray, UInt8Array,
+        Array, ArrayRef, AsArray, BooleanArray, DictionaryArray, Float64Array, Int32Array, Int64Array,
+        RecordBatch, StringArray, TimestampMicrosecondArray, UInt8Array,
     },
-    datatypes::Int32Type,
+    datatypes::{Int32Type, TimestampMicrosecondType},
 };
 use common::wire::{self, ClockState, Identity, Lane, Stream, Topic};
 use proptest::prelude::*;
@@ -150,6 +150,41 @@ fn a_broken_property_is_named() {
         let without: Vec<_> = good.iter().filter(|(k, _)| k != key).cloned().collect();
         let error = Identity::from_properties(&without).unwrap_err().to_string();
         assert_eq!(error, format!("user property {key} is missing"));
+    }
+}
+
+#[test]
+fn what_was_sealed_before_the_clock_was_set_gets_its_time() {
+    let boot: uuid::Uuid = "37278d59-67a9-4366-b93f-8a3acc7014fe".parse().unwrap();
+    let at = |text: &str| text.parse::<common::time::Timestamp>().unwrap();
+    for lane in Lane::ALL {
+        let sealed = Identity {
+            sealed_at: at("1970-01-01T00:10:00Z"),
+            clock: ClockState::Unsynced { boot },
+            ..identity(lane)
+        };
+        assert_eq!(Identity::from_properties(&sealed.to_properties()).unwrap(), sealed);
+        // One instant of the first column of instants counts from the machine's start; the others are true.
+        let rows = sample(lane);
+        let place = rows.columns().iter().position(|c| *c.data_type() == wire::instant()).unwrap();
+        let with_first = |first: &str| {
+            let mut columns = rows.columns().to_vec();
+            let instants = columns[place].as_primitive::<TimestampMicrosecondType>();
+            let mut micros: Vec<i64> = instants.values().to_vec();
+            micros[0] = at(first).as_micros();
+            columns[place] = Arc::new(TimestampMicrosecondArray::from(micros).with_timezone("UTC"));
+            RecordBatch::try_new(wire::schema(lane), columns).unwrap()
+        };
+        let payload = wire::encode(&with_first("1970-01-01T00:09:59.5Z"), &sealed).unwrap();
+        let offset = at("2026-03-01T06:00:00Z").as_micros() - 600_000_000;
+        let set = wire::set_clock(lane, &payload, offset).unwrap();
+        assert_eq!(wire::decode(lane, &set).unwrap(), with_first("2026-03-01T05:59:59.5Z"), "{lane}");
+        assert_eq!(wire::set_clock(lane, &payload, offset).unwrap(), set, "the same bytes again");
+        let expected = Identity { sealed_at: at("2026-03-01T06:00:00Z"), ..identity(lane) };
+        let reader = arrow::ipc::reader::StreamReader::try_new(set.as_slice(), None).unwrap();
+        let metadata: Vec<_> =
+            reader.schema().metadata().iter().map(|(k, v)| (k.clone(), v.clone())).collect();
+        assert_eq!(Identity::from_properties(&metadata).unwrap(), expected);
     }
 }
 

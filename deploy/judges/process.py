@@ -54,10 +54,9 @@ def started_at(pid):
 @contextlib.contextmanager
 def running(command, log, **options):
     """Runs a command with its output in `log`; whatever of it is left at the end is killed."""
+    options.setdefault("stdin", subprocess.DEVNULL)
     with open(log, "ab") as output:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, **options
-        )
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, **options)
     try:
         yield process
     finally:

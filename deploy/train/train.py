@@ -62,11 +62,11 @@ def held(values, windows):
 
 
 def build(mean, std, precision, limit):
-    """The ONNX graph: inputs [1, N] -> score [1], contributions [1, N]."""
+    """The ONNX graph: features [1, N] -> score [1], contributions [1, N]."""
     n = len(mean)
     constant = lambda name, value: numpy_helper.from_array(np.asarray(value), name)
     nodes = [
-        helper.make_node("Sub", ["inputs", "mean"], ["centred"]),
+        helper.make_node("Sub", ["features", "mean"], ["centred"]),
         helper.make_node("Div", ["centred", "std"], ["z"]),
         helper.make_node("MatMul", ["z", "precision"], ["pz"]),
         helper.make_node("Mul", ["z", "pz"], ["terms"]),
@@ -83,7 +83,7 @@ def build(mean, std, precision, limit):
     graph = helper.make_graph(
         nodes,
         "tep-process",
-        [helper.make_tensor_value_info("inputs", TensorProto.FLOAT, [1, n])],
+        [helper.make_tensor_value_info("features", TensorProto.FLOAT, [1, n])],
         [
             helper.make_tensor_value_info("score", TensorProto.FLOAT, [1]),
             helper.make_tensor_value_info("contributions", TensorProto.FLOAT, [1, n]),
@@ -109,7 +109,7 @@ def scorer(model):
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
 
     def score(windows):
-        out = [session.run(None, {"inputs": w[None, :].astype(np.float32)}) for w in windows]
+        out = [session.run(None, {"features": w[None, :].astype(np.float32)}) for w in windows]
         return np.array([s[0] for s, _ in out]), np.vstack([c for _, c in out])
 
     return score
@@ -193,7 +193,7 @@ def golden(plant, score, runs):
         vectors.append(
             {
                 "name": name,
-                "inputs": [float(v) for v in window],
+                "features": [float(v) for v in window],
                 "score": round(float(scores[0]), 6),
                 "contributions": [round(float(v), 6) for v in shares[0]],
             }
@@ -206,17 +206,18 @@ def describe(plant, model):
     devices = "".join(f'    "{d}",\n' for d in plant.devices())
     return f'''# Made by deploy/train/train.py: change it there. Its doc and deploy/train/README.md say what the model is.
 
-schema = 1
+schema = 2
 name = "tep-process"
 version = "1.0.0"
 description = "Hotelling T2 of one-minute means against normal operation of the Tennessee Eastman process"
 sha256 = "{hashlib.sha256(model).hexdigest()}"    # of model.onnx
 
-# One score per tumbling event-time window. Inputs stand in this order in the tensor `inputs` [1, {len(plant.inputs)}],
+# One score per tumbling event-time window. Inputs stand in this order in the tensor `features` [1, {len(plant.inputs)}],
 # float32, each the mean of the device's readings in the window that are not bad, in the unit in which the
 # device reports on the edge. A window in which any input has none is not scored, and neither counts for nor
 # against an event.
-window = "{WINDOW_S}s"
+span = "{WINDOW_S}s"
+hop = "{WINDOW_S}s"
 features = ["mean"]
 inputs = [
 {devices}]
@@ -251,7 +252,7 @@ def same(name, path, data):
     if name != "golden.json":
         return path.read_bytes() == data
     old, new = json.loads(path.read_bytes()), json.loads(data)
-    numbers = lambda g: np.array([[v["score"], *v["contributions"], *v["inputs"]] for v in g["vectors"]])
+    numbers = lambda g: np.array([[v["score"], *v["contributions"], *v["features"]] for v in g["vectors"]])
     names = lambda g: (g["tolerance"], g["inputs"], [v["name"] for v in g["vectors"]])
     return names(old) == names(new) and np.allclose(numbers(old), numbers(new), rtol=TOLERANCE, atol=TOLERANCE)
 

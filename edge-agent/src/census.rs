@@ -15,7 +15,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 /// What became of a reading.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Outcome {
-    /// It was due at a source.
+    /// It was due at a source, or came to it unasked.
     Polled,
     /// It is in a sealed message of the readings lane.
     Sealed,
@@ -30,10 +30,22 @@ pub enum Outcome {
 /// Why a reading was rejected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Reason {
-    /// A recorded row names no device of this gateway.
+    /// It names no device of this gateway.
     UnknownDevice,
-    /// A recorded row cannot be parsed.
+    /// It cannot be parsed.
     Malformed,
+    /// A message of another device holds no value where one should stand.
+    NoValue,
+    /// Its value is infinite or not a number.
+    NotFinite,
+    /// Its time lies ahead of the gateway's.
+    Future,
+    /// Its time lies too long ago.
+    Past,
+    /// It is the device's latest reading once more.
+    Repeated,
+    /// A broker kept it for an unknown time, and it has none of its own.
+    Retained,
 }
 
 impl Reason {
@@ -42,19 +54,31 @@ impl Reason {
         match self {
             Self::UnknownDevice => "unknown_device",
             Self::Malformed => "malformed",
+            Self::NoValue => "no_value",
+            Self::NotFinite => "not_finite",
+            Self::Future => "future",
+            Self::Past => "past",
+            Self::Repeated => "repeated",
+            Self::Retained => "retained",
         }
     }
 }
 
 impl Outcome {
     /// Every outcome, as metrics list them.
-    pub const ALL: [Outcome; 6] = [
+    pub const ALL: [Outcome; 12] = [
         Self::Polled,
         Self::Sealed,
         Self::Held,
         Self::Skipped,
         Self::Rejected(Reason::UnknownDevice),
         Self::Rejected(Reason::Malformed),
+        Self::Rejected(Reason::NoValue),
+        Self::Rejected(Reason::NotFinite),
+        Self::Rejected(Reason::Future),
+        Self::Rejected(Reason::Past),
+        Self::Rejected(Reason::Repeated),
+        Self::Rejected(Reason::Retained),
     ];
 
     /// The word on the wire: `polled`, `sealed`, `held`, `skipped`, `rejected:<why>`.
@@ -66,6 +90,12 @@ impl Outcome {
             Self::Skipped => "skipped",
             Self::Rejected(Reason::UnknownDevice) => "rejected:unknown_device",
             Self::Rejected(Reason::Malformed) => "rejected:malformed",
+            Self::Rejected(Reason::NoValue) => "rejected:no_value",
+            Self::Rejected(Reason::NotFinite) => "rejected:not_finite",
+            Self::Rejected(Reason::Future) => "rejected:future",
+            Self::Rejected(Reason::Past) => "rejected:past",
+            Self::Rejected(Reason::Repeated) => "rejected:repeated",
+            Self::Rejected(Reason::Retained) => "rejected:retained",
         }
     }
 }

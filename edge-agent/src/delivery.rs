@@ -313,6 +313,12 @@ impl Delivery {
         self.flight.is_empty() && self.queues.iter().all(begun)
     }
 
+    /// Messages that are sealed and not done.
+    pub fn unacknowledged(&self) -> u64 {
+        let held = self.queues.iter().flat_map(|queue| queue.begun.absent(0..queue.head));
+        held.map(|range| range.end - range.start).sum::<u64>() + self.open.len() as u64
+    }
+
     /// Messages that the broker has and the cloud has not acknowledged.
     pub fn landed(&self) -> usize {
         self.due.len()
@@ -649,6 +655,8 @@ mod tests {
             let owner = if mode == Mode::Broker { &self.broker } else { &self.cloud };
             assert!(self.forgotten.is_subset(owner), "forgotten early");
             assert!(d.open.len() <= 9, "too many unacknowledged");
+            let sealed: u64 = self.heads.iter().sum();
+            assert_eq!(d.unacknowledged(), sealed - self.forgotten.len() as u64);
         }
     }
 
@@ -704,6 +712,7 @@ mod tests {
             prop_assert_eq!(world.broker.len() as u64, all);
             prop_assert_eq!(world.forgotten.len() as u64, all);
             prop_assert!(d.is_drained() && d.open.is_empty() && d.due.is_empty());
+            prop_assert_eq!(d.unacknowledged(), 0);
         }
     }
 }

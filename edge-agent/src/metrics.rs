@@ -1,4 +1,4 @@
-//! What the agent tells Prometheus, and where: `/metrics` and `/healthz`.
+//! What the agent tells Prometheus, and where: `/metrics` and `/healthz`, beside the gateway's own [page](crate::page).
 //!
 //! `tailrace_edge_readings_total{stage, outcome}` shows conservation: for every stage, in = the sum of its outcomes.
 //! Labels come from enumerations and configuration, never from data.
@@ -46,8 +46,15 @@ struct Model {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct Scored {
+struct ModelWindow {
+    model: String,
     outcome: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Machine {
+    model: String,
+    machine: String,
 }
 
 /// Counts of the stages up to the outbox; delivery has its own.
@@ -57,11 +64,12 @@ pub struct Metrics {
     marks: Family<Marked, Counter>,
     faults: Family<Why, Counter>,
     aggregates: Counter,
-    windows_scored: Family<Scored, Counter>,
+    model_windows: Family<ModelWindow, Counter>,
     models: Family<Model, Gauge>,
-    scores: Family<Model, Gauge<f64, AtomicU64>>,
+    scores: Family<Machine, Gauge<f64, AtomicU64>>,
     events: Counter,
     seals: Counter,
+    clock_set: Gauge,
 }
 
 impl Metrics {
@@ -74,7 +82,11 @@ impl Metrics {
             own.readings.clone(),
         );
         registry.register("edge_marks", "Findings of the filter", own.marks.clone());
-        registry.register("edge_source_faults", "Polls of a chip that gave no value", own.faults.clone());
+        registry.register(
+            "edge_source_faults",
+            "Polls that gave no value, connections to a plant's broker that broke, filters that it refused",
+            own.faults.clone(),
+        );
         registry.register(
             "edge_aggregates",
             "Aggregates emitted, revisions included",
@@ -82,8 +94,8 @@ impl Metrics {
         );
         registry.register(
             "edge_model_windows",
-            "Windows by whether they were scored",
-            own.windows_scored.clone(),
+            "Windows of the models by what became of them: scored, failed, incomplete, standing",
+            own.model_windows.clone(),
         );
         registry.register(
             "edge_model_active",
@@ -93,10 +105,20 @@ impl Metrics {
         registry.register("edge_model_score", "Score of the latest window", own.scores.clone());
         registry.register("edge_anomaly_records", "Anomalies raised and cleared", own.events.clone());
         registry.register("edge_seals", "Batches made durable in the outbox", own.seals.clone());
+        registry.register(
+            "edge_clock_set",
+            "1 while the gateway's time is true, 0 while it counts from the machine's start",
+            own.clock_set.clone(),
+        );
         own
     }
 
-    /// A chip gave no value.
+    /// Whether the gateway's time is true.
+    pub fn clock_set(&self, set: bool) {
+        self.clock_set.set(i64::from(set));
+    }
+
+    /// A chip gave no value, or a broker is away or refuses.
     pub fn source_fault(&self, reason: &'static str) {
         self.faults.get_or_create(&Why { reason }).inc();
     }
@@ -128,13 +150,21 @@ impl Metrics {
         self.models.get_or_create(&Model { model: name.to_owned() }).set(active.into());
     }
 
-    /// The score of a window, or none where an input was missing.
-    pub fn scored(&self, model: &str, score: Option<f64>) {
-        let outcome = if score.is_some() { "scored" } else { "unscored" };
-        self.windows_scored.get_or_create(&Scored { outcome }).inc();
-        if let Some(score) = score {
-            self.scores.get_or_create(&Model { model: model.to_owned() }).set(score);
-        }
+    /// What became of a model's window.
+    pub fn window(&self, model: &str, outcome: &'static str) {
+        self.model_windows.get_or_create(&ModelWindow { model: model.to_owned(), outcome }).inc();
+    }
+
+    /// The score of a machine's window.
+    pub fn score(&self, model: &str, machine: &str, score: f64) {
+        let label = Machine { model: model.to_owned(), machine: machine.to_owned() };
+        self.scores.get_or_create(&label).set(score);
+    }
+
+    /// Readings that came too late or too early for the windows of a model.
+    pub fn missed_by_models(&self, missed: Missed) {
+        self.add("model", "late", missed.late);
+        self.add("model", "early", missed.early);
     }
 
     /// Anomalies raised or cleared.
@@ -176,8 +206,8 @@ pub async fn listen(address: SocketAddr) -> anyhow::Result<TcpListener> {
     })
 }
 
-/// Answers until the task is dropped.
-pub async fn serve(listener: TcpListener, registry: Shared) {
+/// Answers, `page` included, until the task is dropped.
+pub async fn serve(listener: TcpListener, registry: Shared, page: Router) {
     let metrics = move || {
         let registry = Arc::clone(&registry);
         async move {
@@ -185,7 +215,7 @@ pub async fn serve(listener: TcpListener, registry: Shared) {
             ([(header::CONTENT_TYPE, telemetry::EXPOSITION_TYPE)], text)
         }
     };
-    let app = Router::new().route("/metrics", get(metrics)).route("/healthz", get(|| async { "ok\n" }));
+    let app = page.route("/metrics", get(metrics)).route("/healthz", get(|| async { "ok\n" }));
     if let Err(error) = axum::serve(listener, app).await {
         tracing::error!(%error, "metrics are no longer served; restart the agent");
     }

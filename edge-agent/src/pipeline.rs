@@ -2,8 +2,8 @@
 //!
 //! ```text
 //! source ─┐
-//! source ─┼─ Polled ─▶ refine: filter → windows → models ─ Processed ─▶ seal ─ drafts ─▶ outbox ─▶ uplink
-//! source ─┘  (64)                                          (16)                 (disk)
+//! source ─┼─ Polled ─▶ refine: filter → windows, models ─ Processed ─▶ seal ─ drafts ─▶ outbox ─▶ uplink
+//! source ─┘  (64)                                         (16)                 (disk)
 //! ```
 //!
 //! | stage | core | shell | ends when |
@@ -28,6 +28,7 @@ use std::{
 
 use anyhow::Context as _;
 use common::{
+    documents::ModelStatus,
     telemetry,
     time::{Clock, Timestamp},
 };
@@ -40,8 +41,14 @@ use crate::{
     census::Outcome,
     filter::Filter,
     metrics::{self, Metrics},
-    model::{Models, episode::Event},
+    model::{
+        Models,
+        episode::Event,
+        folder::{self, Change, Folder},
+        machine::Purpose,
+    },
     outbox::{Limits, Outbox, OutboxError},
+    page::{Latest, Page},
     seal::{Cut, Processed, Sealer},
     settings::Settings,
     source::{self, Hardware, Polled},
@@ -53,13 +60,20 @@ use crate::{
 const POLLED: usize = 64;
 /// Batches that wait to be sealed.
 const PROCESSED: usize = 16;
+/// Bundles that wait to be taken over.
+const CHANGES: usize = 4;
 /// How long a batch waits for room on a full disk before it is tried again.
 const FULL_AGAIN: Duration = Duration::from_secs(1);
-/// Where the outbox keeps the open episodes.
+/// How long the uplink may take its leave when the clock begins anew; what it holds is in the outbox too.
+const LEAVE: Duration = Duration::from_millis(500);
+/// Where the outbox keeps the open episodes and the models' states.
 const EPISODES: &str = "episodes";
+/// How often, in the gateway's time, the states are kept: as much of their memory a kill may cost.
+const KEEP_STATES: Duration = Duration::from_secs(60);
 
-/// Runs the agent until `stop` turns true or its sender is dropped, or until every recorded file has ended and
-/// there are no buses. Where `clock` is behind what an earlier run has sealed, sources go on right after that.
+/// Runs the agent until `stop` turns true or its sender is dropped, until every recorded file has ended and there are
+/// no buses, or until the clock has ended: then the agent is to be run again by another one ([`crate::clock`]). Where
+/// `clock` is a little behind what an earlier run has sealed, sources go on right after that.
 ///
 /// # Errors
 /// When the outbox, the metrics' port or a recorded file cannot be used, or the disk fails.
@@ -77,8 +91,8 @@ pub async fn run<H: Hardware>(
         Some(address) => Some(metrics::listen(address).await?),
         None => None,
     };
-    let (outbox, mut models) = open(Arc::clone(&settings), clock.now()).await?;
-    models.report(&metrics);
+    let (outbox, mut models, folder) = open(Arc::clone(&settings), clock.now()).await?;
+    metrics.clock_set(!clock.now().is_provisional());
     let resumed = resume(&outbox, &mut models, clock.now())?;
     let resume_after = outbox.last_event_time();
     tracing::info!(
@@ -86,13 +100,25 @@ pub async fn run<H: Hardware>(
         devices = settings.registry.devices.len(), sources = settings.sources.len(),
         resume_after = resume_after.map(|at| at.to_string()), "agent starts"
     );
-    let served = listener.map(|at| tokio::spawn(metrics::serve(at, Arc::new(Mutex::new(registry)))));
+    let (status, model_status) = watch::channel(models.status());
+    let latest = Arc::new(Latest::new(settings.registry.devices.len()));
+    let page = Page {
+        settings: Arc::clone(&settings),
+        epoch: outbox.epoch(),
+        started_at: clock.now(),
+        clock: Arc::clone(&clock),
+        latest: Arc::clone(&latest),
+        models: model_status.clone(),
+        delivery: delivery_metrics.clone(),
+    };
+    let served =
+        listener.map(|at| tokio::spawn(metrics::serve(at, Arc::new(Mutex::new(registry)), page.routes())));
 
     // From the last stage to the first, so that each finds its reader running.
     let (stop_uplink, uplink_stopped) = watch::channel(false);
     let mut uplink = tokio::spawn(uplink::run(
         outbox.clone(),
-        uplink_settings(&settings, &models),
+        uplink_settings(&settings, model_status),
         Arc::clone(&settings.registry),
         Arc::clone(&clock),
         delivery_metrics,
@@ -103,8 +129,11 @@ pub async fn run<H: Hardware>(
     let mut seal =
         tokio::spawn(seal(sealer, to_seal, outbox.clone(), Arc::clone(&clock), Arc::clone(&metrics)));
     let (polled, to_refine) = mpsc::channel(POLLED);
-    let stages = Refine::new(&settings, models, Arc::clone(&metrics));
-    let refine = tokio::spawn(refine(stages, resumed, to_refine, processed));
+    let (changed, changes) = mpsc::channel(CHANGES);
+    let watched = folder.zip(settings.models.poll);
+    let watched = watched.map(|(folder, every)| tokio::spawn(folder::watch(folder, every, changed)));
+    let stages = Refine::new(&settings, models, Arc::clone(&metrics), status, latest);
+    let refine = tokio::spawn(refine(stages, resumed, to_refine, changes, processed));
     let (stop_sources, sources_stopped) = watch::channel(false);
     let context = source::Context {
         hardware: Arc::new(hardware),
@@ -128,8 +157,9 @@ pub async fn run<H: Hardware>(
             errors.push(error.context(stage));
         }
     };
-    let (mut seal_ended, mut uplink_ended) = (false, false);
+    let (mut seal_ended, mut uplink_ended, mut anew) = (false, false, false);
     tokio::select! {
+        () = clock.ended() => { anew = true; }
         _ = stop.wait_for(|stop| *stop) => {}
         () = first_failure_or_end(&mut sources, &mut note) => {}
         ended = &mut seal => { seal_ended = true; note("seal", ended); }
@@ -140,38 +170,67 @@ pub async fn run<H: Hardware>(
         note("source", ended);
     }
     note("refine", refine.await.map(Ok));
+    if let Some(watched) = watched {
+        note("models", watched.await);
+    }
     if !seal_ended {
         note("seal", seal.await);
     }
     let (closing, now) = (outbox.clone(), clock.now());
     note("outbox", task::spawn_blocking(move || closing.close(now).context("closing the outbox")).await);
     stop_uplink.send_replace(true);
-    if !uplink_ended {
+    if anew && !uplink_ended {
+        match tokio::time::timeout(LEAVE, &mut uplink).await {
+            Ok(ended) => note("uplink", ended),
+            Err(_) => {
+                uplink.abort();
+                let _ = uplink.await;
+            }
+        }
+        // What it left to blocking threads ends by itself; only then can the outbox be opened again.
+        while !outbox.is_last_handle() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    } else if !uplink_ended {
         note("uplink", uplink.await);
     }
     if let Some(served) = served {
         served.abort();
+        let _ = served.await;
     }
     errors.into_iter().next().map_or(Ok(()), Err)
 }
 
 /// Opens what blocks: the outbox, and the models with their verification.
-async fn open(settings: Arc<Settings>, now: Timestamp) -> anyhow::Result<(Outbox, Models)> {
+async fn open(settings: Arc<Settings>, now: Timestamp) -> anyhow::Result<(Outbox, Models, Option<Folder>)> {
     let opened = task::spawn_blocking(move || {
         let outbox = Outbox::open(&settings.outbox.dir, Limits::from(&settings.outbox), now)?;
-        let models = Models::load(settings.models.as_deref(), &settings.registry, settings.window.width);
-        anyhow::Ok((outbox, models))
+        let (models, folder) = load_models(&settings, Purpose::Score);
+        anyhow::Ok((outbox, models, folder))
     });
     opened.await?
 }
 
-fn uplink_settings(settings: &Settings, models: &Models) -> uplink::Settings {
-    // Models are loaded once, so their states do not change and the sender may go.
-    let (_, models) = watch::channel(models.status().to_vec());
+/// The models as their folder holds them. Blocks.
+pub(crate) fn load_models(settings: &Settings, purpose: Purpose) -> (Models, Option<Folder>) {
+    let (registry, lateness) = (Arc::clone(&settings.registry), settings.window.lateness);
+    let mut models = Models::new(registry, lateness, settings.models.budget, purpose);
+    if purpose == Purpose::Score {
+        models.calibrate_over(settings.models.calibrate_over);
+    }
+    let mut folder = settings.models.dir.clone().map(Folder::new);
+    for change in folder.iter_mut().flat_map(Folder::load) {
+        models.apply(change);
+    }
+    (models, folder)
+}
+
+fn uplink_settings(settings: &Settings, models: watch::Receiver<Vec<ModelStatus>>) -> uplink::Settings {
     uplink::Settings {
         site: settings.site.clone(),
         gateway: settings.gateway.clone(),
         mqtt: settings.mqtt.clone(),
+        root: settings.root.clone(),
         uplink: settings.uplink.clone(),
         max_message_bytes: settings.outbox.max_message_bytes,
         version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -183,7 +242,11 @@ fn uplink_settings(settings: &Settings, models: &Models) -> uplink::Settings {
 /// Goes on with the episodes of an earlier run; what is to be sealed of it.
 fn resume(outbox: &Outbox, models: &mut Models, now: Timestamp) -> anyhow::Result<Option<Processed>> {
     let Some(kept) = outbox.get_meta(EPISODES).context("reading the open episodes")? else { return Ok(None) };
-    let events = models.resume(&kept, now);
+    let mut events = models.resume(&kept, now);
+    // They may have begun before the clock was set.
+    let settle = |at| outbox.settle_kept(at).unwrap_or(now);
+    models.settle(settle);
+    events.iter_mut().for_each(|event| event.started_at = settle(event.started_at));
     let episodes = Some(models.state());
     Ok((!events.is_empty()).then(|| Processed { events, episodes, ..Processed::default() }))
 }
@@ -203,36 +266,53 @@ async fn first_failure_or_end(
 }
 
 /// The cores between sources and seal.
-struct Refine {
+pub(crate) struct Refine {
     filter: Filter,
     windows: Windows,
-    models: Models,
+    pub(crate) models: Models,
     metrics: Arc<Metrics>,
+    latest: Arc<Latest>,
+    status: watch::Sender<Vec<ModelStatus>>,
     last_at: Timestamp,
+    /// When the models' state was kept.
+    kept_at: Timestamp,
 }
 
 impl Refine {
-    fn new(settings: &Settings, models: Models, metrics: Arc<Metrics>) -> Self {
-        Self {
+    pub(crate) fn new(
+        settings: &Settings,
+        models: Models,
+        metrics: Arc<Metrics>,
+        status: watch::Sender<Vec<ModelStatus>>,
+        latest: Arc<Latest>,
+    ) -> Self {
+        let mut stages = Self {
             filter: Filter::new(settings.checks.clone()),
             windows: Windows::new(settings.window, settings.registry.devices.len()),
             models,
             metrics,
+            latest,
+            status,
             last_at: Timestamp::default(),
-        }
+            kept_at: Timestamp::default(),
+        };
+        stages.tell();
+        stages
     }
 
-    fn process(&mut self, polled: Polled) -> Processed {
+    pub(crate) fn process(&mut self, polled: Polled) -> Processed {
         let Polled { at, mut readings, mut census } = polled;
         self.last_at = self.last_at.max(at);
         self.metrics.polled(&census);
         let given = readings.len() as u64;
-        let last_event = readings.iter().map(|reading| reading.ts).max();
+        // A sender's clock that is ahead of ours must not keep our own sources waiting after a restart.
+        let last_event = readings.iter().map(|reading| reading.ts.min(at)).max();
         let marks = self.filter.mark(&mut readings);
+        self.latest.update(&readings);
         let mut missed = Missed::default();
         let aggregates = self.windows.push(at, &readings, &mut missed);
         self.metrics.windowed(given, missed, aggregates.len() as u64);
-        let events = self.models.score(&aggregates, &self.metrics);
+        let events = self.models.push(at, &readings, &self.metrics);
         let held = self.filter.hold(&mut readings);
         for reading in &held {
             census.add(reading.ts, Outcome::Held, 1);
@@ -242,16 +322,35 @@ impl Refine {
         Processed { readings, aggregates, events, census, last_event, episodes }
     }
 
+    /// Takes over what has changed in the models' folder.
+    fn exchange(&mut self, change: Change) -> Processed {
+        let events = self.models.apply(change);
+        let episodes = self.changed(&events);
+        Processed { events, episodes, ..Processed::default() }
+    }
+
     fn finish(&mut self) -> Processed {
         let aggregates = self.windows.flush();
-        let mut events = self.models.score(&aggregates, &self.metrics);
-        events.extend(self.models.stop(self.last_at));
-        let episodes = self.changed(&events);
+        let events = self.models.stop(&self.metrics);
+        let episodes = Some(self.models.state());
         Processed { aggregates, events, episodes, ..Processed::default() }
     }
 
-    fn changed(&self, events: &[Event]) -> Option<Vec<u8>> {
-        (!events.is_empty()).then(|| self.models.state())
+    /// What is to be kept of the models over a restart, if it is time to.
+    fn changed(&mut self, events: &[Event]) -> Option<Vec<u8>> {
+        self.tell();
+        let due = self.models.stateful() && self.last_at.since(self.kept_at) >= KEEP_STATES;
+        if events.is_empty() && !due {
+            return None;
+        }
+        self.kept_at = self.last_at;
+        Some(self.models.state())
+    }
+
+    fn tell(&mut self) {
+        if let Some(status) = self.models.news(&self.metrics) {
+            self.status.send_replace(status);
+        }
     }
 }
 
@@ -259,6 +358,7 @@ async fn refine(
     mut stages: Refine,
     resumed: Option<Processed>,
     mut polled: mpsc::Receiver<Polled>,
+    mut changes: mpsc::Receiver<Change>,
     processed: mpsc::Sender<Processed>,
 ) {
     if let Some(resumed) = resumed
@@ -266,8 +366,16 @@ async fn refine(
     {
         return;
     }
-    while let Some(batch) = polled.recv().await {
-        if processed.send(stages.process(batch)).await.is_err() {
+    loop {
+        let next = tokio::select! {
+            batch = polled.recv() => match batch {
+                Some(batch) => stages.process(batch),
+                None => break,
+            },
+            // Without a watched folder, no change ever comes.
+            Some(change) = changes.recv() => stages.exchange(change),
+        };
+        if processed.send(next).await.is_err() {
             return;
         }
     }

@@ -5,8 +5,11 @@
 
 mod check;
 pub mod file;
+pub(crate) mod modbus;
+mod mqtt_source;
 
 use std::{
+    collections::BTreeMap,
     net::SocketAddr,
     path::{Path, PathBuf},
     sync::Arc,
@@ -19,7 +22,13 @@ use common::{
 };
 use sha2::{Digest, Sha256};
 
-use crate::source::chip::{Ads1115, Sht4x, ads1115, ism330dhcx};
+use crate::{
+    source::{
+        chip::{Ads1115, Sht4x, ads1115, ism330dhcx},
+        modbus as modbus_source,
+    },
+    vibration::Feature,
+};
 
 /// `default.toml`, compiled in.
 pub const DEFAULTS: &str = include_str!("../default.toml");
@@ -41,19 +50,23 @@ pub struct Settings {
     pub checks: Vec<Checks>,
     /// What is read.
     pub sources: Vec<Source>,
+    /// What to make of the machine's clock.
+    pub clock: ClockSettings,
     /// A bus whose transfers take longer is given up and opened again.
     pub source_timeout: Duration,
-    /// The broker.
+    /// The broker that the readings go to.
     pub mqtt: MqttSettings,
+    /// Root of all topics there.
+    pub root: String,
     /// Delivery.
     pub uplink: UplinkSettings,
     /// The disk buffer, and when batches are sealed for it.
     pub outbox: OutboxSettings,
     /// Tumbling windows.
     pub window: WindowSettings,
-    /// Folder of model bundles.
-    pub models: Option<PathBuf>,
-    /// Where `/metrics` and `/healthz` answer.
+    /// Models.
+    pub models: ModelSettings,
+    /// Where `/metrics`, `/healthz` and the gateway's page answer.
     pub listen: Option<SocketAddr>,
 }
 
@@ -68,10 +81,11 @@ impl Settings {
 
     fn read(layers: &Layers<'_>, env: impl IntoIterator<Item = (String, String)>) -> Result<Self, Mistakes> {
         let table: toml::Table = config::load_with_env(layers, env)?;
+        let folder = layers.file.and_then(Path::parent).unwrap_or(Path::new(""));
         let origin = layers.file.map_or_else(|| "the environment".to_owned(), |p| p.display().to_string());
         let sha256 = format!("{:x}", Sha256::digest(table.to_string()));
         match table.try_into::<file::File>() {
-            Ok(file) => check::check(file, sha256, origin),
+            Ok(file) => check::check(file, sha256, origin, folder),
             Err(e) => {
                 let mut mistakes = Mistakes::of(origin);
                 mistakes.add("value", e.to_string().trim_end().replace('\n', " "), "see default.toml");
@@ -121,10 +135,21 @@ pub enum Source {
         period: Duration,
         /// What a burst is.
         burst: ism330dhcx::Settings,
-        /// Device of the burst's RMS in m/s², with the factor into its unit.
-        rms: Option<(DeviceIx, f64)>,
-        /// Device of the burst's peak in m/s², with the factor into its unit.
-        peak: Option<(DeviceIx, f64)>,
+        /// What is made of it.
+        outputs: Vec<BurstOutput>,
+    },
+    /// A Modbus connection or line with its slaves.
+    Modbus(modbus_source::Settings),
+    /// A broker in the plant, where other people's devices publish JSON.
+    Mqtt {
+        /// Its address as it was typed.
+        url: String,
+        /// How it is reached.
+        broker: MqttSettings,
+        /// The agent's name there, which its session goes by.
+        client_id: String,
+        /// What is read there.
+        topics: Vec<JsonTopic>,
     },
     /// A recorded file.
     Replay {
@@ -133,6 +158,71 @@ pub enum Source {
         /// What its columns mean.
         form: ReplayForm,
     },
+}
+
+/// How the readings of one quantity are found in the messages of a topic filter. Pointers are JSON pointers
+/// (RFC 6901) into the message or, where it is an array, into each of its elements.
+#[derive(Clone, Debug, PartialEq)]
+pub struct JsonTopic {
+    /// MQTT topic filter.
+    pub filter: String,
+    /// Pointer to the value.
+    pub value: String,
+    /// Whose value it is.
+    pub whose: Whose,
+    /// Pointer to the event time; without it, the time of arrival is taken.
+    pub time: Option<String>,
+    /// Pointer to the quality; without it, all are good.
+    pub quality: Option<String>,
+    /// Numbers of the texts that stand for one, such as `RUNNING`.
+    pub words: BTreeMap<String, f64>,
+    /// A reading that is older is rejected.
+    pub max_age: Duration,
+}
+
+/// Whose value is read.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Whose {
+    /// Always this device's.
+    One(Target),
+    /// The device's whose name stands at `at`.
+    Named {
+        /// Where the name stands.
+        at: NameAt,
+        /// The names that are known.
+        names: BTreeMap<String, Target>,
+    },
+}
+
+/// Where a message names its device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NameAt {
+    /// At this JSON pointer.
+    Pointer(String),
+    /// In this level of the topic, from 0.
+    Level(usize),
+}
+
+/// A device, and the affine map from what is sent into its unit.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Target {
+    /// The device.
+    pub device: DeviceIx,
+    /// `value in its unit = what is sent * scale + shift`.
+    pub scale: f64,
+    /// See `scale`.
+    pub shift: f64,
+}
+
+impl JsonTopic {
+    /// The devices that it feeds.
+    pub fn devices(&self) -> impl Iterator<Item = DeviceIx> {
+        let (one, named) = match &self.whose {
+            Whose::One(target) => (Some(target), None),
+            Whose::Named { names, .. } => (None, Some(names.values())),
+        };
+        one.into_iter().chain(named.into_iter().flatten()).map(|target| target.device)
+    }
 }
 
 /// What the columns of a recorded file mean.
@@ -152,10 +242,12 @@ pub enum ReplayForm {
 }
 
 impl Source {
-    /// The path of the bus or file.
+    /// The path of the bus or file, or the address of the bus or broker.
     pub fn name(&self) -> String {
         match self {
             Self::I2c { path, .. } | Self::Spi { path, .. } => path.clone(),
+            Self::Modbus(bus) => bus.address.to_string(),
+            Self::Mqtt { url, .. } => url.clone(),
             Self::Replay { file, .. } => file.display().to_string(),
         }
     }
@@ -168,6 +260,17 @@ pub struct I2cProbe {
     pub period: Duration,
     /// What.
     pub chip: I2cChip,
+}
+
+/// A device that shows a feature of a burst.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct BurstOutput {
+    /// What it shows.
+    pub feature: Feature,
+    /// The device.
+    pub device: DeviceIx,
+    /// From the feature's unit into the device's.
+    pub scale: f64,
 }
 
 /// A chip, or one input of it.
@@ -199,7 +302,7 @@ pub enum I2cChip {
     },
 }
 
-/// The broker.
+/// A broker.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MqttSettings {
     /// Host name or address.
@@ -208,8 +311,6 @@ pub struct MqttSettings {
     pub port: u16,
     /// Whether to speak TLS (`mqtts://`).
     pub tls: bool,
-    /// Root of all topics.
-    pub root: String,
     /// Empty for none.
     pub username: String,
     /// Reference to the password.
@@ -266,6 +367,28 @@ pub struct OutboxSettings {
     pub census_every: Duration,
 }
 
+/// What to make of the machine's clock.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ClockSettings {
+    /// It is right whatever the kernel says.
+    pub trust: bool,
+    /// For how long after the machine's start messages wait for it to be set.
+    pub wait: Duration,
+}
+
+/// Models.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ModelSettings {
+    /// Folder with one bundle a sub-folder.
+    pub dir: Option<PathBuf>,
+    /// How often it is looked at for changes; none for never.
+    pub poll: Option<Duration>,
+    /// Most time that a model may take for a window.
+    pub budget: Duration,
+    /// On how much of what it reads the agent calibrates a model itself; none for not at all.
+    pub calibrate_over: Option<Duration>,
+}
+
 /// Tumbling windows in event time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct WindowSettings {
@@ -278,4 +401,4 @@ pub struct WindowSettings {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -6,7 +6,6 @@
 //!
 //! Nothing here blocks the runtime: whatever waits for the outbox's disk runs on blocking threads.
 
-mod connection;
 mod link;
 
 use std::{
@@ -29,23 +28,23 @@ use prometheus_client::{
 use rumqttc::{
     Outgoing,
     v5::{
-        Event, Incoming,
+        Event, Incoming, MqttOptions,
         mqttbytes::{
             QoS,
             v5::{PubAck, PubAckReason, PublishProperties},
         },
     },
 };
+use serde::Serialize;
 use tokio::{
     sync::{mpsc, watch},
     task::{JoinHandle, JoinSet, spawn_blocking},
 };
 
-use self::{
-    connection::{Backoff, Connection, Dialer},
-    link::{FromCloud, Link, seed},
-};
+use self::link::{FromCloud, Link, seed};
 use crate::{
+    backoff::Backoff,
+    connection::{self, Connection, next_events},
     delivery::{Delivery, MessageRef, Mode, Rules},
     outbox::{Message, Outbox, OutboxError, RangeSet},
     settings::{MqttSettings, UplinkMode, UplinkSettings},
@@ -72,6 +71,8 @@ pub struct Settings {
     pub gateway: String,
     /// The broker.
     pub mqtt: MqttSettings,
+    /// Root of all topics.
+    pub root: String,
     /// Delivery.
     pub uplink: UplinkSettings,
     /// Largest payload, in bytes.
@@ -86,7 +87,20 @@ pub struct Settings {
 
 impl Settings {
     fn topic(&self, stream: Stream) -> String {
-        Topic { site: self.site.clone(), gateway: self.gateway.clone(), stream }.under(&self.mqtt.root)
+        Topic { site: self.site.clone(), gateway: self.gateway.clone(), stream }.under(&self.root)
+    }
+
+    /// Of the connection that plays this role.
+    fn options(&self, role: &str) -> anyhow::Result<MqttOptions> {
+        let id = format!("{}.{}.{role}", self.site, self.gateway);
+        let mut options = connection::options(&self.mqtt, id, self.max_message_bytes).context("mqtt")?;
+        options.set_outgoing_inflight_upper_limit(self.uplink.inflight.max(1));
+        Ok(options)
+    }
+
+    /// Requests that wait for the connection: a full window, and documents.
+    fn requests(&self) -> usize {
+        usize::from(self.uplink.inflight) + 16
     }
 }
 
@@ -103,6 +117,7 @@ pub struct Metrics {
     published: Family<InLane, Counter>,
     connected: Gauge,
     awaiting: Gauge,
+    unacknowledged: Gauge,
     unknown_acks: Counter,
 }
 
@@ -120,12 +135,48 @@ impl Metrics {
         registry.register("edge_connected", "1 while the data connection stands", own.connected.clone());
         registry.register("edge_awaiting_cloud", "Messages that only the broker has", own.awaiting.clone());
         registry.register(
+            "edge_unacknowledged_messages",
+            "Messages sealed that their next owner has not acknowledged",
+            own.unacknowledged.clone(),
+        );
+        registry.register(
             "edge_unknown_acks",
             "Acknowledgements of what this agent does not hold",
             own.unknown_acks.clone(),
         );
         own
     }
+
+    /// Whether the data connection stands.
+    pub fn is_connected(&self) -> bool {
+        self.connected.get() == 1
+    }
+
+    /// Messages that only the broker has.
+    pub fn awaiting(&self) -> i64 {
+        self.awaiting.get()
+    }
+
+    /// How much waits in the outbox, as of the last report.
+    pub fn depths(&self) -> [Depth; 4] {
+        Lane::ALL.map(|lane| {
+            let of = |family: &Family<InLane, Gauge>| {
+                family.get(&InLane { lane: lane.as_str() }).map_or(0, |gauge| gauge.get())
+            };
+            Depth { lane, messages: of(&self.messages), bytes: of(&self.bytes) }
+        })
+    }
+}
+
+/// How much of a lane waits in the outbox.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Depth {
+    /// The queue.
+    pub lane: Lane,
+    /// Messages held.
+    pub messages: i64,
+    /// Bytes on disk.
+    pub bytes: i64,
 }
 
 /// Delivers until `stop` is true, then for at most `uplink.drain` more, and says goodbye. The outbox should be
@@ -173,7 +224,7 @@ struct Uplink {
     clock: Arc<dyn Clock>,
     metrics: Metrics,
     delivery: Delivery,
-    dialer: Dialer,
+    options: MqttOptions,
     backoff: Backoff,
     begun: Instant,
     connection: Option<Connection>,
@@ -214,7 +265,7 @@ impl Uplink {
         };
         Ok(Self {
             delivery: Delivery::new(rules, lanes),
-            dialer: Dialer::new(&settings, "data", None)?,
+            options: settings.options("data")?,
             backoff: Backoff::new(mqtt.backoff, mqtt.max_backoff, seed(&outbox)),
             begun: Instant::now(),
             connection: None,
@@ -251,7 +302,7 @@ impl Uplink {
                 return Ok(());
             }
             if self.connection.is_none() && now >= self.dial_at {
-                self.connection = Some(self.dialer.dial());
+                self.connection = Some(Connection::dial(&self.options, self.settings.requests()));
             }
             if now >= report_at {
                 report_at = now + REPORT_EVERY;
@@ -292,6 +343,7 @@ impl Uplink {
             for (lane, head) in Lane::ALL.into_iter().zip(self.outbox.heads()) {
                 self.delivery.appended(lane, head);
             }
+            self.metrics.unacknowledged.set(self.delivery.unacknowledged().cast_signed());
         }
     }
 
@@ -463,10 +515,8 @@ impl Uplink {
             self.forgetting = None;
             forgotten?.context("forgetting in the outbox")?;
         }
-        if let Some(mut connection) = self.connection.take() {
-            let _ = connection.client.try_disconnect();
-            let gone = async { while let Some(Ok(_)) = connection.events.recv().await {} };
-            let _ = tokio::time::timeout(Duration::from_millis(200), gone).await;
+        if let Some(connection) = self.connection.take() {
+            connection.close().await;
         }
         self.report().await
     }
@@ -486,17 +536,6 @@ impl Uplink {
 /// Ends when it is time to stop, also when whoever would say so is gone.
 async fn stopped(stop: &mut watch::Receiver<bool>) {
     let _ = stop.wait_for(|stop| *stop).await;
-}
-
-/// Everything that has happened on the connection; waits for ever when there is none.
-async fn next_events(
-    connection: &mut Option<Connection>,
-    events: &mut Vec<Result<Event, Arc<rumqttc::v5::ConnectionError>>>,
-) -> usize {
-    match connection {
-        Some(connection) => connection.events.recv_many(events, 256).await,
-        None => std::future::pending().await,
-    }
 }
 
 /// The end of a job; waits for ever when there is none.
@@ -539,4 +578,4 @@ impl Bucket {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

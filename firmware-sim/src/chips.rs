@@ -42,9 +42,11 @@ pub fn list() -> anyhow::Result<()> {
     ));
     let vibration = &layout.vibration;
     print_line(format_args!("/dev/{}   ISM330DHCX, accelerometer with FIFO", vibration.bus));
-    print_line(format_args!(
-        "      {:<30} {:<22} every {:>3} s  {}",
-        vibration.device, vibration.unit, vibration.period_s, vibration.description
-    ));
+    for output in &vibration.outputs {
+        print_line(format_args!(
+            "      {:<30} {:<22} every {:>3} s  {}, {}",
+            output.device, output.unit, vibration.period_s, vibration.description, output.feature
+        ));
+    }
     Ok(())
 }

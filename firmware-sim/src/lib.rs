@@ -1,12 +1,17 @@
-//! Simulated chips and a simulated plant, and the one-command demo.
+//! Simulated chips, Modbus devices and a simulated plant, the one-command demo, and the proof by kill -9.
 
 pub mod bus;
+pub mod chaos;
 pub mod chip;
 pub mod chips;
 pub mod clock;
 pub mod demo;
 pub mod faults;
 pub mod fleet;
+mod http;
+pub mod node;
 pub mod noise;
 pub mod plant;
+pub mod plc;
+pub mod register_map;
 pub mod waveform;

@@ -3,7 +3,7 @@
 use std::{ffi::OsString, process::ExitCode};
 
 use clap::Parser;
-use firmware_sim::{chips, demo, fleet};
+use firmware_sim::{chaos, chips, demo, fleet, node, plc};
 
 /// Simulated chips and plants for Tailrace, and the one-command demo
 #[derive(Parser)]
@@ -13,7 +13,10 @@ use firmware_sim::{chips, demo, fleet};
   cargo demo                                   everything, live, until Ctrl-C
   cargo demo -- --backfill 6h --for 60s        six hours of history, a minute live, then the ledger
   firmware-sim fleet --url mqtt://127.0.0.1:1883 --gateways 10 --readings 1000000
-  firmware-sim chips                           which chips are simulated and what they show"
+  firmware-sim chips                           which chips are simulated and what they show
+  firmware-sim plc --listen 127.0.0.1:1502     a PLC on Modbus TCP; --map prints its registers
+  firmware-sim node --link /tmp/ttyNODE        a smart sensor on Modbus RTU, its serial line at the link
+  firmware-sim chaos --kills 20 --data-dir /tmp/chaos   the real programs under SIGKILL, then the audit"
 )]
 enum Command {
     /// Run the whole pipeline on this machine, with nothing installed
@@ -22,6 +25,12 @@ enum Command {
     Chips,
     /// Send readings of many gateways to a broker, as fast as they are taken
     Fleet(fleet::Options),
+    /// Show the recorded plant in the registers of a PLC on Modbus TCP
+    Plc(plc::Options),
+    /// Run the firmware of a smart sensor as a Modbus RTU slave on a pseudo-terminal
+    Node(node::Options),
+    /// Kill the real programs at random under load, then account for every reading; needs mosquitto
+    Chaos(chaos::Options),
     /// A part of the demo, started by it
     #[command(hide = true)]
     Child {
@@ -50,6 +59,9 @@ async fn main() -> ExitCode {
         Command::Demo(options) => demo::run(options).await,
         Command::Chips => chips::list().map(|()| ExitCode::SUCCESS),
         Command::Fleet(options) => fleet::run(options).await.map(|()| ExitCode::SUCCESS),
+        Command::Plc(options) => plc::run(options).await.map(|()| ExitCode::SUCCESS),
+        Command::Node(options) => node::run(options).await.map(|()| ExitCode::SUCCESS),
+        Command::Chaos(options) => chaos::run(options).await,
         Command::Child { role } => demo::run_child(role).await.map(|()| ExitCode::SUCCESS),
     };
     done.unwrap_or_else(|e| {

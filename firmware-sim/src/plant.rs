@@ -29,7 +29,9 @@ use std::{
 use anyhow::{Context, ensure};
 use common::time::Timestamp;
 
-pub use self::layout::{Adc, Channel, Cycles, Humidity, Layout, Press, Segment, Temperature, Vibration};
+pub use self::layout::{
+    Adc, Channel, Cycles, Humidity, Layout, Output, Press, Segment, Temperature, Vibration,
+};
 use crate::{
     noise,
     waveform::{Waveform, bpfo_per_turn},

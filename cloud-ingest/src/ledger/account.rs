@@ -376,6 +376,10 @@ impl Books {
         }
         for message in &input.messages {
             let at = message.sealed_at;
+            if at.is_provisional() {
+                // The clock was never set: nobody knows when that was.
+                continue;
+            }
             let span = self.active.entry(key.epoch.clone()).or_insert((at, at));
             *span = (span.0.min(at), span.1.max(at));
         }

@@ -42,6 +42,13 @@ pub(super) async fn inputs(tables: &Tables) -> anyhow::Result<Inputs> {
     Ok(inputs)
 }
 
+/// The present epoch of each gateway: the one whose first status came last. Only within an epoch does a gateway's
+/// clock never go back, so only there does its own time say what is newest; a retained document may come again.
+const NEWEST: &str = "WITH begun AS (SELECT site, gateway_id, current_epoch, min(received_at) AS began FROM status \
+                      GROUP BY site, gateway_id, current_epoch), \
+                      newest AS (SELECT site, gateway_id, last_value(current_epoch ORDER BY began) AS epoch \
+                      FROM begun GROUP BY site, gateway_id)";
+
 async fn rows(context: &SessionContext, sql: &str) -> anyhow::Result<Vec<RecordBatch>> {
     Ok(context.sql(sql).await?.collect().await?)
 }
@@ -170,10 +177,15 @@ async fn read_census(context: &SessionContext, inputs: &mut Inputs) -> anyhow::R
 }
 
 async fn read_gateways(context: &SessionContext, inputs: &mut Inputs) -> anyhow::Result<()> {
-    let sql = "SELECT site, gateway_id, max(at) FILTER (WHERE online) AS online_at, \
-               max(at) FILTER (WHERE NOT online) AS offline_at, max(received_at) FILTER (WHERE online) AS heard_at, \
-               last_value(current_epoch ORDER BY at) AS epoch FROM status GROUP BY site, gateway_id";
-    for batch in rows(context, sql).await? {
+    let sql = format!(
+        "{NEWEST} SELECT s.site, s.gateway_id, n.epoch, \
+         max(at) FILTER (WHERE online AND current_epoch = n.epoch) AS online_at, \
+         max(at) FILTER (WHERE NOT online AND current_epoch = n.epoch) AS offline_at, \
+         max(received_at) FILTER (WHERE online) AS heard_at \
+         FROM status s JOIN newest n ON s.site = n.site AND s.gateway_id = n.gateway_id \
+         GROUP BY s.site, s.gateway_id, n.epoch"
+    );
+    for batch in rows(context, &sql).await? {
         let (site, name) = (text(&batch, "site")?, text(&batch, "gateway_id")?);
         let (online, offline) = (micros(&batch, "online_at")?, micros(&batch, "offline_at")?);
         let (heard, epoch) = (micros(&batch, "heard_at")?, text(&batch, "epoch")?);
@@ -193,13 +205,18 @@ async fn read_gateways(context: &SessionContext, inputs: &mut Inputs) -> anyhow:
 
 /// The lanes that each gateway's newest status names.
 async fn read_lanes(context: &SessionContext, inputs: &mut Inputs) -> anyhow::Result<()> {
-    let sql = "SELECT s.site, s.gateway_id, s.epoch, s.lane, max(s.at) AS at, max(s.head) AS head, \
-               max(s.rows) AS rows, max(s.oldest) AS oldest FROM status s JOIN ( \
-               SELECT site, gateway_id, max(at) AS at FROM status WHERE lane IS NOT NULL GROUP BY site, gateway_id \
-               ) n ON s.site = n.site AND s.gateway_id = n.gateway_id AND s.at = n.at WHERE s.lane IS NOT NULL \
-               GROUP BY s.site, s.gateway_id, s.epoch, s.lane";
+    let sql = format!(
+        "{NEWEST} SELECT s.site, s.gateway_id, s.epoch, s.lane, max(s.at) AS at, max(s.head) AS head, \
+         max(s.rows) AS rows, max(s.oldest) AS oldest FROM status s JOIN ( \
+         SELECT site, gateway_id, current_epoch, max(at) AS at FROM status WHERE lane IS NOT NULL \
+         GROUP BY site, gateway_id, current_epoch \
+         ) l ON s.site = l.site AND s.gateway_id = l.gateway_id AND s.current_epoch = l.current_epoch \
+         AND s.at = l.at \
+         JOIN newest n ON s.site = n.site AND s.gateway_id = n.gateway_id AND s.current_epoch = n.epoch \
+         WHERE s.lane IS NOT NULL GROUP BY s.site, s.gateway_id, s.epoch, s.lane"
+    );
     let mut states: BTreeMap<LaneKey, LaneState> = BTreeMap::new();
-    for batch in rows(context, sql).await? {
+    for batch in rows(context, &sql).await? {
         let (keys, at) = (Keys::of(&batch)?, micros(&batch, "at")?);
         let (head, count, oldest) = (ints(&batch, "head")?, ints(&batch, "rows")?, ints(&batch, "oldest")?);
         for row in 0..batch.num_rows() {

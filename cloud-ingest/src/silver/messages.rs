@@ -141,6 +141,15 @@ impl Step {
                 let message = &mut self.delivered[at];
                 self.candidates.wire(&self.rules, at, message, &batch, &mut self.quarantine);
             }
+            // Readings are judged one by one; the clocks of some devices are set though their gateway's is not.
+            Ok(Content::Lane(lane @ (Lane::Aggregates | Lane::Anomalies), _))
+                if self.delivered[at].clock == "unsynced" =>
+            {
+                self.delivered[at].readings = rows;
+                let reason =
+                    format!("its times count from the start of a machine whose clock was never set ({lane})");
+                self.refuse(at, rows, Reject::new("clock", reason));
+            }
             Ok(Content::Lane(lane, batch)) => {
                 let (table, rows_of_lane) = self.lane(at, lane, &batch)?;
                 self.batches.entry(table).or_default().push(rows_of_lane);

@@ -67,6 +67,10 @@ pub enum Ended {
     Stop,
     /// The agent was restarted and cannot go on with it: its model or device is another one.
     Restart,
+    /// Another model has taken over, or none.
+    Replaced,
+    /// The machine stands.
+    Standing,
 }
 
 impl Ended {
@@ -76,6 +80,8 @@ impl Ended {
             Self::Cleared => "cleared",
             Self::Stop => "stop",
             Self::Restart => "restart",
+            Self::Replaced => "replaced",
+            Self::Standing => "standing",
         }
     }
 }
@@ -128,6 +134,23 @@ impl Episodes {
     /// Goes on with an episode of an earlier run.
     pub fn resume(&mut self, open: Open) {
         self.open = Some(open);
+    }
+
+    /// Gives the open episode another time.
+    pub fn settle(&mut self, settle: impl Fn(Timestamp) -> Timestamp) {
+        if let Some(open) = &mut self.open {
+            open.started_at = settle(open.started_at);
+        }
+    }
+
+    /// When to raise and to clear.
+    pub fn rules(&self) -> &Hysteresis {
+        &self.rules
+    }
+
+    /// Changes them.
+    pub fn set_rules(&mut self, rules: Hysteresis) {
+        self.rules = rules;
     }
 
     /// The open episode.
@@ -196,6 +219,12 @@ pub fn event(
 }
 
 impl Hysteresis {
+    /// The same with another threshold; that for clearing moves in proportion.
+    pub fn at(&self, threshold: f64) -> Self {
+        let clear_threshold = self.clear_threshold * (threshold / self.threshold);
+        Self { threshold, clear_threshold, ..self.clone() }
+    }
+
     fn severity(&self, score: f64) -> String {
         let reached = self.severities.iter().rev().find(|(from, _)| score >= *from);
         reached.map_or_else(|| "warning".to_owned(), |(_, name)| name.clone())

@@ -82,18 +82,25 @@ impl From<Gap> for Record {
     }
 }
 
-/// A row per hour and outcome.
-pub(super) fn census_records(epoch: Uuid, census: &Census) -> impl Iterator<Item = Record> + '_ {
-    census.iter().map(move |(hour, outcome, readings)| Record {
-        record: "census",
-        epoch,
-        lane: None,
-        first_seq: None,
-        last_seq: None,
-        readings,
-        from: Some(hour),
-        to: Some(Timestamp::from_micros(hour.as_micros().saturating_add(HOUR_MICROS))),
-        reason: Some(outcome.to_string()),
+/// A row per hour and outcome; `settle` says which hour that is, if it is known.
+pub(super) fn census_records(
+    epoch: Uuid,
+    census: &Census,
+    settle: impl Fn(Timestamp) -> Option<Timestamp>,
+) -> impl Iterator<Item = Record> {
+    census.iter().map(move |(hour, outcome, readings)| {
+        let from = settle(hour);
+        Record {
+            record: "census",
+            epoch,
+            lane: None,
+            first_seq: None,
+            last_seq: None,
+            readings,
+            from,
+            to: from.map(|from| from.shifted(HOUR_MICROS)),
+            reason: Some(outcome.to_string()),
+        }
     })
 }
 

@@ -14,6 +14,7 @@ use uuid::Uuid;
 
 use super::{
     Limits, OutboxError,
+    boots::Times,
     control::{self, Record, closing_record, interruption_record},
     generation::Message,
     lane::{LaneStore, Write},
@@ -44,6 +45,7 @@ pub(super) struct Core {
     /// Generations in quarantine with their bytes, oldest first.
     pub(super) aside: Vec<(PathBuf, u64)>,
     pub(super) reserve: Reserve,
+    pub(super) times: Times,
     stamp: u64,
     declared_at: Instant,
     closed: bool,
@@ -59,6 +61,7 @@ impl Core {
             Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(OutboxError::io(&trash)(e)),
             _ => {}
         }
+        let mut times = Times::load(dir, now)?;
         let reserve = Reserve::open(dir)?;
         let epoch = Uuid::now_v7();
         let (mut lanes, mut damaged, mut sealed_until) = (Vec::new(), Vec::new(), None);
@@ -68,7 +71,7 @@ impl Core {
                 // Another lane may know of a later event, but a damaged log may have cost the readings before that.
                 sealed_until = store.state.last_event.or(store.state.at);
             }
-            store.begin(epoch, now);
+            store.begin(epoch, now, times.boot);
             damaged.extend(numbers.into_iter().map(|number| (lane, number)));
             lanes.push(store);
         }
@@ -81,6 +84,7 @@ impl Core {
             }
         }
         let stamp = meta.values().map(|(stamp, _)| *stamp).max().unwrap_or(0);
+        times.keep(&lanes)?;
         let mut core = Core {
             dir: dir.to_owned(),
             limits,
@@ -89,6 +93,7 @@ impl Core {
             meta,
             aside: quarantined(dir),
             reserve,
+            times,
             stamp,
             declared_at: Instant::now(),
             closed: false,
@@ -119,7 +124,10 @@ impl Core {
             }
         }
         let control = &self.lane(Lane::Control).state;
-        let previous = control.epoch.filter(|_| !control.clean);
+        let (last, clean) = (control.epoch, control.clean);
+        self.times.boot_before =
+            last.and_then(|epoch| self.lanes.iter().find_map(|lane| lane.boot_of(epoch)));
+        let previous = last.filter(|_| !clean);
         let mut records = Vec::new();
         if let Some(previous) = previous {
             let ended = |store: &LaneStore| {
@@ -130,10 +138,16 @@ impl Core {
                 let (head, rows) = ended(store);
                 records.push(closing_record(previous, *lane, head, rows));
             }
-            let from = sealed_until.unwrap_or(now);
-            records.push(interruption_record(previous, from.min(now), now));
+            let from = sealed_until.and_then(|from| self.times.settle_kept(from)).unwrap_or(now);
+            let from = if from.is_provisional() == now.is_provisional() { from.min(now) } else { from };
+            records.push(interruption_record(previous, from, now));
         }
         self.declare(now, previous.unwrap_or(self.epoch), records, true)
+    }
+
+    /// Index before which no message of the lane waits for the clock to be set.
+    pub(super) fn released(&self, lane: Lane) -> u64 {
+        self.lanes[lane as usize].released(&self.times.boots)
     }
 
     pub(super) fn lane(&mut self, lane: Lane) -> &mut LaneStore {
@@ -211,7 +225,10 @@ impl Core {
             census.merge(&store.state.census);
             *declared = store.state.census_no + 1;
         }
-        let records: Vec<Record> = control::census_records(counted_in, &census).chain(records).collect();
+        let of_this = counted_in == self.epoch;
+        let hours = |hour| if of_this { Some(hour) } else { self.times.settle_kept(hour) };
+        let records: Vec<Record> =
+            control::census_records(counted_in, &census, hours).chain(records).collect();
         if records.is_empty() && !always {
             return Ok(());
         }
@@ -314,8 +331,9 @@ impl Core {
         now: Timestamp,
     ) -> Result<Vec<Message>, OutboxError> {
         loop {
-            match self.lane(lane).page(from, max, max_bytes) {
-                Ok(messages) => return Ok(messages),
+            let released = self.released(lane);
+            match self.lane(lane).page(from..released.max(from), max, max_bytes) {
+                Ok(messages) => return Ok(messages.into_iter().map(|m| self.times.boots.set(m)).collect()),
                 Err((number, OutboxError::Corrupt { problem, .. })) => {
                     tracing::error!(%lane, number, problem, "a generation of the outbox cannot be read");
                     self.set_aside(lane, number, now)?;

@@ -386,7 +386,7 @@ fn tree_name(first: u64) -> Vec<u8> {
 }
 
 /// Adds a message to a batch: 1 byte format, 16 epoch, then u64 LE seq, rows, rows_before, i64 LE sealed_at in
-/// µs, 1 byte clock (1 synced), and the payload as it goes on the wire.
+/// µs, 1 byte clock (1 synced, 0 not: the lane's state knows the boot), and the payload as it was sealed.
 pub(super) fn encode_message(batch: &mut Batch, index: u64, identity: &Identity, payload: &[u8]) {
     let mut value = Vec::with_capacity(HEAD + payload.len());
     value.push(FORMAT);
@@ -414,7 +414,7 @@ fn decode_message(lane: Lane, index: u64, value: &[u8]) -> Option<Message> {
     }
     let [seq, rows, rows_before, sealed_at] = numbers;
     let (clock, payload) = rest.split_first()?;
-    let clock = if *clock == 1 { ClockState::Synced } else { ClockState::Unsynced };
+    let clock = if *clock == 1 { ClockState::Synced } else { ClockState::Unsynced { boot: Uuid::nil() } };
     let identity = Identity {
         v: VERSION,
         epoch: Uuid::from_bytes(*epoch),

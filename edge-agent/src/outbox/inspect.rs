@@ -4,6 +4,7 @@
 //! What counts is what the next start would find: the state of the generation that was written last.
 
 use std::{
+    collections::BTreeMap,
     fs, io,
     path::{Path, PathBuf},
 };
@@ -11,7 +12,7 @@ use std::{
 use arrow::ipc::reader::StreamReader;
 use common::{
     time::Timestamp,
-    wire::{Identity, Lane, decode},
+    wire::{ClockState, Identity, Lane, decode},
 };
 use serde::Serialize;
 use tempfile::TempDir;
@@ -19,6 +20,7 @@ use uuid::Uuid;
 
 use super::{
     OutboxError,
+    boots::Boots,
     generation::{Generation, Manifest, Message, Span, dir_of},
     lane::{State, numbers, rebuild, recover},
     lock::Lock,
@@ -137,6 +139,9 @@ pub struct Inspection {
     /// By lane and number; those in quarantine at the end.
     pub generations: Vec<GenerationView>,
     forgotten: [RangeSet; 4],
+    boots: Boots,
+    /// From which start of the machine the times of an epoch count.
+    boot_of: BTreeMap<Uuid, Uuid>,
     last_sealed: Option<Timestamp>,
     _lock: Option<Lock>,
 }
@@ -152,6 +157,8 @@ impl Inspection {
             _lock: Lock::to_look(dir)?,
             generations: Vec::new(),
             forgotten: Default::default(),
+            boots: Boots::load(dir).map_err(OutboxError::io(dir))?,
+            boot_of: BTreeMap::new(),
             last_sealed: None,
         };
         for lane in Lane::ALL {
@@ -200,6 +207,7 @@ impl Inspection {
         }
         let state = state.unwrap_or_default();
         self.last_sealed = self.last_sealed.max(state.at);
+        self.boot_of.extend(state.epochs.iter().filter_map(|e| Some((e.epoch, e.boot?))));
         self.forgotten[lane as usize] = state.forgotten;
         for (standing, number, dir, manifest, problem) in found {
             let forgotten = &self.forgotten[lane as usize];
@@ -229,8 +237,8 @@ impl Inspection {
         Ok(())
     }
 
-    /// Reads every message of a generation in order, each as it is or with what is wrong with it, and whether it is
-    /// held. The generation's own problem where it cannot be read at all.
+    /// Reads every message of a generation in order, each as it would go out or with what is wrong with it, and
+    /// whether it is held. The generation's own problem where it cannot be read at all.
     ///
     /// # Errors
     /// When the disk refuses, or `each` does.
@@ -259,6 +267,7 @@ impl Inspection {
                         format!("message {}/{lane}/{}", span.epoch, span.first_seq + (index - span.first));
                     rows_before = message.as_ref().ok().map(|m| m.identity.rows_before + m.identity.rows);
                     bytes += message.as_ref().map_or(0, |m| m.payload.len() as u64);
+                    let message = message.map(|m| self.boots.set(self.with_boot(m)));
                     let message = message.map_err(|problem| format!("{name} {problem}"));
                     each(!forgotten.contains(index), message).map_err(OutboxError::io(copy))?;
                 }
@@ -273,6 +282,14 @@ impl Inspection {
             Err(OutboxError::Corrupt { problem, .. }) => Some(problem),
             Err(e) => return Err(e),
         })
+    }
+
+    /// Adds what only the lane's state knows.
+    fn with_boot(&self, mut message: Message) -> Message {
+        if let Some(boot) = self.boot_of.get(&message.identity.epoch) {
+            message.identity.clock = ClockState::Unsynced { boot: *boot };
+        }
+        message
     }
 
     /// Reads everything outside the quarantine and compares it with the manifests.

@@ -22,6 +22,7 @@ use uuid::Uuid;
 
 use super::{
     Limits, OutboxError,
+    boots::Boots,
     control::Gap,
     generation::{
         Batch, Generation, MAX_PAYLOAD, Manifest, Message, Span, dir_of, encode_message, encode_meta,
@@ -71,6 +72,9 @@ pub(super) struct EpochState {
     pub(super) head: u64,
     /// Rows sealed.
     pub(super) rows: u64,
+    /// Its times are provisional: they count from this start of the machine.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) boot: Option<Uuid>,
 }
 
 impl EpochState {
@@ -184,10 +188,17 @@ impl LaneStore {
         let (number, active, manifest) = match active {
             Some(found) => found,
             None => {
+                // After a kill between the end of a generation and the next one's beginning, the caller's entries go on.
+                let kept = match &last {
+                    Some((number, manifest)) if manifest.closed => entries(&dir_of(&dir, *number)),
+                    _ => Vec::new(),
+                };
+                let kept: Vec<_> =
+                    kept.iter().map(|(name, at, value)| (name.as_str(), *at, &value[..])).collect();
                 let number = last.as_ref().map_or(1, |(number, _)| number + 1);
                 let mut state = last.map(|(_, m)| State { next: m.range().end.max(m.state.next), ..m.state });
                 let state = state.take().unwrap_or_default();
-                let (generation, manifest) = create(&dir, number, state, &[])?;
+                let (generation, manifest) = create(&dir, number, state, &kept)?;
                 (number, generation, manifest)
             }
         };
@@ -209,11 +220,23 @@ impl LaneStore {
         self.active.meta(&self.active_dir())
     }
 
-    /// Begins an epoch; it is durable with the first write.
-    pub(super) fn begin(&mut self, epoch: Uuid, now: Timestamp) {
+    /// Begins an epoch, with a boot if its times are provisional; it is durable with the first write.
+    pub(super) fn begin(&mut self, epoch: Uuid, now: Timestamp, boot: Option<Uuid>) {
         // The earliest time at which anything of it can be lost.
-        self.state.at = self.state.at.max(Some(now));
-        self.state.epochs.push(EpochState { epoch, base: self.state.next, head: 0, rows: 0 });
+        let alike = self.state.at.filter(|at| at.is_provisional() == now.is_provisional());
+        self.state.at = alike.max(Some(now));
+        self.state.epochs.push(EpochState { epoch, base: self.state.next, head: 0, rows: 0, boot });
+    }
+
+    /// Index before which no message waits for the clock to be set.
+    pub(super) fn released(&self, boots: &Boots) -> u64 {
+        let waits = |e: &&EpochState| e.boot.is_some_and(|boot| boots.waits(boot));
+        self.state.epochs.iter().find(waits).map_or(self.state.next, |e| e.base)
+    }
+
+    /// The boot from which the provisional times of an epoch count.
+    pub(super) fn boot_of(&self, epoch: Uuid) -> Option<Uuid> {
+        self.state.epochs.iter().find(|e| e.epoch == epoch)?.boot
     }
 
     /// The present epoch.
@@ -274,6 +297,7 @@ impl LaneStore {
         max_bytes: usize,
     ) -> Result<(), OutboxError> {
         let epoch = state.epochs.last_mut().expect("an epoch was begun at open");
+        let clock = epoch.boot.map_or(ClockState::Synced, |boot| ClockState::Unsynced { boot });
         let identity = Identity {
             v: VERSION,
             epoch: epoch.epoch,
@@ -283,9 +307,11 @@ impl LaneStore {
             rows_before: epoch.rows,
             oldest: oldest(&state.forgotten, epoch),
             sealed_at: now,
-            clock: ClockState::Synced,
+            clock,
         };
         let payload = encode(rows, &identity)?;
+        // With true times it may compress a little less well.
+        let max_bytes = if epoch.boot.is_some() { max_bytes - max_bytes / 16 } else { max_bytes };
         if payload.len() > max_bytes && rows.num_rows() > 1 {
             let half = rows.num_rows() / 2;
             for part in [rows.slice(0, half), rows.slice(half, rows.num_rows() - half)] {
@@ -334,16 +360,16 @@ impl LaneStore {
         self.sweep()
     }
 
-    /// Held messages from `from` on, ascending; `Err((number, error))` names the generation that failed.
+    /// Held messages of `range`, ascending; `Err((number, error))` names the generation that failed.
     pub(super) fn page(
         &mut self,
-        from: u64,
+        range: Range<u64>,
         max: usize,
         max_bytes: usize,
     ) -> Result<Vec<Message>, (u64, OutboxError)> {
         let mut messages: Vec<Message> = Vec::new();
         let mut bytes = 0;
-        for held in self.state.forgotten.absent(from..self.state.next) {
+        for held in self.state.forgotten.absent(range) {
             let mut at = held.start;
             while at < held.end {
                 let found = self.read(at..held.end, max - messages.len(), max_bytes - bytes)?;
@@ -351,11 +377,11 @@ impl LaneStore {
                 bytes += found.iter().map(|m| m.payload.len()).sum::<usize>();
                 messages.extend(found);
                 if messages.len() >= max || bytes >= max_bytes {
-                    return Ok(self.with_oldest(messages));
+                    return Ok(self.with_state(messages));
                 }
             }
         }
-        Ok(self.with_oldest(messages))
+        Ok(self.with_state(messages))
     }
 
     /// Messages from the generation that holds `range.start`; at least one.
@@ -379,10 +405,14 @@ impl LaneStore {
         generation.page(&dir, self.lane, range.start..end, max, max_bytes).map_err(|e| (number, e))
     }
 
-    fn with_oldest(&self, mut messages: Vec<Message>) -> Vec<Message> {
+    /// Adds what only the lane's state knows.
+    fn with_state(&self, mut messages: Vec<Message>) -> Vec<Message> {
         for message in &mut messages {
             if let Some(epoch) = self.state.epochs.iter().find(|e| e.epoch == message.identity.epoch) {
                 message.identity.oldest = oldest(&self.state.forgotten, epoch);
+                if let Some(boot) = epoch.boot {
+                    message.identity.clock = ClockState::Unsynced { boot };
+                }
             }
         }
         messages
@@ -489,9 +519,10 @@ impl LaneStore {
         !self.state.forgotten.covers(self.manifest.range())
     }
 
-    /// The closed generations that were sealed before `limit` throughout.
+    /// The closed generations that were sealed before `limit` throughout. Provisional times do not tell.
     pub(super) fn older_than(&self, limit: Timestamp) -> impl Iterator<Item = u64> {
-        self.closed.iter().take_while(move |c| c.sealed_to < limit).map(|c| c.number)
+        let old = move |c: &&Closed| c.sealed_to < limit && !c.sealed_to.is_provisional();
+        self.closed.iter().take_while(old).map(|c| c.number)
     }
 
     /// Forgets a whole generation and removes it. Its gaps must be durable.
@@ -541,6 +572,14 @@ impl LaneStore {
     /// Messages held.
     pub(super) fn held(&self) -> u64 {
         self.state.forgotten.absent(0..self.state.next).iter().map(|r| r.end - r.start).sum()
+    }
+
+    /// When the lane in `root` was last written to, as its newest manifest has it: not more than a minute old,
+    /// and cheap, since no database is opened.
+    pub(super) fn last_noted(root: &Path, lane: Lane) -> Option<Timestamp> {
+        let dir = root.join(lane.as_str());
+        let newest = *numbers(&dir).ok()?.last()?;
+        Manifest::load(&dir_of(&dir, newest)).ok()?.state.at
     }
 
     /// Bytes on the disk.
@@ -686,6 +725,11 @@ pub(super) fn rebuild(dir: &Path, lane: Lane) -> Result<(Generation, Manifest), 
     let empty = Manifest::empty(state);
     drop(generation);
     recover(dir, lane, &empty)
+}
+
+/// The caller's entries in a closed generation; none where it cannot be read, which is found when it is delivered.
+fn entries(dir: &Path) -> Vec<(String, u64, Vec<u8>)> {
+    Generation::open(dir).and_then(|generation| generation.meta(dir)).unwrap_or_default()
 }
 
 /// Makes a generation; its manifest, written last, makes it count.

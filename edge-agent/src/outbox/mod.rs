@@ -7,6 +7,7 @@
 //! {dir}/quarantine/{lane}-{number}/                   generations that could not be read
 //! {dir}/trash/                                        generations on their way out; emptied at open
 //! {dir}/lock  reserve                                 one process at a time; room for the control lane (room.rs)
+//! {dir}/clock.json                                    what provisional times are (boots.rs)
 //! ```
 //!
 //! Every lane numbers its messages by an index without holes over all epochs; seq is counted per epoch, and a
@@ -18,7 +19,8 @@
 //!
 //! * **Durable on return.** [`Outbox::append`] makes one commit and one fsync per lane that it touches: one for
 //!   readings alone. Messages count once the lane's state says so, which is written after them and together with
-//!   their census; the caller's metadata and [`Outbox::last_event_time`] go into the last one, so they are never ahead of the messages.
+//!   their census; the caller's metadata and [`Outbox::last_event_time`] go into the last one, so they are never
+//!   ahead of the messages.
 //! * **Declared once.** Counts wait in the state of the lane that they came with, under a number. The control
 //!   message that declares them and the number that it declares are one transaction in the control lane; after a
 //!   crash, counts with a declared number are not declared again. Counts are declared every `census_every` of
@@ -33,8 +35,12 @@
 //!   was sealed after that is covered by the `interruption` of the epoch. A manifest that cannot be read is made
 //!   again from its database; where both are damaged the neighbours tell what is gone.
 //! * **A full disk stops nothing but the sealing** ([`OutboxError::Full`]); see room.rs.
+//! * **A message waits while its machine's clock was never set**, and gets its true times as it leaves, by what
+//!   `clock.json` says; what lies on the disk is not changed. [`Outbox::heads`] and [`Outbox::page`] end before what
+//!   waits; what is counted and declared in the meantime waits too. Provisional times are not judged by age.
 //! * **The backlog is never in memory**: per lane two open databases with small caches, and the state.
 
+pub mod boots;
 mod control;
 mod core;
 mod generation;
@@ -196,7 +202,8 @@ struct Shared {
     epoch: Uuid,
     core: Mutex<Core>,
     appended: Notify,
-    /// Index of the next message per lane, readable without waiting for the disk.
+    /// Index of the next message per lane, or of the first that waits for the clock; readable without waiting for
+    /// the disk.
     heads: [AtomicU64; 4],
 }
 
@@ -243,21 +250,35 @@ impl Outbox {
         self.0.appended.notified().await;
     }
 
-    /// Index of the next message of every lane, in the order of [`Lane::ALL`]. Does not block.
+    /// Index after the last message that may be sent of every lane, in the order of [`Lane::ALL`]. Does not block.
     pub fn heads(&self) -> [u64; 4] {
         std::array::from_fn(|lane| self.0.heads[lane].load(Ordering::Acquire))
     }
 
     fn announce(&self, core: &Core) {
-        for (head, lane) in self.0.heads.iter().zip(&core.lanes) {
-            head.store(lane.state.next, Ordering::Release);
+        for (head, lane) in self.0.heads.iter().zip(Lane::ALL) {
+            head.store(core.released(lane), Ordering::Release);
         }
         self.0.appended.notify_one();
     }
 
-    /// Highest event time of all drafts so far, those of earlier runs included.
+    /// Highest true event time of all drafts so far, those of earlier runs included.
     pub fn last_event_time(&self) -> Option<Timestamp> {
-        self.core().lanes.iter().filter_map(|lane| lane.state.last_event).max()
+        let last = self.core().lanes.iter().filter_map(|lane| lane.state.last_event).max();
+        last.filter(|at| !at.is_provisional())
+    }
+
+    /// An instant that the run before has kept in its metadata, as this run says it; `None` where it counts from a
+    /// start of the machine of which no more is known.
+    pub fn settle_kept(&self, at: Timestamp) -> Option<Timestamp> {
+        self.core().times.settle_kept(at)
+    }
+
+    /// Latest true time that the newest manifests in `dir` know: about a minute before the outbox was last written
+    /// to. Opens no database.
+    pub fn last_noted(dir: &Path) -> Option<Timestamp> {
+        let noted = Lane::ALL.into_iter().filter_map(|lane| LaneStore::last_noted(dir, lane));
+        noted.filter(|at| !at.is_provisional()).max()
     }
 
     /// When the outbox in `dir` was last written to, by the clock of its run; `None` for a new one. For a clock that
@@ -388,6 +409,11 @@ impl Outbox {
             }
         };
         Lane::ALL.iter().zip(&core.lanes).map(view).collect()
+    }
+
+    /// Whether nobody else holds this outbox, so that dropping it closes its databases.
+    pub fn is_last_handle(&self) -> bool {
+        Arc::strong_count(&self.0) == 1
     }
 
     fn core(&self) -> MutexGuard<'_, Core> {

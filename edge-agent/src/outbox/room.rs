@@ -191,7 +191,12 @@ impl Core {
 
     /// Makes gaps durable in the control lane; how many readings they have.
     pub(super) fn declare_gaps(&mut self, gaps: Vec<Gap>, now: Timestamp) -> Result<u64, OutboxError> {
-        let gaps = merge_gaps(gaps);
+        let mut gaps = merge_gaps(gaps);
+        for gap in &mut gaps {
+            let boot = self.lanes[gap.lane as usize].boot_of(gap.epoch);
+            let settle = |at: Option<Timestamp>| at.and_then(|at| self.times.settle(at, boot));
+            (gap.from, gap.to) = (settle(gap.from), settle(gap.to));
+        }
         let readings = gaps.iter().map(|g| g.readings).sum();
         let records: Vec<Record> = gaps.into_iter().map(Record::from).collect();
         if !records.is_empty() {

@@ -1,4 +1,5 @@
-use std::{collections::BTreeMap, sync::Arc as StdArc};
+use std::collections::BTreeMap;
+use std::sync::Arc as StdArc;
 
 use arrow::{
     array::{
@@ -217,6 +218,59 @@ fn what_is_appended_is_there_after_a_kill() {
     assert_eq!(rows.iter().filter(|r| r.0 == "interruption" && r.1 == first).count(), 1);
     assert!(rows.iter().filter(|r| r.0 == "census").all(|r| r.1 == first));
     assert_eq!((counted(&rows, "polled"), counted(&rows, "sealed"), counted(&rows, "held")), (35, 30, 5));
+}
+
+/// Copies a folder with all that is in it.
+fn copy(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for entry in std::fs::read_dir(from).unwrap().map(Result::unwrap) {
+        let target = to.join(entry.file_name());
+        if entry.file_type().unwrap().is_dir() {
+            copy(&entry.path(), &target);
+        } else {
+            std::fs::copy(entry.path(), target).unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_kill_between_two_lanes_makes_sources_go_on_before_what_was_not_written() {
+    let dir = TempDir::new().unwrap();
+    let outbox = Outbox::open(dir.path(), limits(), at(0)).unwrap();
+    outbox.append(at(10), vec![draft(Lane::Readings, 0, 10)], &[]).unwrap();
+    drop(outbox);
+    let (readings, before) = (dir.path().join("readings"), TempDir::new().unwrap());
+    copy(&readings, before.path());
+    let outbox = Outbox::open(dir.path(), limits(), at(11)).unwrap();
+    let drafts = vec![draft(Lane::Readings, 10, 10), draft(Lane::Aggregates, 10, 1)];
+    outbox.append(at(20), drafts, &[]).unwrap();
+    drop(outbox);
+    // The aggregates were written first, and the readings no more.
+    std::fs::remove_dir_all(&readings).unwrap();
+    copy(before.path(), &readings);
+
+    let outbox = Outbox::open(dir.path(), limits(), at(30)).unwrap();
+    assert_eq!(held(&outbox, Lane::Aggregates).len(), 1);
+    assert_eq!(held(&outbox, Lane::Readings).len(), 1);
+    assert_eq!(outbox.last_event_time(), Some(at(10)));
+}
+
+#[test]
+fn a_kill_between_two_generations_keeps_what_the_caller_kept() {
+    let dir = TempDir::new().unwrap();
+    let outbox = Outbox::open(dir.path(), limits(), at(0)).unwrap();
+    outbox.append(at(10), vec![draft(Lane::Readings, 0, 10)], &[("episodes", b"one".to_vec())]).unwrap();
+    outbox.upkeep(at(11)).unwrap();
+    drop(outbox);
+    // The last thing that a roll had done.
+    let manifest = dir.path().join("readings/00000001/manifest.json");
+    let text = std::fs::read_to_string(&manifest).unwrap();
+    std::fs::write(&manifest, text.replace("\"closed\":false", "\"closed\":true")).unwrap();
+
+    let outbox = Outbox::open(dir.path(), limits(), at(30)).unwrap();
+    assert!(dir.path().join("readings/00000002").exists());
+    assert_eq!(outbox.get_meta("episodes").unwrap().as_deref(), Some(&b"one"[..]));
+    assert_eq!(held(&outbox, Lane::Readings).len(), 1);
 }
 
 #[test]

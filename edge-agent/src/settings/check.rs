@@ -1,9 +1,15 @@
 //! From the configuration as typed to the one that is used: every mistake is noted, none ends the checking.
 
-use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use common::{
-    config::Mistakes,
+    config::{Mistakes, SecretRef},
     reading::{Asset, Device, DeviceIx, Registry},
     time::duration,
     units::{DeviceType, Unit},
@@ -11,18 +17,22 @@ use common::{
 };
 
 use super::{
-    Checks, Deadband, I2cChip, I2cProbe, MqttSettings, OutboxSettings, ReplayForm, Settings, Source,
-    UplinkSettings, WindowSettings,
+    Checks, ClockSettings, Deadband, I2cChip, I2cProbe, ModelSettings, MqttSettings, OutboxSettings,
+    ReplayForm, Settings, Source, UplinkSettings, WindowSettings,
     file::{self, File},
+    modbus, mqtt_source,
 };
-use crate::source::chip::{Ads1115, Sht4x, ads1115, ism330dhcx};
+use crate::source::chip::{Ads1115, Sht4x, ads1115};
+
+mod spi;
 
 /// NE 43's highest meaningful current with some room, which the converter's range must hold.
 const MAX_LOOP_A: f64 = 0.0215;
 /// The converter's range in V.
 const ADC_FULL_SCALE_V: f64 = 4.096;
 
-pub(super) fn check(file: File, sha256: String, origin: String) -> Result<Settings, Mistakes> {
+/// `folder` is the one of the configuration file.
+pub(super) fn check(file: File, sha256: String, origin: String, folder: &Path) -> Result<Settings, Mistakes> {
     let mut m = Mistakes::of(origin);
     for (key, name) in [("site", &file.site), ("gateway", &file.gateway)] {
         m.require(
@@ -35,7 +45,7 @@ pub(super) fn check(file: File, sha256: String, origin: String) -> Result<Settin
     let no_dir = file.data_dir.as_os_str().is_empty();
     m.require(!no_dir, "data_dir", "it is empty", "name a folder on a local disk");
     check_assets(&file.asset, &file.device, &mut m);
-    let checks = check_devices(&file.device, &file.asset, &mut m);
+    let checks = check_devices(&file.device, &file.filter, &file.asset, &mut m);
     let registry =
         Registry { assets: file.asset, devices: file.device.into_iter().map(|entry| entry.device).collect() };
     let mut bind = Binding { registry: &registry, bound: BTreeMap::new() };
@@ -44,19 +54,29 @@ pub(super) fn check(file: File, sha256: String, origin: String) -> Result<Settin
         sources.push(check_i2c(bus, &mut bind, &mut m));
     }
     for spi in file.spi {
-        sources.extend(check_spi(spi, &mut bind, &mut m));
+        sources.extend(spi::check(spi, &mut bind, &mut m));
+    }
+    for bus in file.modbus {
+        sources.extend(modbus::check(bus, &mut bind, &mut m));
+    }
+    let (mqtt, root) = check_mqtt(file.mqtt, &mut m);
+    for (i, broker) in file.mqtt_source.into_iter().enumerate() {
+        let name = format!("{}.{}.source-{i}", file.site, file.gateway);
+        sources.push(mqtt_source::check(broker, name, (&mqtt, &root), &mut bind, &mut m));
     }
     for replay in file.replay {
         sources.push(check_replay(replay, &mut bind, &mut m));
     }
     check_paths(&sources, &mut m);
     let settings = Settings {
-        mqtt: check_mqtt(file.mqtt, &mut m),
+        mqtt,
+        root,
         uplink: check_uplink(file.uplink, &mut m),
         outbox: check_outbox(file.outbox, file.data_dir.join("outbox"), &mut m),
         window: check_window(&file.window, &mut m),
-        models: (!file.models.dir.as_os_str().is_empty()).then_some(file.models.dir),
+        models: check_models(&file.models, folder, &mut m),
         listen: check_listen(&file.metrics.listen, &mut m),
+        clock: ClockSettings { trust: file.clock.trust, wait: file.clock.wait },
         source_timeout: at_least("source.timeout", file.source.timeout, Duration::from_millis(100), &mut m),
         site: file.site,
         gateway: file.gateway,
@@ -75,6 +95,10 @@ fn check_assets(assets: &[Asset], devices: &[file::DeviceEntry], m: &mut Mistake
         m.require(!asset.id.is_empty(), &key, "its id is empty", "give it a name of its own");
         let twice = assets[..i].iter().any(|a| a.id == asset.id);
         m.require(!twice, &key, "the id stands twice", "give each asset a name of its own");
+        let group = asset.machine_group.is_none_or(|group| [1, 2].contains(&group));
+        m.require(group, &key, "machine_group is none of ISO 20816-3", "write 1 (large) or 2 (medium)");
+        let support = asset.support.as_deref().is_none_or(|support| ["rigid", "flexible"].contains(&support));
+        m.require(support, &key, "support is none of ISO 20816-1", "write \"rigid\" or \"flexible\"");
         if let Some(when) = &asset.running_when {
             let known = devices.iter().any(|d| d.device.id == when.device);
             let key = format!("{key} running_when");
@@ -83,10 +107,23 @@ fn check_assets(assets: &[Asset], devices: &[file::DeviceEntry], m: &mut Mistake
     }
 }
 
-fn check_devices(entries: &[file::DeviceEntry], assets: &[Asset], m: &mut Mistakes) -> Vec<Checks> {
+fn check_devices(
+    entries: &[file::DeviceEntry],
+    filters: &[file::FilterTable],
+    assets: &[Asset],
+    m: &mut Mistakes,
+) -> Vec<Checks> {
+    for table in filters {
+        let some = entries.iter().any(|entry| table.matches(&entry.device.id));
+        let key = format!("filter {:?}", table.devices);
+        m.require(some, &key, "no device's id matches", "write * for any text, such as \"pump-*/speed\"");
+    }
     let mut all = Vec::with_capacity(entries.len());
     for (i, file::DeviceEntry { device, filter }) in entries.iter().enumerate() {
         let key = format!("device {:?}", device.id);
+        // The device's own keys, then those of the tables that mean it, in their order.
+        let tables = filters.iter().filter(|table| table.matches(&device.id));
+        let filter = tables.fold(filter.clone(), |filter, table| filter.or(&table.filter));
         m.require(!device.id.is_empty(), &key, "its id is empty", "name it, such as \"pump-01/speed\"");
         let twice = entries[..i].iter().any(|e| e.device.id == device.id);
         m.require(!twice, &key, "the id stands twice", "give each device a name of its own");
@@ -134,13 +171,13 @@ fn check_unit(key: &str, device: &Device, m: &mut Mistakes) {
 }
 
 /// Finds the devices that sources name, and sees to it that each has one source.
-struct Binding<'a> {
+pub(super) struct Binding<'a> {
     registry: &'a Registry,
     bound: BTreeMap<DeviceIx, String>,
 }
 
 impl Binding<'_> {
-    fn device(&mut self, key: &str, id: &str, m: &mut Mistakes) -> Option<DeviceIx> {
+    pub(super) fn device(&mut self, key: &str, id: &str, m: &mut Mistakes) -> Option<DeviceIx> {
         let Some(ix) = self.registry.find(id) else {
             m.add(key, format!("no device {id:?}"), "add a [[device]] with this id");
             return None;
@@ -155,7 +192,7 @@ impl Binding<'_> {
     }
 
     /// The device and the affine map from `unit` into its own.
-    fn convert(
+    pub(super) fn convert(
         &mut self,
         key: &str,
         id: Option<&String>,
@@ -168,7 +205,7 @@ impl Binding<'_> {
         let own = Unit::parse(&device.unit)?;
         let Some((scale, shift)) = Unit::parse(unit).and_then(|from| from.into_unit(own)) else {
             let fix = format!("give the device a unit that converts from {unit:?}");
-            m.add(key, format!("the chip shows {unit:?}, device {:?} has {:?}", device.id, device.unit), fix);
+            m.add(key, format!("it shows {unit:?}, device {:?} has {:?}", device.id, device.unit), fix);
             return None;
         };
         Some((ix, scale, shift))
@@ -256,68 +293,54 @@ fn check_replay(entry: file::Replay, bind: &mut Binding<'_>, m: &mut Mistakes) -
     }
 }
 
-fn check_spi(entry: file::SpiDevice, bind: &mut Binding<'_>, m: &mut Mistakes) -> Option<Source> {
-    let key = format!("spi {:?} ism330dhcx", entry.path);
-    let chip = entry.ism330dhcx;
-    let rate = match chip.rate_hz {
-        833 => Some(ism330dhcx::DataRate::Hz833),
-        1667 => Some(ism330dhcx::DataRate::Hz1667),
-        3333 => Some(ism330dhcx::DataRate::Hz3333),
-        6667 => Some(ism330dhcx::DataRate::Hz6667),
-        _ => None,
-    };
-    let problem = format!("rate_hz = {} is none of the chip's", chip.rate_hz);
-    m.require(rate.is_some(), &key, problem, "write 833, 1667, 3333 or 6667");
-    let range = match chip.range_g {
-        2 => Some(ism330dhcx::Range::G2),
-        4 => Some(ism330dhcx::Range::G4),
-        8 => Some(ism330dhcx::Range::G8),
-        16 => Some(ism330dhcx::Range::G16),
-        _ => None,
-    };
-    let problem = format!("range_g = {} is none of the chip's", chip.range_g);
-    m.require(range.is_some(), &key, problem, "write 2, 4, 8 or 16");
-    let axis = match chip.axis.as_str() {
-        "x" => Some(ism330dhcx::Axis::X),
-        "y" => Some(ism330dhcx::Axis::Y),
-        "z" => Some(ism330dhcx::Axis::Z),
-        _ => None,
-    };
-    m.require(axis.is_some(), &key, format!("axis {:?} is unknown", chip.axis), "write x, y or z");
-    let sane = (16..=65_536).contains(&chip.samples);
-    m.require(sane, &key, format!("samples = {} is no burst", chip.samples), "write 16 to 65536");
-    let some = chip.rms.is_some() || chip.peak.is_some();
-    m.require(some, &key, "it feeds no device", "name the device of rms or of peak");
-    let period = check_period(&key, chip.period, m);
-    let rms = bind.convert(&key, chip.rms.as_ref(), "m/s2", m).map(|(ix, scale, _)| (ix, scale));
-    let peak = bind.convert(&key, chip.peak.as_ref(), "m/s2", m).map(|(ix, scale, _)| (ix, scale));
-    let burst = ism330dhcx::Settings { rate: rate?, range: range?, axis: axis?, samples: chip.samples };
-    let lasts = Duration::from_secs_f64(burst.samples as f64 / burst.rate.hz());
-    let problem = format!("a burst of {:.1} s does not fit into its period", lasts.as_secs_f64());
-    m.require(lasts < period, &key, problem, "take fewer samples, or take them less often");
-    Some(Source::Spi { path: entry.path, period, burst, rms, peak })
-}
-
 fn check_paths(sources: &[Source], m: &mut Mistakes) {
     for (i, source) in sources.iter().enumerate() {
         let name = source.name();
         let twice = sources[..i].iter().any(|s| s.name() == name);
-        m.require(!twice, &name, "the path stands twice", "put all chips of a bus under one table");
+        m.require(!twice, &name, "it stands twice", "put all that is read there under one table");
     }
 }
 
-fn check_period(key: &str, period: Duration, m: &mut Mistakes) -> Duration {
+pub(super) fn check_period(key: &str, period: Duration, m: &mut Mistakes) -> Duration {
     at_least(&format!("{key} period"), period, Duration::from_millis(10), m)
 }
 
-fn at_least(key: &str, value: Duration, least: Duration, m: &mut Mistakes) -> Duration {
+pub(super) fn at_least(key: &str, value: Duration, least: Duration, m: &mut Mistakes) -> Duration {
     let problem = format!("{} is below {}", duration::format(value), duration::format(least));
     m.require(value >= least, key, problem, "raise it");
     value.max(least)
 }
 
-fn check_mqtt(mqtt: file::Mqtt, m: &mut Mistakes) -> MqttSettings {
-    let (tls, rest) = match (mqtt.url.strip_prefix("mqtts://"), mqtt.url.strip_prefix("mqtt://")) {
+fn check_mqtt(mqtt: file::Mqtt, m: &mut Mistakes) -> (MqttSettings, String) {
+    let root_ok = !mqtt.root.is_empty()
+        && !mqtt.root.starts_with('/')
+        && !mqtt.root.ends_with('/')
+        && !mqtt.root.contains(['#', '+', '$']);
+    m.require(root_ok, "mqtt.root", format!("{:?} is no root", mqtt.root), "write it as tailrace/v1");
+    let address = check_broker(|field| format!("mqtt.{field}"), &mqtt.url, &mqtt.password, &mqtt.ca, m);
+    let settings = MqttSettings {
+        keep_alive: at_least("mqtt.keep_alive", mqtt.keep_alive, Duration::from_secs(5), m),
+        backoff: at_least("mqtt.backoff", mqtt.backoff, Duration::from_millis(10), m),
+        max_backoff: at_least("mqtt.max_backoff", mqtt.max_backoff, mqtt.backoff, m),
+        username: mqtt.username,
+        password: mqtt.password,
+        ca: (!mqtt.ca.as_os_str().is_empty()).then_some(mqtt.ca),
+        host: address.0,
+        port: address.1,
+        tls: address.2,
+    };
+    (settings, mqtt.root)
+}
+
+/// Host, port and whether by TLS; `key` names a field of the broker's table.
+pub(super) fn check_broker(
+    key: impl Fn(&str) -> String,
+    url: &str,
+    password: &SecretRef,
+    ca: &Path,
+    m: &mut Mistakes,
+) -> (String, u16, bool) {
+    let (tls, rest) = match (url.strip_prefix("mqtts://"), url.strip_prefix("mqtt://")) {
         (Some(rest), _) => (true, rest),
         (_, Some(rest)) => (false, rest),
         _ => (false, ""),
@@ -325,36 +348,20 @@ fn check_mqtt(mqtt: file::Mqtt, m: &mut Mistakes) -> MqttSettings {
     let parts = rest.trim_end_matches('/').rsplit_once(':');
     let address = parts.and_then(|(host, port)| Some((host, port.parse::<u16>().ok()?)));
     let address = address.filter(|(host, _)| !host.is_empty() && !host.contains(['@', '/']));
-    let problem = format!("{:?} is no broker's address", mqtt.url);
-    m.require(address.is_some(), "mqtt.url", problem, "write mqtt://HOST:PORT or mqtts://HOST:PORT");
+    let problem = format!("{url:?} is no broker's address");
+    m.require(address.is_some(), &key("url"), problem, "write mqtt://HOST:PORT or mqtts://HOST:PORT");
     let (host, port) = address.unwrap_or(("", 0));
     let host = host.trim_start_matches('[').trim_end_matches(']').to_owned();
     let loopback = host == "localhost" || host.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback());
     m.require(
-        tls || loopback || !mqtt.password.is_set() || host.is_empty(),
-        "mqtt.password",
+        tls || loopback || !password.is_set() || host.is_empty(),
+        &key("password"),
         format!("it would travel in plain text to {host}"),
         "use mqtts://",
     );
-    let no_ca = mqtt.ca.as_os_str().is_empty();
-    m.require(!tls || !no_ca, "mqtt.ca", "mqtts:// needs it", "name the PEM file of the broker's authority");
-    let root_ok = !mqtt.root.is_empty()
-        && !mqtt.root.starts_with('/')
-        && !mqtt.root.ends_with('/')
-        && !mqtt.root.contains(['#', '+', '$']);
-    m.require(root_ok, "mqtt.root", format!("{:?} is no root", mqtt.root), "write it as tailrace/v1");
-    MqttSettings {
-        keep_alive: at_least("mqtt.keep_alive", mqtt.keep_alive, Duration::from_secs(5), m),
-        backoff: at_least("mqtt.backoff", mqtt.backoff, Duration::from_millis(10), m),
-        max_backoff: at_least("mqtt.max_backoff", mqtt.max_backoff, mqtt.backoff, m),
-        ca: (!no_ca).then_some(mqtt.ca),
-        root: mqtt.root,
-        username: mqtt.username,
-        password: mqtt.password,
-        host,
-        port,
-        tls,
-    }
+    let no_ca = ca.as_os_str().is_empty();
+    m.require(!tls || !no_ca, &key("ca"), "mqtts:// needs it", "name the PEM file of the broker's authority");
+    (host, port, tls)
 }
 
 fn check_uplink(uplink: file::Uplink, m: &mut Mistakes) -> UplinkSettings {
@@ -413,6 +420,22 @@ fn check_window(window: &file::Window, m: &mut Mistakes) -> WindowSettings {
     let problem = format!("{} is more than 1000 windows", duration::format(window.revise_for));
     m.require(kept, "window.revise_for", problem, "lower it; older readings still reach the lake");
     WindowSettings { width, lateness: window.lateness, revise_for: window.revise_for }
+}
+
+fn check_models(models: &file::Models, folder: &Path, m: &mut Mistakes) -> ModelSettings {
+    ModelSettings {
+        dir: (!models.dir.as_os_str().is_empty()).then(|| folder.join(&models.dir)),
+        poll: (!models.poll.is_zero())
+            .then(|| at_least("models.poll", models.poll, Duration::from_millis(100), m)),
+        budget: at_least("models.budget", models.budget, Duration::from_millis(1), m),
+        calibrate_over: (!models.calibrate_over.is_zero()).then(|| {
+            let minute = Duration::from_secs(60);
+            let over = at_least("models.calibrate_over", models.calibrate_over, minute, m);
+            let problem = format!("{} is more than 7d", duration::format(over));
+            m.require(over <= 7 * 24 * 60 * minute, "models.calibrate_over", problem, "lower it");
+            over
+        }),
+    }
 }
 
 fn check_listen(listen: &str, m: &mut Mistakes) -> Option<SocketAddr> {

@@ -20,8 +20,11 @@ pub struct File {
     pub data_dir: PathBuf,
     pub asset: Vec<Asset>,
     pub device: Vec<DeviceEntry>,
+    pub filter: Vec<FilterTable>,
     pub i2c: Vec<I2cBus>,
     pub spi: Vec<SpiDevice>,
+    pub modbus: Vec<ModbusBus>,
+    pub mqtt_source: Vec<MqttSource>,
     pub replay: Vec<Replay>,
     pub mqtt: Mqtt,
     pub uplink: Uplink,
@@ -30,6 +33,7 @@ pub struct File {
     pub models: Models,
     pub metrics: Metrics,
     pub source: Source,
+    pub clock: Clock,
 }
 
 /// A device and, in the same table, what the filter does with it.
@@ -37,6 +41,14 @@ pub struct File {
 #[serde(try_from = "toml::Table")]
 pub struct DeviceEntry {
     pub device: Device,
+    pub filter: DeviceFilter,
+}
+
+/// The filter of all devices whose id matches.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(try_from = "toml::Table")]
+pub struct FilterTable {
+    pub devices: String,
     pub filter: DeviceFilter,
 }
 
@@ -59,6 +71,43 @@ impl TryFrom<toml::Table> for DeviceEntry {
             filter.extend(table.remove_entry(key));
         }
         Ok(Self { device: table.try_into()?, filter: filter.try_into()? })
+    }
+}
+
+impl TryFrom<toml::Table> for FilterTable {
+    type Error = toml::de::Error;
+
+    fn try_from(mut table: toml::Table) -> Result<Self, Self::Error> {
+        let missing = || <toml::de::Error as serde::de::Error>::missing_field("devices");
+        let devices = table.remove("devices").ok_or_else(missing)?.try_into()?;
+        Ok(Self { devices, filter: table.try_into()? })
+    }
+}
+
+impl FilterTable {
+    /// Whether a device is meant: `*` stands for any text.
+    pub fn matches(&self, id: &str) -> bool {
+        let mut parts = self.devices.split('*');
+        let first = parts.next().unwrap_or_default();
+        let Some(mut rest) = id.strip_prefix(first) else { return false };
+        let Some(last) = parts.next_back() else { return rest.is_empty() };
+        for part in parts {
+            let Some(at) = rest.find(part) else { return false };
+            rest = &rest[at + part.len()..];
+        }
+        rest.ends_with(last)
+    }
+}
+
+impl DeviceFilter {
+    /// What it leaves out is as in `other`.
+    pub fn or(&self, other: &Self) -> Self {
+        Self {
+            stuck_after: self.stuck_after.or(other.stuck_after),
+            rate_limit: self.rate_limit.or(other.rate_limit),
+            deadband: self.deadband.or(other.deadband),
+            heartbeat: self.heartbeat.or(other.heartbeat),
+        }
     }
 }
 
@@ -126,6 +175,116 @@ pub struct Ism330dhcx {
     pub axis: String,
     pub rms: Option<String>,
     pub peak: Option<String>,
+    pub crest_factor: Option<String>,
+    pub kurtosis: Option<String>,
+    pub velocity: Option<String>,
+    pub zone: Option<String>,
+    #[serde(default)]
+    pub band: Vec<Band>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Band {
+    pub low_hz: f64,
+    pub high_hz: f64,
+    pub device: String,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ModbusBus {
+    pub url: String,
+    pub baud: Option<u32>,
+    pub parity: Option<String>,
+    pub stop_bits: Option<u8>,
+    pub timeout: Option<Span>,
+    #[serde(default)]
+    pub slave: Vec<ModbusSlave>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ModbusSlave {
+    pub unit: u8,
+    pub period: Option<Span>,
+    pub profile: Option<String>,
+    #[serde(default)]
+    pub devices: BTreeMap<String, String>,
+    pub max_registers: Option<u16>,
+    pub max_gap: Option<u16>,
+    #[serde(default)]
+    pub register: Vec<ModbusRegister>,
+}
+
+/// A device type's registers, in a file of its own.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ModbusProfile {
+    pub max_registers: Option<u16>,
+    pub max_gap: Option<u16>,
+    pub register: Vec<ModbusRegister>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ModbusRegister {
+    /// In a profile `name`, in a slave `device`.
+    #[serde(alias = "device")]
+    pub name: String,
+    pub table: String,
+    pub address: u16,
+    #[serde(rename = "type")]
+    pub form: Option<String>,
+    pub bit: Option<u8>,
+    pub word_order: Option<String>,
+    pub byte_order: Option<String>,
+    #[serde(default = "one")]
+    pub scale: f64,
+    #[serde(default)]
+    pub offset: f64,
+    pub unit: Option<String>,
+    #[serde(default)]
+    pub no_value: Vec<i64>,
+    pub period: Option<Span>,
+}
+
+const fn one() -> f64 {
+    1.0
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MqttSource {
+    pub url: String,
+    #[serde(default)]
+    pub username: String,
+    #[serde(default)]
+    pub password: SecretRef,
+    #[serde(default)]
+    pub ca: PathBuf,
+    #[serde(default)]
+    pub topic: Vec<JsonTopic>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct JsonTopic {
+    pub filter: String,
+    pub value: String,
+    pub device: Option<String>,
+    pub name: Option<String>,
+    pub level: Option<usize>,
+    #[serde(default)]
+    pub devices: BTreeMap<String, String>,
+    pub time: Option<String>,
+    pub quality: Option<String>,
+    #[serde(default)]
+    pub words: BTreeMap<String, f64>,
+    pub unit: Option<String>,
+    pub scale: Option<f64>,
+    pub offset: Option<f64>,
+    pub max_age: Option<Span>,
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -212,6 +371,12 @@ pub struct Window {
 #[serde(deny_unknown_fields)]
 pub struct Models {
     pub dir: PathBuf,
+    #[serde(with = "duration")]
+    pub poll: Duration,
+    #[serde(with = "duration")]
+    pub budget: Duration,
+    #[serde(with = "duration")]
+    pub calibrate_over: Duration,
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -225,4 +390,12 @@ pub struct Metrics {
 pub struct Source {
     #[serde(with = "duration")]
     pub timeout: Duration,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Clock {
+    pub trust: bool,
+    #[serde(with = "duration")]
+    pub wait: Duration,
 }

@@ -8,7 +8,7 @@ use common::{
 };
 use tokio::task::{self, JoinHandle};
 
-use super::{Context, Hardware, MAX_ABANDONED, Polled, no_value, schedule::Schedule};
+use super::{Context, Hardware, MAX_ABANDONED, Polled, Start, no_value, schedule::Schedule};
 use crate::census::{Census, Outcome};
 
 /// A bus that is read by blocking calls.
@@ -38,8 +38,10 @@ pub(super) async fn run<H: Hardware, B: Bus>(
     let mut pacer = context.clock.pacer();
     let mut bus = Some(make());
     let probes = make().probes();
-    let start = context.clock.now().max(context.resume_after.unwrap_or_default());
+    let start = Start::of(context.clock.began(), context.resume_after);
     let mut schedule = Schedule::new(probes.iter().map(|(period, _)| *period), start);
+    // What was due while nobody could read it.
+    let mut census = skipped(&mut schedule, context.clock.now(), &probes);
     let mut abandoned: Vec<JoinHandle<(B, Poll)>> = Vec::new();
     while let Some(tick) = schedule.next() {
         tokio::select! {
@@ -78,8 +80,9 @@ pub(super) async fn run<H: Hardware, B: Bus>(
         for fault in poll.faults {
             context.metrics.source_fault(fault);
         }
-        let census = skipped(&mut schedule, context.clock.now(), &probes);
-        if context.out.send(Polled::new(tick, poll.readings, census)).await.is_err() {
+        census.merge(&skipped(&mut schedule, context.clock.now(), &probes));
+        let polled = Polled::new(tick, poll.readings, std::mem::take(&mut census));
+        if context.out.send(polled).await.is_err() {
             return;
         }
     }
@@ -88,10 +91,10 @@ pub(super) async fn run<H: Hardware, B: Bus>(
 /// What was due and is no longer waited for.
 fn skipped(schedule: &mut Schedule, now: Timestamp, probes: &[(Duration, Vec<DeviceIx>)]) -> Census {
     let mut census = Census::default();
-    for (probe, tick) in schedule.skip_missed(now) {
-        let devices = probes[probe].1.len() as u64;
-        census.add(tick, Outcome::Polled, devices);
-        census.add(tick, Outcome::Skipped, devices);
+    for (probe, tick, ticks) in schedule.skip_missed(now) {
+        let readings = ticks * probes[probe].1.len() as u64;
+        census.add(tick, Outcome::Polled, readings);
+        census.add(tick, Outcome::Skipped, readings);
     }
     census
 }

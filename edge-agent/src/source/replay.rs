@@ -6,7 +6,11 @@
 //! batch. What cannot be read is rejected with its reason, in the hour of the row before it where it has no time of
 //! its own. Nothing is skipped: a full pipe makes the replay wait.
 
-use std::{path::Path, sync::Arc};
+use std::{
+    io::{self, BufRead as _},
+    path::Path,
+    sync::Arc,
+};
 
 use anyhow::Context as _;
 use common::{
@@ -64,21 +68,69 @@ pub(super) async fn run<H: Hardware>(
             return Ok(());
         }
         for cell in cells.drain(..) {
-            match cell {
-                Ok(reading) if context.resume_after.is_some_and(|sealed| reading.ts <= sealed) => {}
-                Ok(reading) => {
-                    batch.at = reading.ts;
-                    batch.readings.push(reading);
-                }
-                Err((ts, reason)) => {
-                    let ts = ts.unwrap_or(batch.at);
-                    if context.resume_after.is_none_or(|sealed| ts > sealed) {
-                        batch.at = batch.at.max(ts);
-                        batch.census.add(ts, Outcome::Polled, 1);
-                        batch.census.add(ts, Outcome::Rejected(reason), 1);
-                    }
-                }
+            let ts = match &cell {
+                Ok(reading) => reading.ts,
+                Err((ts, _)) => ts.unwrap_or(batch.at),
+            };
+            if context.resume_after.is_none_or(|sealed| ts > sealed) {
+                take(&mut batch, cell);
             }
+        }
+    }
+}
+
+/// A line of a recorded file, for those who read it at once instead of at its own times.
+#[derive(Clone, Debug)]
+pub struct Row {
+    /// Its instant, as it stands there.
+    pub time: String,
+    /// Its readings.
+    pub polled: Polled,
+}
+
+/// Reads a recorded file line by line. Blocks.
+///
+/// # Errors
+/// When the file cannot be read, or its header does not fit.
+pub fn rows(
+    path: &Path,
+    form: &ReplayForm,
+    registry: Arc<Registry>,
+) -> anyhow::Result<impl Iterator<Item = anyhow::Result<Row>>> {
+    let name = path.display().to_string();
+    let named = move || format!("reading {name}");
+    let file = std::fs::File::open(path).with_context(&named)?;
+    let mut lines = io::BufReader::new(file).lines();
+    let header = lines.next().transpose().with_context(&named)?.unwrap_or_default();
+    let rows = Rows::of(form, header.trim_end()).with_context(&named)?;
+    let mut cells: Vec<Cell> = Vec::new();
+    let mut at = Timestamp::default();
+    Ok(lines.map(move |line| {
+        let line = line.with_context(&named)?;
+        let line = line.trim_end();
+        rows.parse(line, &registry, &mut cells);
+        let mut polled = Polled { at, ..Polled::default() };
+        for cell in cells.drain(..) {
+            take(&mut polled, cell);
+        }
+        at = polled.at;
+        let Polled { at, readings, census } = polled;
+        Ok(Row { time: rows.time(line).to_owned(), polled: Polled::new(at, readings, census) })
+    }))
+}
+
+/// Adds a cell to its batch.
+fn take(batch: &mut Polled, cell: Cell) {
+    match cell {
+        Ok(reading) => {
+            batch.at = reading.ts;
+            batch.readings.push(reading);
+        }
+        Err((ts, reason)) => {
+            let ts = ts.unwrap_or(batch.at);
+            batch.at = batch.at.max(ts);
+            batch.census.add(ts, Outcome::Polled, 1);
+            batch.census.add(ts, Outcome::Rejected(reason), 1);
         }
     }
 }
@@ -106,6 +158,15 @@ impl Rows {
         let columns = columns.iter().map(|(name, device)| Ok((place(name)?, *device)));
         let columns = columns.collect::<anyhow::Result<_>>()?;
         Ok(Rows::Wide { separator: *separator, time: place(time)?, columns })
+    }
+
+    /// The cell with the instant.
+    fn time<'a>(&self, line: &'a str) -> &'a str {
+        match self {
+            Rows::Long => line.split(',').next(),
+            Rows::Wide { separator, time, .. } => line.split(*separator).nth(*time),
+        }
+        .unwrap_or_default()
     }
 
     /// Replaces `cells` by those of a line.

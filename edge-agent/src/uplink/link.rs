@@ -24,12 +24,8 @@ use tokio::{
     time::{Instant, sleep_until, timeout},
 };
 
-use super::{
-    Settings,
-    connection::{Backoff, Connection, Dialer},
-    stopped,
-};
-use crate::outbox::Outbox;
+use super::{Settings, stopped};
+use crate::{backoff::Backoff, connection::Connection, outbox::Outbox};
 
 /// How long the farewell may take.
 const FAREWELL: Duration = Duration::from_secs(2);
@@ -57,12 +53,13 @@ impl Link {
     pub(super) async fn run(self) -> anyhow::Result<()> {
         let will = serde_json::to_vec(&self.status(false).await?)?;
         let will = LastWill::new(self.topic(Stream::Status), will, QoS::AtLeastOnce, true, None);
-        let dialer = Dialer::new(&self.settings, "link", Some(will))?;
+        let mut options = self.settings.options("link")?;
+        options.set_last_will(will);
         let mqtt = &self.settings.mqtt;
         let mut backoff = Backoff::new(mqtt.backoff, mqtt.max_backoff, seed(&self.outbox) ^ 1);
         let mut stop = self.stop.clone();
         loop {
-            let mut connection = dialer.dial();
+            let mut connection = Connection::dial(&options, self.settings.requests());
             if self.serve(&mut connection, &mut backoff).await? {
                 return self.farewell(connection).await;
             }
@@ -111,7 +108,7 @@ impl Link {
     /// Birth: registry, status, subscriptions.
     async fn introduce(&self, client: &AsyncClient) -> anyhow::Result<()> {
         let filter = |topic: String| Filter::new(topic, QoS::AtLeastOnce);
-        let topics = [self.topic(Stream::Ack), cloud_status_topic(&self.settings.mqtt.root)];
+        let topics = [self.topic(Stream::Ack), cloud_status_topic(&self.settings.root)];
         if client.try_subscribe_many(topics.map(filter)).is_err() {
             tracing::warn!(
                 "the status connection takes no subscription; it is made again after its next error"

@@ -118,7 +118,7 @@ impl Child {
     /// Says whether the child has ended by itself, and if so, why, with the end of its log.
     pub(super) fn exited(&mut self) -> Option<String> {
         let status = self.process.try_wait().ok().flatten()?;
-        Some(self.obituary(status))
+        Some(obituary(&self.name, &self.log, status))
     }
 
     /// Tells the child to stop and waits for it.
@@ -129,7 +129,7 @@ impl Child {
         self.tell(&Order::Stop).await;
         match tokio::time::timeout(patience, self.process.wait()).await {
             Ok(Ok(status)) if status.success() => Ok(()),
-            Ok(Ok(status)) => anyhow::bail!(self.obituary(status)),
+            Ok(Ok(status)) => anyhow::bail!(obituary(&self.name, &self.log, status)),
             Ok(Err(e)) => Err(e).with_context(|| format!("waiting for {}", self.name)),
             Err(_) => {
                 let name = self.name.clone();
@@ -138,13 +138,14 @@ impl Child {
             }
         }
     }
+}
 
-    fn obituary(&self, status: ExitStatus) -> String {
-        let log = std::fs::read_to_string(&self.log).unwrap_or_default();
-        let lines: Vec<&str> = log.lines().collect();
-        let tail = lines[lines.len().saturating_sub(8)..].join("\n  ");
-        format!("{} ended with {status}; the end of {}:\n  {tail}", self.name, self.log.display())
-    }
+/// What ended how, with the end of its log.
+pub(crate) fn obituary(name: &str, log: &Path, status: ExitStatus) -> String {
+    let text = std::fs::read_to_string(log).unwrap_or_default();
+    let lines: Vec<&str> = text.lines().collect();
+    let tail = lines[lines.len().saturating_sub(8)..].join("\n  ");
+    format!("{name} ended with {status}; the end of {}:\n  {tail}", log.display())
 }
 
 /// The child's side of its standard input. The process exits when the input ends.

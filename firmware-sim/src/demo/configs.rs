@@ -7,7 +7,7 @@ use anyhow::Context as _;
 
 use crate::plant::{Channel, Layout};
 
-/// Folder of the shipped model bundles, for the agent to load them from.
+/// Folder of the shipped model bundles, beside the configuration.
 pub(super) const MODELS: &str = "models";
 
 /// Between two status messages; three missed ones make a gateway `unknown`.
@@ -47,6 +47,7 @@ criticality = "high"
 rated_power_kw = 400.0
 rated_speed_rpm = 1776.0
 support = "rigid"
+machine_group = 1
 service_every_running_hours = 2000.0
 running_when = { device = "compressor/work", above = 100.0 }
 
@@ -74,11 +75,10 @@ pub(super) fn agent(
          [mqtt]\nurl = \"mqtt://{broker}\"\nkeep_alive = \"5s\"\nmax_backoff = \"2s\"\n\n\
          [uplink]\nstatus_every = \"{STATUS_EVERY}\"\ndrain = \"30s\"\n\n\
          [outbox]\ncensus_every = \"5s\"\n\n\
-         [models]\ndir = {models}\n\n\
+         [models]\ndir = \"{MODELS}\"\n\n\
          [metrics]\nlisten = \"{metrics}\"\n{ASSETS}",
         n = gateway + 1,
         home = quoted(&home.join("data"))?,
-        models = quoted(&home.join(MODELS))?,
     );
     for channel in &layout.channels {
         // The span of the transmitter, and as much beyond it as a healthy one can show.
@@ -108,9 +108,13 @@ pub(super) fn agent(
     // Report by exception, to be seen in the ledger as `held`.
     t.push_str("deadband = 0.3\nheartbeat = \"10min\"\n");
     let vibration = &layout.vibration;
-    for id in [&vibration.device, &vibration.peak_device] {
-        let about = [id.as_str(), &vibration.asset, &vibration.device_type, &vibration.unit];
-        device(&mut t, about, vibration.period_s, [0.0, 160.0]);
+    for output in &vibration.outputs {
+        let about = [output.device.as_str(), &vibration.asset, &output.device_type, &output.unit];
+        device(&mut t, about, vibration.period_s, output.range);
+        if !output.labels.is_empty() {
+            let labels = toml::Value::try_from(&output.labels).context("writing labels")?;
+            let _ = write!(t, "kind = \"state\"\nlabels = {labels}\n");
+        }
     }
     buses(&mut t, layout);
     Ok(t)
@@ -159,10 +163,13 @@ fn buses(t: &mut String, layout: &Layout) {
     let vibration = &layout.vibration;
     let _ = write!(
         t,
-        "\n[[spi]]\npath = \"/dev/{}\"\n[spi.ism330dhcx]\nperiod = \"{}s\"\nsamples = 4096\nrate_hz = 3333\n\
-         range_g = 16\naxis = \"x\"\nrms = \"{}\"\npeak = \"{}\"\n",
-        vibration.bus, vibration.period_s, vibration.device, vibration.peak_device
+        "\n[[spi]]\npath = \"/dev/{}\"\n[spi.ism330dhcx]\nperiod = \"{}s\"\nsamples = 8192\nrate_hz = 6667\n\
+         range_g = 16\naxis = \"x\"\n",
+        vibration.bus, vibration.period_s
     );
+    for output in &vibration.outputs {
+        let _ = writeln!(t, "{} = \"{}\"", output.feature, output.device);
+    }
 }
 
 /// `cloud-ingest.toml` with its lake in `lake`.
@@ -178,15 +185,64 @@ pub(super) fn cloud(lake: &Path, mqtt_port: u16, pg_port: u16, http_port: u16) -
 }
 
 /// The `file://` URL of the lake's folder, which is made where it does not exist.
-pub(super) fn store_url(lake: &Path) -> anyhow::Result<String> {
+pub(crate) fn store_url(lake: &Path) -> anyhow::Result<String> {
     std::fs::create_dir_all(lake).with_context(|| format!("cannot write to {}", lake.display()))?;
     let absolute = lake.canonicalize().with_context(|| format!("finding {}", lake.display()))?;
     Ok(format!("file://{}", absolute.to_str().context("the data folder's path is not UTF-8")?))
 }
 
 /// A path as a TOML string, absolute.
-fn quoted(path: &Path) -> anyhow::Result<String> {
+pub(crate) fn quoted(path: &Path) -> anyhow::Result<String> {
     let absolute = std::path::absolute(path).with_context(|| format!("finding {}", path.display()))?;
     let text = absolute.to_str().with_context(|| format!("{} is not UTF-8", path.display()))?;
     Ok(toml::Value::String(text.to_owned()).to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use common::{reading::Quality, time::Timestamp};
+    use edge_agent::{
+        settings::{Settings, Source},
+        source::read_once,
+    };
+
+    use super::*;
+    use crate::{
+        bus::SimHardware,
+        chip::SimTime,
+        faults::{Faults, Rates},
+        plant::Plant,
+    };
+
+    /// A configuration as the agent checks it, and every sensor of it read by the agent's own drivers.
+    #[test]
+    fn every_device_of_the_agents_configuration_has_a_value() {
+        let at: Timestamp = "2026-03-01T20:00:00Z".parse().unwrap();
+        let plant = Arc::new(Plant::demo(at, 0).unwrap());
+        let home = tempfile::tempdir().unwrap();
+        let loopback = "127.0.0.1:1".parse().unwrap();
+        let file = home.path().join("edge-agent.toml");
+        std::fs::write(&file, agent(plant.layout(), 0, home.path(), loopback, loopback).unwrap()).unwrap();
+        let settings = Settings::load(Some(&file)).unwrap();
+
+        let time = SimTime::new(move || at);
+        let hardware = Arc::new(SimHardware::of_plant(&plant, Faults::new(1, Rates::default()), time));
+        let readings: Vec<_> =
+            settings.sources.iter().flat_map(|source: &Source| read_once(source, &hardware, at)).collect();
+        assert_eq!(readings.len(), settings.registry.devices.len());
+        for reading in &readings {
+            let id = &settings.registry.device(reading.device).id;
+            assert!(reading.quality == Quality::Good && reading.value.is_finite(), "{id}: {reading:?}");
+        }
+        let value = |id: &str| {
+            let ix = settings.registry.find(id).unwrap();
+            readings.iter().find(|reading| reading.device == ix).unwrap().value
+        };
+        // Root of the sum of (A_k / (2π k f √2))² for the harmonics at k = 1, 2, 3, and some ringing at 1.1 kHz.
+        let velocity = value("compressor/vibration-velocity");
+        assert!((3.1..3.2).contains(&velocity), "{velocity} mm/s");
+        assert_eq!(value("compressor/vibration-zone"), 2.0, "zone B of group 1 on a rigid support");
+    }
 }

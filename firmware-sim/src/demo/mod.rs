@@ -14,9 +14,8 @@
 mod agent;
 mod broker;
 mod cable;
-mod child;
-mod configs;
-mod http;
+pub(crate) mod child;
+pub(crate) mod configs;
 mod screen;
 
 use std::{
@@ -44,7 +43,7 @@ use self::{
     child::{Child, Event},
     screen::{Screen, Summary},
 };
-use crate::plant::Layout;
+use crate::{http, plant::Layout};
 
 use self::child::Order;
 
@@ -454,7 +453,7 @@ fn agent_name(gateway: usize) -> String {
     format!("agent-{}", gateway + 1)
 }
 
-fn loopback(port: u16) -> SocketAddr {
+pub(crate) fn loopback(port: u16) -> SocketAddr {
     (Ipv4Addr::LOCALHOST, port).into()
 }
 

@@ -23,7 +23,8 @@ use crossterm::{
 use serde_json::Value;
 use tokio::{sync::mpsc, time::Instant};
 
-use super::{Options, http};
+use super::Options;
+use crate::http;
 
 /// The keys and what they do; the page has a button for each but the last.
 pub(super) const KEYS: [(char, &str); 6] = [
@@ -94,9 +95,9 @@ impl Summary {
         (self.outbox_messages, self.outbox_bytes) = (0.0, 0.0);
         for agent in agents {
             let Ok(metrics) = http::get(*agent, "/metrics").await else { continue };
-            polled += metric(&metrics, "tailrace_edge_readings_total", "outcome=\"polled\"");
-            self.outbox_messages += metric(&metrics, "tailrace_edge_outbox_messages", "");
-            self.outbox_bytes += metric(&metrics, "tailrace_edge_outbox_bytes", "");
+            polled += http::metric(&metrics, "tailrace_edge_readings_total", "outcome=\"polled\"");
+            self.outbox_messages += http::metric(&metrics, "tailrace_edge_outbox_messages", "");
+            self.outbox_bytes += http::metric(&metrics, "tailrace_edge_outbox_bytes", "");
         }
         self.polled.update(polled);
         self.stored.update(self.total("stored") as f64);
@@ -116,17 +117,6 @@ impl Summary {
 
 fn json(answer: anyhow::Result<String>) -> Option<Value> {
     serde_json::from_str(&answer.ok()?).ok()
-}
-
-/// Sum of a metric's samples whose labels contain `label`.
-fn metric(exposition: &str, name: &str, label: &str) -> f64 {
-    let samples = exposition.lines().filter_map(|line| {
-        let rest = line.strip_prefix(name)?;
-        let (labels, value) = rest.rsplit_once(' ')?;
-        ((labels.is_empty() || labels.starts_with('{')) && labels.contains(label))
-            .then(|| value.parse::<f64>().ok())?
-    });
-    samples.sum()
 }
 
 /// How far back a rate looks: sensors are polled every few seconds, so a single second tells little.
@@ -288,18 +278,4 @@ fn equation(s: &Summary) -> String {
     let term = |name: &str| format!("{name} {}", s.total(name));
     let right = ["stored", "held", "rejected", "skipped", "quarantined", "declared", "pending"].map(term);
     format!("{} = {} · {}", term("polled"), right.join(" + "), term("missing"))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn metrics_are_summed_by_label() {
-        let text = "# TYPE x counter\nx_total{stage=\"source\",outcome=\"polled\"} 3\n\
-                    x_total{stage=\"filter\",outcome=\"held\"} 5\nx_total_more 100\ny 7\n# EOF\n";
-        assert_eq!(metric(text, "x_total", "outcome=\"polled\""), 3.0);
-        assert_eq!(metric(text, "x_total", ""), 8.0);
-        assert_eq!(metric(text, "y", ""), 7.0);
-    }
 }

@@ -2,6 +2,8 @@
 //!
 //! Parsed strictly: an unknown or missing key is an error. The file itself documents each key.
 
+use std::collections::BTreeMap;
+
 use anyhow::{Context, ensure};
 use serde::Deserialize;
 
@@ -176,17 +178,8 @@ pub struct Humidity {
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Vibration {
-    /// Device id of the RMS.
-    pub device: String,
-    /// Device id of the peak.
-    pub peak_device: String,
     /// Asset that it belongs to.
     pub asset: String,
-    /// Device type.
-    #[serde(rename = "type")]
-    pub device_type: String,
-    /// UCUM unit.
-    pub unit: String,
     /// What it measures.
     pub description: String,
     /// SPI device.
@@ -213,6 +206,29 @@ pub struct Vibration {
     pub decay_s: f64,
     /// Standard deviation of the sensor's noise in m/s².
     pub sigma: f64,
+    /// What is made of its bursts.
+    #[serde(rename = "output")]
+    pub outputs: Vec<Output>,
+}
+
+/// A device that shows a feature of a burst.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Output {
+    /// Key of the agent's `[spi.ism330dhcx]`.
+    pub feature: String,
+    /// Device id.
+    pub device: String,
+    /// Device type.
+    #[serde(rename = "type")]
+    pub device_type: String,
+    /// UCUM unit.
+    pub unit: String,
+    /// Inclusive limits in it.
+    pub range: [f64; 2],
+    /// Words for the codes of a state; empty for what is none.
+    #[serde(default)]
+    pub labels: BTreeMap<String, String>,
 }
 
 impl Layout {

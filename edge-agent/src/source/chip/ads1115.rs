@@ -64,6 +64,18 @@ impl Ads1115 {
     }
 }
 
+/// Whether the chip at `address` shows registers as this one has them after power-up and as this driver leaves them:
+/// thresholds 0x8000 and 0x7FFF, comparator off (configuration bits 4 to 0). It has no register that says what it is,
+/// and the ADS1113, ADS1114 and ADS1015 show the same. Nothing is written but the pointers of what is read.
+pub fn looks_like_one<I: I2c>(address: u8, i2c: &mut I) -> Result<bool, ChipError> {
+    let mut register = |pointer| {
+        let mut word = [0; 2];
+        i2c.write_read(address, &[pointer], &mut word).map_err(ChipError::from_i2c)?;
+        Ok(u16::from_be_bytes(word))
+    };
+    Ok(register(2)? == 0x8000 && register(3)? == 0x7fff && register(1)? & 0x1f == 0x03)
+}
+
 /// An input of the chip.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Channel {

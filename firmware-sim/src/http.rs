@@ -1,4 +1,4 @@
-//! As much of an HTTP client as the demo needs to ask its own children.
+//! As much of an HTTP client as a parent needs to ask its own children.
 
 use std::{net::SocketAddr, time::Duration};
 
@@ -16,7 +16,7 @@ const PATIENCE: Duration = Duration::from_secs(5);
 ///
 /// # Errors
 /// When nobody answers in time, or with another status.
-pub(super) async fn get(server: SocketAddr, path: &str) -> anyhow::Result<String> {
+pub(crate) async fn get(server: SocketAddr, path: &str) -> anyhow::Result<String> {
     exchange(server, &format!("GET {path} HTTP/1.1\r\nHost: {server}\r\nConnection: close\r\n\r\n")).await
 }
 
@@ -24,7 +24,7 @@ pub(super) async fn get(server: SocketAddr, path: &str) -> anyhow::Result<String
 ///
 /// # Errors
 /// When nobody answers in time, or with another status.
-pub(super) async fn post(server: SocketAddr, path: &str, json: &serde_json::Value) -> anyhow::Result<String> {
+pub(crate) async fn post(server: SocketAddr, path: &str, json: &serde_json::Value) -> anyhow::Result<String> {
     let body = json.to_string();
     let head = format!(
         "POST {path} HTTP/1.1\r\nHost: {server}\r\nConnection: close\r\nContent-Type: application/json\r\n\
@@ -71,8 +71,30 @@ fn unchunk(mut body: &str) -> String {
     joined
 }
 
+/// Sum of a metric's samples whose labels contain `label`.
+pub(crate) fn metric(exposition: &str, name: &str, label: &str) -> f64 {
+    let samples = exposition.lines().filter_map(|line| {
+        let rest = line.strip_prefix(name)?;
+        let (labels, value) = rest.rsplit_once(' ')?;
+        ((labels.is_empty() || labels.starts_with('{')) && labels.contains(label))
+            .then(|| value.parse::<f64>().ok())?
+    });
+    samples.sum()
+}
+
 #[cfg(test)]
 mod tests {
+    use super::metric;
+
+    #[test]
+    fn metrics_are_summed_by_label() {
+        let text = "# TYPE x counter\nx_total{stage=\"source\",outcome=\"polled\"} 3\n\
+                    x_total{stage=\"filter\",outcome=\"held\"} 5\nx_total_more 100\ny 7\n# EOF\n";
+        assert_eq!(metric(text, "x_total", "outcome=\"polled\""), 3.0);
+        assert_eq!(metric(text, "x_total", ""), 8.0);
+        assert_eq!(metric(text, "y", ""), 7.0);
+    }
+
     #[test]
     fn chunks_are_joined() {
         assert_eq!(super::unchunk("4\r\nWiki\r\n6;x=y\r\npedia \r\n0\r\n\r\n"), "Wikipedia ");

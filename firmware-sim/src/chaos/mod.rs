@@ -1,0 +1,462 @@
+//! `firmware-sim chaos`: the proof that nothing is lost and nothing doubled, by kill -9.
+//!
+//! ```text
+//! load.csv ──▶ edge-agent run ──▶ mosquitto ──▶ cloud-ingest run ──▶ lake
+//!  (load)        SIGKILL            SIGKILL        SIGKILL             │
+//!    └──────────────────────── judge ──────────────────────────────────┘
+//! ```
+//!
+//! The three are the programs that ship: `edge-agent` and `cloud-ingest` as they stand beside this executable, started
+//! by their own command line, and the mosquitto of this machine with the durability and the bounds of
+//! `deploy/mosquitto/mosquitto.conf`. The agent is in cloud-ack mode.
+//!
+//! A **strike** ([`schedule`]) kills one of them, or two at once, starts them again after a pause, and sometimes kills
+//! the one again while it starts. `kills` counts strikes. Before each one, at least [`BETWEEN`] further readings were
+//! sealed, as the agent's metrics say (what it sealed after the last look at them is not counted), and the messages
+//! that wait are not more than [`BACKLOG`], so that all three live and are in the middle of their work. A strike is
+//! **with in-flight** messages when the agent's metric `edge_unacknowledged_messages`, read right before it, is not 0:
+//! sealed in the outbox, and without the cloud's acknowledgement.
+//!
+//! In the end all of them run, the agent is stopped, the file is cut off shortly after, and the agent goes on to its
+//! end, drains, and ends by itself; then the cloud refines all that it has, and stops. Then the audit: silver against
+//! the file ([`judge`]), and the ledger.
+
+mod configs;
+mod judge;
+mod load;
+mod program;
+mod schedule;
+
+use std::{
+    fs,
+    net::{SocketAddr, TcpListener},
+    path::PathBuf,
+    process::ExitCode,
+    time::Duration,
+};
+
+use anyhow::{Context as _, bail, ensure};
+use cloud_ingest::ledger::Audit;
+use common::{
+    telemetry::print_line,
+    time::{Clock as _, SystemClock},
+};
+use serde::Serialize;
+use tokio::time::{Instant, sleep};
+
+use self::{
+    judge::Verdict,
+    load::{Load, PERIOD},
+    program::{Program, ours, theirs},
+    schedule::{Strike, Victim},
+};
+use crate::{
+    demo::{configs::store_url, loopback},
+    http,
+    noise::{bits, stream},
+};
+
+/// Readings sealed between two strikes, at least.
+const BETWEEN: u64 = 1_000;
+/// Messages without acknowledgement at a strike, at most.
+const BACKLOG: u64 = 200;
+/// How often the agent is asked where it is.
+const LOOK_EVERY: Duration = Duration::from_millis(50);
+/// How often people are told.
+const TELL_EVERY: Duration = Duration::from_secs(5);
+/// The next strike must be due after so long.
+const PATIENCE: Duration = Duration::from_secs(180);
+/// A program that was asked to end, or an agent at the end of its file, gets so long.
+const DRAIN: Duration = Duration::from_secs(300);
+/// How long the file goes on in the end, so that the agent hears that the cloud is there: else it would not wait for
+/// its acknowledgements.
+const CALM: Duration = Duration::from_secs(3);
+
+/// How the programs are killed.
+#[derive(Clone, Debug, clap::Args)]
+pub struct Options {
+    /// How many times
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    kills: u32,
+    /// Of the readings, and of who is killed when
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Who is killed
+    #[arg(long, value_enum, value_name = "agent,broker,cloud", value_delimiter = ',', default_values_t = Victim::ALL)]
+    only: Vec<Victim>,
+    /// Where the lake, the outbox, the broker's memory, the file and the logs are kept
+    #[arg(long, value_name = "DIR")]
+    data_dir: PathBuf,
+}
+
+/// The last line of the output.
+#[derive(Serialize)]
+struct Report {
+    /// Strikes.
+    kills: u32,
+    /// Of them, those with sealed messages that the cloud had not acknowledged.
+    kills_with_inflight: u32,
+    /// Values in the file.
+    readings: u64,
+    /// Of them, neither in silver nor declared.
+    missing: u64,
+    /// Rows of silver beyond the one for each value.
+    doubled: u64,
+    /// Declared lost, in gaps.
+    declared: u64,
+}
+
+/// Kills, audits, and prints one JSON object on the last line; the exit code says whether everything is accounted for.
+///
+/// # Errors
+/// When something is not there that is needed, or the lake cannot be read.
+pub async fn run(options: Options) -> anyhow::Result<ExitCode> {
+    let mut chaos = Chaos::begin(options)?;
+    chaos.options.only.sort_unstable();
+    chaos.options.only.dedup();
+    let struck = well(chaos.campaign().await);
+    let ended = well(chaos.end().await);
+    let accounted = chaos.audit().await?;
+    Ok(if struck && ended && accounted { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Tells what went wrong; the audit comes all the same, and shows what it cost.
+fn well(outcome: anyhow::Result<()>) -> bool {
+    outcome.inspect_err(|problem| eprintln!("failed: {problem:#}")).is_ok()
+}
+
+/// The three programs under load.
+struct Chaos {
+    options: Options,
+    store: String,
+    agent_metrics: SocketAddr,
+    cloud_http: SocketAddr,
+    agent: Program,
+    broker: Program,
+    cloud: Program,
+    load: Load,
+    flow: Flow,
+    begun: Instant,
+    strikes: u32,
+    with_inflight: u32,
+    sigkills: u32,
+    told: Instant,
+}
+
+/// What the agent's metrics said last.
+#[derive(Debug, Default, PartialEq)]
+struct Flow {
+    /// Readings that the agent's earlier runs had sealed when they were last seen.
+    before: u64,
+    /// Readings that the present run has sealed.
+    sealed: u64,
+    /// Messages without acknowledgement; `None` while it does not answer.
+    unacknowledged: Option<u64>,
+}
+
+impl Flow {
+    fn total(&self) -> u64 {
+        self.before + self.sealed
+    }
+
+    fn restarted(&mut self) {
+        *self = Flow { before: self.total(), ..Flow::default() };
+    }
+
+    /// Takes in an answer of the agent.
+    fn saw(&mut self, metrics: &str) {
+        let sealed = http::metric(metrics, "tailrace_edge_readings_total", "outcome=\"sealed\"");
+        let unacknowledged = http::metric(metrics, "tailrace_edge_unacknowledged_messages", "");
+        (self.sealed, self.unacknowledged) = (sealed as u64, Some(unacknowledged as u64));
+    }
+}
+
+impl Chaos {
+    fn begin(options: Options) -> anyhow::Result<Chaos> {
+        let dir = std::path::absolute(&options.data_dir).context("finding the data folder")?;
+        let (lake, log) = (dir.join("lake"), dir.join("log"));
+        let again = "give another with --data-dir, or remove it: every run is judged by its own lake";
+        ensure!(!lake.exists(), "{} is from an earlier run; {again}", lake.display());
+        let (mosquitto, agent) = (theirs("mosquitto", "mosquitto")?, ours("edge-agent")?);
+        let cloud = ours("cloud-ingest")?;
+        for folder in [&log, &dir.join("agent"), &dir.join("broker")] {
+            fs::create_dir_all(folder).with_context(|| format!("cannot write to {}", folder.display()))?;
+        }
+        let store = store_url(&lake)?;
+        let [mqtt, metrics, pg, http] = quiet_ports()?;
+        let write = |name: &str, text: String| {
+            let path = dir.join(name);
+            fs::write(&path, text).with_context(|| format!("writing {}", path.display()))?;
+            anyhow::Ok(path)
+        };
+        let rows = dir.join("load.csv");
+        let broker_toml = write("mosquitto.conf", configs::broker(&dir.join("broker"), loopback(mqtt)))?;
+        let cloud_toml = write("cloud-ingest.toml", configs::cloud(&store, loopback(mqtt), pg, http))?;
+        let text = configs::agent(&dir.join("agent"), &rows, loopback(mqtt), loopback(metrics))?;
+        let agent_toml = write("edge-agent.toml", text)?;
+        eprintln!("{}\n{}\n{}", agent.display(), mosquitto.display(), cloud.display());
+        let run = |config| ["run".as_ref(), "--config".as_ref(), config];
+        let log = |name: &str| log.join(name).with_extension("log");
+        let mut chaos = Chaos {
+            agent: Program::new("edge-agent", agent, &run(agent_toml.as_path()), log("edge-agent"))?,
+            cloud: Program::new("cloud-ingest", cloud, &run(cloud_toml.as_path()), log("cloud-ingest"))?,
+            broker: Program::new("mosquitto", mosquitto, &["-c".as_ref(), &broker_toml], log("mosquitto"))?,
+            load: Load::create(&rows, options.seed, SystemClock.now().floor(PERIOD))
+                .with_context(|| format!("writing {}", rows.display()))?,
+            options,
+            store,
+            agent_metrics: loopback(metrics),
+            cloud_http: loopback(http),
+            flow: Flow::default(),
+            begun: Instant::now(),
+            strikes: 0,
+            with_inflight: 0,
+            sigkills: 0,
+            told: Instant::now(),
+        };
+        for who in [Victim::Broker, Victim::Cloud, Victim::Agent] {
+            chaos.program(who).start()?;
+        }
+        Ok(chaos)
+    }
+
+    fn program(&mut self, who: Victim) -> &mut Program {
+        match who {
+            Victim::Agent => &mut self.agent,
+            Victim::Broker => &mut self.broker,
+            Victim::Cloud => &mut self.cloud,
+        }
+    }
+
+    async fn campaign(&mut self) -> anyhow::Result<()> {
+        for n in 0..self.options.kills {
+            let strike = Strike::of(self.options.seed, n, &self.options.only);
+            self.strike(&strike).await.with_context(|| format!("strike {}", n + 1))?;
+        }
+        Ok(())
+    }
+
+    /// Waits until it is due, and strikes.
+    async fn strike(&mut self, strike: &Strike) -> anyhow::Result<()> {
+        let (due, deadline) = (self.flow.total() + BETWEEN, Instant::now() + PATIENCE);
+        self.flow.unacknowledged = None;
+        while self.flow.total() < due || self.flow.unacknowledged.is_none_or(|n| n > BACKLOG) {
+            if Instant::now() > deadline {
+                bail!(
+                    "nothing moves: in {PATIENCE:?}, {} of {BETWEEN} readings were sealed, and {} messages wait \
+                     (at most {BACKLOG} should); see the logs in {}/log",
+                    self.flow.total() + BETWEEN - due,
+                    self.flow.unacknowledged.map_or("an unknown number of".to_owned(), |n| n.to_string()),
+                    self.options.data_dir.display()
+                );
+            }
+            self.look().await?;
+        }
+        sleep(strike.wait).await;
+        self.look().await?;
+        self.with_inflight += u32::from(self.flow.unacknowledged.is_some_and(|n| n > 0));
+        self.strikes += 1;
+        for who in &strike.victims {
+            self.kill(*who).await?;
+        }
+        for (i, who) in strike.victims.iter().enumerate() {
+            sleep(strike.pause).await;
+            self.program(*who).start()?;
+            if let Some(started) = strike.again.filter(|_| i == 0) {
+                sleep(started).await;
+                self.kill(*who).await?;
+                self.program(*who).start()?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn kill(&mut self, who: Victim) -> anyhow::Result<()> {
+        // What had ended before has failed by itself.
+        self.program(who).check()?;
+        self.program(who).kill().await?;
+        self.sigkills += 1;
+        if who == Victim::Agent {
+            self.flow.restarted();
+        }
+        Ok(())
+    }
+
+    /// A moment later: sees that all live, that the file is long enough, and where the agent is.
+    async fn look(&mut self) -> anyhow::Result<()> {
+        sleep(LOOK_EVERY).await;
+        for who in Victim::ALL {
+            self.program(who).check()?;
+        }
+        self.load.keep_ahead(SystemClock.now()).context("writing the file of the load")?;
+        self.ask().await;
+        self.tell(false);
+        Ok(())
+    }
+
+    /// Whether the cloud has acknowledged something in its present life.
+    async fn cloud_acknowledges(&self) -> bool {
+        let metrics = http::get(self.cloud_http, "/metrics").await.unwrap_or_default();
+        http::metric(&metrics, "tailrace_cloud_messages_acknowledged_total", "") > 0.0
+    }
+
+    async fn ask(&mut self) {
+        match http::get(self.agent_metrics, "/metrics").await {
+            Ok(metrics) => self.flow.saw(&metrics),
+            Err(_) => self.flow.unacknowledged = None,
+        }
+    }
+
+    fn tell(&mut self, now: bool) {
+        if !now && self.told.elapsed() < TELL_EVERY {
+            return;
+        }
+        self.told = Instant::now();
+        eprintln!(
+            "{:>5.0} s  kill {} of {} ({} with messages in flight, {} SIGKILLs)  {} readings sealed  {} messages wait",
+            self.begun.elapsed().as_secs_f64(),
+            self.strikes,
+            self.options.kills,
+            self.with_inflight,
+            self.sigkills,
+            self.flow.total(),
+            self.flow.unacknowledged.map_or("?".to_owned(), |n| n.to_string()),
+        );
+    }
+
+    /// Brings everything to its end in the order in which data flows.
+    async fn end(&mut self) -> anyhow::Result<()> {
+        self.tell(true);
+        for who in [Victim::Broker, Victim::Cloud, Victim::Agent] {
+            // One that has failed by itself was told of.
+            let _ = self.program(who).check();
+            self.program(who).start()?;
+        }
+        // Before it answers, SIGTERM would find the agent without a handler; and the cloud must be there.
+        let deadline = Instant::now() + PATIENCE;
+        self.flow.unacknowledged = None;
+        while self.flow.unacknowledged.is_none() || !self.cloud_acknowledges().await {
+            ensure!(Instant::now() < deadline, "agent and cloud were not both there for {PATIENCE:?}");
+            self.look().await?;
+        }
+        // A clean stop, then the rest of the file.
+        self.agent.terminate().await?;
+        self.drain().await?;
+        self.flow.restarted();
+        self.load.end_at(SystemClock.now() + CALM).context("cutting off the file of the load")?;
+        self.agent.start()?;
+        self.drain().await?;
+        self.cloud.terminate().await?;
+        if !self.cloud.ended_within(DRAIN).await? {
+            self.cloud.kill().await?;
+            bail!("cloud-ingest had not refined everything after {DRAIN:?} and was killed");
+        }
+        self.broker.terminate().await?;
+        ensure!(self.broker.ended_within(DRAIN).await?, "mosquitto did not end within {DRAIN:?}");
+        Ok(())
+    }
+
+    /// Until the agent has ended by itself, with everything acknowledged.
+    async fn drain(&mut self) -> anyhow::Result<()> {
+        let deadline = Instant::now() + DRAIN;
+        while !self.agent.ended_within(LOOK_EVERY).await? {
+            self.broker.check()?;
+            self.cloud.check()?;
+            self.ask().await;
+            self.tell(false);
+            if Instant::now() > deadline {
+                let waiting = self.flow.unacknowledged.map_or("?".to_owned(), |n| n.to_string());
+                self.agent.kill().await?;
+                self.cloud.terminate().await?;
+                self.cloud.ended_within(DRAIN).await?;
+                bail!("{waiting} messages were not acknowledged {DRAIN:?} after the last kill");
+            }
+        }
+        Ok(())
+    }
+
+    /// Silver against the file, and the ledger; whether everything is accounted for.
+    async fn audit(&self) -> anyhow::Result<bool> {
+        let truth = self.load.truth;
+        let Verdict { absent, doubled, examples } =
+            judge::judge(&self.store, truth).await.context("reading silver")?;
+        let ledger = cloud_ingest::ledger::audit_lake(&self.store, SystemClock.now()).await?;
+        let declared = u64::try_from(ledger.totals.declared).unwrap_or(0);
+        examples.iter().for_each(|example| eprintln!("{example}"));
+        explain(&ledger);
+        eprintln!(
+            "{} strikes ({} SIGKILLs) in {:.0} s, {} with messages in flight; {} readings sealed in them",
+            self.strikes,
+            self.sigkills,
+            self.begun.elapsed().as_secs_f64(),
+            self.with_inflight,
+            self.flow.total()
+        );
+        let report = Report {
+            kills: self.strikes,
+            kills_with_inflight: self.with_inflight,
+            readings: truth.readings() as u64,
+            missing: absent.saturating_sub(declared),
+            doubled,
+            declared,
+        };
+        print_line(serde_json::to_string(&report)?);
+        Ok(report.missing == 0 && doubled == 0 && ledger.balances())
+    }
+}
+
+/// The ledger's equation, and what does not balance.
+fn explain(ledger: &Audit) {
+    for line in ledger.lanes.iter().filter(|line| !line.balances()) {
+        let (epoch, lane) = (&line.epoch, &line.lane);
+        eprintln!(
+            "does not balance: {lane} of {epoch}: missing {} (seq {})",
+            line.missing, line.missing_seqs
+        );
+    }
+    for gateway in ledger.gateways.iter().filter(|gateway| !gateway.totals.balances()) {
+        eprintln!("does not balance: {}/{}", gateway.site, gateway.gateway_id);
+    }
+    eprintln!("{}", ledger.totals);
+}
+
+/// Free ports below those that systems give to outgoing connections (32,768 and up on Linux), so that nobody takes one
+/// while its program is dead.
+fn quiet_ports<const N: usize>() -> anyhow::Result<[u16; N]> {
+    let seed = u64::from(std::process::id());
+    let candidates = (0..1000).map(|n| 20_000 + (bits(seed, stream("ports"), n) % 10_000) as u16);
+    let mut found: Vec<(u16, TcpListener)> = Vec::new();
+    for port in candidates {
+        if found.len() < N
+            && let Ok(listener) = TcpListener::bind(loopback(port))
+        {
+            found.push((port, listener));
+        }
+    }
+    let ports: Vec<u16> = found.iter().map(|(port, _)| *port).collect();
+    ports.try_into().ok().context("no free ports between 20000 and 29999")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_flowed_adds_up_over_the_agents_lives() {
+        let metrics = |sealed: u64, waiting: u64| {
+            format!(
+                "tailrace_edge_readings_total{{stage=\"source\",outcome=\"polled\"}} 99999\n\
+                 tailrace_edge_readings_total{{stage=\"seal\",outcome=\"sealed\"}} {sealed}\n\
+                 tailrace_edge_unacknowledged_messages {waiting}\n# EOF\n"
+            )
+        };
+        let mut flow = Flow::default();
+        flow.saw(&metrics(400, 3));
+        flow.saw(&metrics(600, 0));
+        assert_eq!((flow.total(), flow.unacknowledged), (600, Some(0)));
+        flow.restarted();
+        assert_eq!((flow.total(), flow.unacknowledged), (600, None));
+        flow.saw(&metrics(200, 7));
+        assert_eq!((flow.total(), flow.unacknowledged), (800, Some(7)));
+    }
+}

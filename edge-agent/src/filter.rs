@@ -7,7 +7,13 @@
 //! | not a number | bad | the value is not finite |
 //! | range | bad | outside the device's limits |
 //! | rate | uncertain | it changed faster, in unit per second, than the device can, since its last reading that is not bad |
+//! | spike | uncertain | it is further than `spike_limit` robust standard deviations from the median of the [`SPIKE_OVER`] before it |
 //! | stuck | uncertain | it has not changed for `stuck_after` |
+//!
+//! The spike check is the identifier of Hampel (The influence curve and its role in robust estimation, JASA 69, 1974),
+//! one-sided, since nothing waits for what comes next: 1.4826 times the median distance from the median is a normal
+//! distribution's standard deviation. Where that is 0, as for a signal that mostly stands still, nothing is a spike.
+//! After a step of the level the first readings, half of [`SPIKE_OVER`], are marked too.
 //!
 //! Windows and models see every reading. The **deadband** is the last step and concerns the readings lane only: a good
 //! reading is held when it differs by no more than the deadband from the last one that was sent, unless the
@@ -31,13 +37,15 @@ pub enum Mark {
     Range,
     /// Changed too fast.
     Rate,
+    /// Far away from its neighbours.
+    Spike,
     /// Did not change for too long.
     Stuck,
 }
 
 impl Mark {
     /// All of them.
-    pub const ALL: [Mark; 4] = [Mark::NotANumber, Mark::Range, Mark::Rate, Mark::Stuck];
+    pub const ALL: [Mark; 5] = [Mark::NotANumber, Mark::Range, Mark::Rate, Mark::Spike, Mark::Stuck];
 
     /// The word in metrics.
     pub const fn as_str(self) -> &'static str {
@@ -45,10 +53,14 @@ impl Mark {
             Mark::NotANumber => "not_a_number",
             Mark::Range => "range",
             Mark::Rate => "rate",
+            Mark::Spike => "spike",
             Mark::Stuck => "stuck",
         }
     }
 }
+
+/// Readings to which the spike check compares.
+pub const SPIKE_OVER: usize = 11;
 
 /// The filter's state for every device.
 #[derive(Clone, Debug)]
@@ -63,6 +75,9 @@ struct Device {
     last: Option<(Timestamp, f64)>,
     /// Since when it has had the value of `last`.
     unchanged_since: Timestamp,
+    /// The last readings that were not bad, in any order, and how many there have been; for the spike check.
+    recent: [f64; SPIKE_OVER],
+    seen: usize,
     /// The last good reading that was sent, if none that is not good was sent since.
     sent: Option<(Timestamp, f64)>,
 }
@@ -101,26 +116,26 @@ impl Filter {
 }
 
 impl Device {
-    fn judge(&mut self, checks: &Checks, reading: &mut Reading) -> [Option<Mark>; 2] {
+    fn judge(&mut self, checks: &Checks, reading: &mut Reading) -> [Option<Mark>; 3] {
         let Reading { ts, value, .. } = *reading;
         if !value.is_finite() {
             // The source itself says bad with NaN; that is no finding of the filter.
             let marked = reading.quality != Quality::Bad;
             reading.quality = Quality::Bad;
             reading.value = f64::NAN;
-            return [marked.then_some(Mark::NotANumber), None];
+            return [marked.then_some(Mark::NotANumber), None, None];
         }
         if checks.range.is_some_and(|[low, high]| value < low || value > high) {
             reading.quality = Quality::Bad;
-            return [Some(Mark::Range), None];
+            return [Some(Mark::Range), None, None];
         }
         if reading.quality == Quality::Bad {
-            return [None, None];
+            return [None; 3];
         }
         let (mut rate, mut stuck) = (None, None);
         match self.last {
             // A late reading is judged by what came before it in time only, which is no longer known.
-            Some((last_ts, _)) if ts <= last_ts => return [None, None],
+            Some((last_ts, _)) if ts <= last_ts => return [None; 3],
             Some((last_ts, last)) => {
                 let seconds = ts.since(last_ts).as_secs_f64();
                 let too_fast = |limit: f64| (value - last).abs() > limit * seconds;
@@ -134,10 +149,24 @@ impl Device {
             None => self.unchanged_since = ts,
         }
         self.last = Some((ts, value));
-        if rate.is_some() || stuck.is_some() {
+        let spike = checks.spike_limit.and_then(|limit| self.leaps(value, limit).then_some(Mark::Spike));
+        let marks = [rate, spike, stuck];
+        if marks.iter().any(Option::is_some) {
             reading.quality = reading.quality.max(Quality::Uncertain);
         }
-        [rate, stuck]
+        marks
+    }
+
+    /// Whether a value is far away from those before it, which it joins.
+    fn leaps(&mut self, value: f64, limit: f64) -> bool {
+        let is_spike = self.seen >= SPIKE_OVER && {
+            let center = median(self.recent);
+            let spread = 1.4826 * median(self.recent.map(|recent| (recent - center).abs()));
+            spread > 0.0 && (value - center).abs() > limit * spread
+        };
+        self.recent[self.seen % SPIKE_OVER] = value;
+        self.seen += 1;
+        is_spike
     }
 
     fn sends(&mut self, checks: &Checks, reading: &Reading) -> bool {
@@ -156,6 +185,10 @@ impl Device {
     }
 }
 
+fn median(mut values: [f64; SPIKE_OVER]) -> f64 {
+    *values.select_nth_unstable_by(SPIKE_OVER / 2, f64::total_cmp).1
+}
+
 #[cfg(test)]
 mod tests {
     use std::time::Duration;
@@ -171,9 +204,9 @@ mod tests {
     }
 
     /// (second, value) in; quality, and whether it was sent.
-    fn check(checks: Checks, rows: &[(i64, f64, Quality, bool)]) -> [u64; 4] {
+    fn check(checks: Checks, rows: &[(i64, f64, Quality, bool)]) -> [u64; 5] {
         let mut filter = Filter::new(vec![checks]);
-        let mut marks = [0; 4];
+        let mut marks = [0; 5];
         for &(second, value, quality, sent) in rows {
             let mut batch = vec![reading(second, value)];
             for (sum, n) in marks.iter_mut().zip(filter.mark(&mut batch)) {
@@ -197,7 +230,7 @@ mod tests {
             (3, f64::NAN, Bad, true),
             (4, f64::INFINITY, Bad, true),
         ];
-        assert_eq!(check(checks, &rows), [1, 1, 0, 0]);
+        assert_eq!(check(checks, &rows), [1, 1, 0, 0, 0]);
     }
 
     #[test]
@@ -213,7 +246,7 @@ mod tests {
             // Late: not judged.
             (2, 9.0, Good, true),
         ];
-        assert_eq!(check(checks, &rows), [0, 1, 1, 0]);
+        assert_eq!(check(checks, &rows), [0, 1, 1, 0, 0]);
     }
 
     #[test]
@@ -228,9 +261,27 @@ mod tests {
             (4, 1.5, Good, true),
             (5, 1.5, Good, true),
         ];
-        assert_eq!(check(checks, &rows), [0, 0, 0, 2]);
+        assert_eq!(check(checks, &rows), [0, 0, 0, 0, 2]);
         // Off unless configured.
         check(Checks::default(), &[(0, 1.0, Good, true), (9_000, 1.0, Good, true)]);
+    }
+
+    #[test]
+    fn a_spike_is_far_from_the_median_of_those_before_it() {
+        use Quality::{Bad, Good, Uncertain};
+        let checks = Checks { spike_limit: Some(3.0), range: Some([-99.0, 99.0]), ..Checks::default() };
+        // The median of 0 to 10 is 5, the median distance from it 3: 3 x 1.4826 x 3 = 13.34.
+        let quiet = (0..11).map(|i| (i, (i * 7 % 11) as f64, Good, true));
+        let rows: Vec<_> = quiet.chain([(11, 18.3, Good, true)]).collect();
+        assert_eq!(check(checks, &rows), [0; 5]);
+        let mut rows = rows;
+        (rows[11].1, rows[11].2) = (18.4, Uncertain);
+        // What is bad is neither judged nor remembered; a spike is remembered, and the median bears it.
+        rows.extend([(12, 500.0, Bad, true), (13, -90.0, Uncertain, true), (14, 7.0, Good, true)]);
+        assert_eq!(check(checks, &rows), [0, 1, 0, 2, 0]);
+        // No spread, no judgement.
+        let still = (0..20).map(|i| (i, if i == 15 { 9.0 } else { 1.0 }, Good, true)).collect::<Vec<_>>();
+        assert_eq!(check(checks, &still), [0; 5]);
     }
 
     #[test]

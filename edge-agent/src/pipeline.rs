@@ -288,7 +288,7 @@ impl Refine {
     ) -> Self {
         let mut stages = Self {
             filter: Filter::new(settings.checks.clone()),
-            windows: Windows::new(settings.window, settings.registry.devices.len()),
+            windows: Windows::new(settings.window, &settings.widths),
             models,
             metrics,
             latest,

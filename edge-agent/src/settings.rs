@@ -64,6 +64,8 @@ pub struct Settings {
     pub outbox: OutboxSettings,
     /// Tumbling windows.
     pub window: WindowSettings,
+    /// Their width by device index.
+    pub widths: Vec<Duration>,
     /// Models.
     pub models: ModelSettings,
     /// Where `/metrics`, `/healthz` and the gateway's page answer.
@@ -104,6 +106,8 @@ pub struct Checks {
     pub stuck_after: Option<Duration>,
     /// Unit per second; a faster change is uncertain.
     pub rate_limit: Option<f64>,
+    /// Robust standard deviations; a reading further from those before it is uncertain.
+    pub spike_limit: Option<f64>,
     /// Report by exception on the readings lane.
     pub deadband: Option<Deadband>,
 }
@@ -392,7 +396,7 @@ pub struct ModelSettings {
 /// Tumbling windows in event time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct WindowSettings {
-    /// Width; windows are aligned to the Unix epoch.
+    /// Width where the device says none; windows are aligned to the Unix epoch.
     pub width: Duration,
     /// A window closes when the gateway's time has passed its end by this.
     pub lateness: Duration,

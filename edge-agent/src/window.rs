@@ -1,9 +1,9 @@
 //! Event-time tumbling windows (pure).
 //!
-//! Windows have one width and are aligned to the Unix epoch: `[start, start + width)`. The **watermark** is the
-//! gateway's highest time so far, as the polls carry it, less the allowed lateness; readings do not move it, so one
-//! device with a fast clock closes nothing early. A window closes for all devices at once when the watermark
-//! reaches its end.
+//! A device's windows have one width and are aligned to the Unix epoch: `[start, start + width)`. The **watermark** is
+//! the gateway's highest time so far, as the polls carry it, less the allowed lateness; readings do not move it, so one
+//! device with a fast clock closes nothing early. A window closes for all devices of its width at once when the
+//! watermark reaches its end.
 //!
 //! | reading | what happens |
 //! |---|---|
@@ -18,7 +18,7 @@
 //! `count` to `last` are over readings that are not bad; mean and deviation by Welford's update (Technometrics 4,
 //! 1962), `first` and `last` by event time. Without such readings they are none, and `bad_count` says why.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, time::Duration};
 
 use common::{
     reading::{DeviceIx, Quality, Reading},
@@ -134,9 +134,18 @@ pub struct Missed {
 #[derive(Clone, Debug)]
 pub struct Windows {
     settings: WindowSettings,
-    devices: usize,
     /// The gateway's first and highest time.
     seen: Option<(Timestamp, Timestamp)>,
+    groups: Vec<Group>,
+    /// By device index: which of the groups, and where in it.
+    places: Vec<(usize, usize)>,
+}
+
+/// The devices whose windows have one width.
+#[derive(Clone, Debug)]
+struct Group {
+    width: Duration,
+    devices: Vec<DeviceIx>,
     /// By start; closed ones stay for late readings.
     windows: BTreeMap<Timestamp, Window>,
 }
@@ -144,7 +153,9 @@ pub struct Windows {
 #[derive(Clone, Debug)]
 struct Window {
     closed: bool,
-    /// By device index.
+    /// Some slot has changed.
+    changed: bool,
+    /// In the order of the group's devices.
     slots: Vec<Option<Slot>>,
 }
 
@@ -157,25 +168,37 @@ struct Slot {
 }
 
 impl Windows {
-    /// Windows for `devices` devices.
-    pub fn new(settings: WindowSettings, devices: usize) -> Self {
-        Self { settings, devices, seen: None, windows: BTreeMap::new() }
+    /// Windows of these widths, by device index; that of the settings is for whom none is told.
+    pub fn new(settings: WindowSettings, widths: &[Duration]) -> Self {
+        let mut groups: Vec<Group> = Vec::new();
+        let mut places = Vec::with_capacity(widths.len());
+        for (ix, width) in widths.iter().enumerate() {
+            let known = groups.iter().position(|group| group.width == *width);
+            let at = known.unwrap_or_else(|| {
+                groups.push(Group { width: *width, devices: Vec::new(), windows: BTreeMap::new() });
+                groups.len() - 1
+            });
+            places.push((at, groups[at].devices.len()));
+            groups[at].devices.push(DeviceIx(ix as u32));
+        }
+        Self { settings, seen: None, groups, places }
     }
 
     /// Takes in what was read at the gateway's time `at`, and returns the aggregates of windows that closed, and
-    /// of closed windows that changed: by window, then by device.
+    /// of closed windows that changed: by width, by window, then by device.
     pub fn push(&mut self, at: Timestamp, readings: &[Reading], missed: &mut Missed) -> Vec<Aggregate> {
         let (begun, now) = self.seen.map_or((at, at), |(begun, now)| (begun, now.max(at)));
         self.seen = Some((begun, now));
-        for reading in readings {
-            self.join(reading, now, missed);
-        }
-        let watermark = self.watermark(now);
+        let watermark = now - self.settings.lateness;
+        let oldest = watermark - self.settings.revise_for;
+        self.join(readings, oldest, now + self.settings.revise_for, missed);
         let closed = self.emit(|end| end <= watermark);
         // Only now, so that a reading that came with the poll which outdates its window still counts.
-        let oldest = self.oldest_kept(now);
-        while self.windows.first_key_value().is_some_and(|(start, window)| window.closed && *start < oldest) {
-            self.windows.pop_first();
+        for Group { width, windows, .. } in &mut self.groups {
+            let oldest = oldest.floor(*width);
+            while windows.first_key_value().is_some_and(|(start, window)| window.closed && *start < oldest) {
+                windows.pop_first();
+            }
         }
         closed
     }
@@ -183,61 +206,75 @@ impl Windows {
     /// End of input: everything that is open closes.
     pub fn flush(&mut self) -> Vec<Aggregate> {
         let closed = self.emit(|_| true);
-        self.windows.clear();
+        self.groups.iter_mut().for_each(|group| group.windows.clear());
         closed
     }
 
-    fn watermark(&self, now: Timestamp) -> Timestamp {
-        now - self.settings.lateness
-    }
-
-    /// Start of the oldest window that takes readings.
-    fn oldest_kept(&self, now: Timestamp) -> Timestamp {
-        (self.watermark(now) - self.settings.revise_for).floor(self.settings.width)
-    }
-
-    fn join(&mut self, reading: &Reading, now: Timestamp, missed: &mut Missed) {
-        let start = reading.ts.floor(self.settings.width);
-        if start < self.oldest_kept(now) {
-            missed.late += 1;
-            return;
+    /// Adds readings to their windows, unless these end before `oldest` or the readings come after `newest`.
+    /// Neighbours are mostly of one window.
+    fn join(&mut self, readings: &[Reading], oldest: Timestamp, newest: Timestamp, missed: &mut Missed) {
+        let mut rest = readings;
+        while let Some(first) = rest.first() {
+            let (of, _) = self.places[first.device.index()];
+            let Group { width, devices, windows } = &mut self.groups[of];
+            let start = first.ts.floor(*width);
+            let span = start..start + *width;
+            let is_alike = |r: &&Reading| span.contains(&r.ts) && self.places[r.device.index()].0 == of;
+            let alike = rest[1..].iter().take_while(is_alike).count();
+            let (run, after) = rest.split_at(1 + alike);
+            rest = after;
+            if start < oldest.floor(*width) {
+                missed.late += run.len() as u64;
+                continue;
+            }
+            let joins = |reading: &&Reading| reading.ts <= newest;
+            let joining = run.iter().filter(joins).count();
+            missed.early += (run.len() - joining) as u64;
+            if joining == 0 {
+                continue;
+            }
+            let empty = || Window { closed: false, changed: false, slots: vec![None; devices.len()] };
+            let window = windows.entry(start).or_insert_with(empty);
+            window.changed = true;
+            for reading in run.iter().filter(joins) {
+                let (_, slot) = self.places[reading.device.index()];
+                let slot = window.slots[slot].get_or_insert_default();
+                slot.stats.push(reading);
+                slot.changed = true;
+            }
         }
-        if reading.ts > now + self.settings.revise_for {
-            missed.early += 1;
-            return;
-        }
-        let empty = || Window { closed: false, slots: vec![None; self.devices] };
-        let window = self.windows.entry(start).or_insert_with(empty);
-        let slot = window.slots[reading.device.index()].get_or_insert_default();
-        slot.stats.push(reading);
-        slot.changed = true;
     }
 
     fn emit(&mut self, closes: impl Fn(Timestamp) -> bool) -> Vec<Aggregate> {
         let Some((begun, now)) = self.seen else { return Vec::new() };
         let mut out = Vec::new();
-        for (start, window) in &mut self.windows {
-            let (start, end) = (*start, *start + self.settings.width);
-            if !closes(end) {
-                break;
-            }
-            window.closed = true;
-            let covered_from = begun.clamp(start, end);
-            let covered_to = now.clamp(start, end);
-            for (ix, slot) in window.slots.iter_mut().enumerate() {
-                let Some(slot) = slot.as_mut().filter(|slot| slot.changed) else { continue };
-                out.push(Aggregate {
-                    start,
-                    end,
-                    device: DeviceIx(ix as u32),
-                    stats: slot.stats,
-                    covered_from,
-                    covered_to,
-                    partial: covered_from > start || covered_to < end,
-                    revision: slot.revision,
-                });
-                slot.changed = false;
-                slot.revision += 1;
+        for Group { width, devices, windows } in &mut self.groups {
+            for (start, window) in windows {
+                let (start, end) = (*start, *start + *width);
+                if !closes(end) {
+                    break;
+                }
+                window.closed = true;
+                if !std::mem::take(&mut window.changed) {
+                    continue;
+                }
+                let covered_from = begun.clamp(start, end);
+                let covered_to = now.clamp(start, end);
+                for (device, slot) in devices.iter().zip(&mut window.slots) {
+                    let Some(slot) = slot.as_mut().filter(|slot| slot.changed) else { continue };
+                    out.push(Aggregate {
+                        start,
+                        end,
+                        device: *device,
+                        stats: slot.stats,
+                        covered_from,
+                        covered_to,
+                        partial: covered_from > start || covered_to < end,
+                        revision: slot.revision,
+                    });
+                    slot.changed = false;
+                    slot.revision += 1;
+                }
             }
         }
         out
@@ -246,8 +283,6 @@ impl Windows {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use proptest::prelude::*;
 
     use super::*;
@@ -272,7 +307,7 @@ mod tests {
 
     /// Pushes (gateway's second, readings) and flushes.
     fn check(polls: &[(i64, &[Reading])], expected: &[Row], missed: Missed) {
-        let mut windows = Windows::new(SETTINGS, 2);
+        let mut windows = Windows::new(SETTINGS, &[SETTINGS.width; 2]);
         let mut counted = Missed::default();
         let mut out = Vec::new();
         for (second, readings) in polls {
@@ -307,6 +342,39 @@ mod tests {
             ],
             Missed::default(),
         );
+    }
+
+    #[test]
+    fn devices_have_windows_of_their_own_width() {
+        let mut windows = Windows::new(SETTINGS, &[SETTINGS.width, Duration::from_secs(4), SETTINGS.width]);
+        let mut missed = Missed::default();
+        let mut out = Vec::new();
+        for second in 100..=112 {
+            let readings = [0, 1, 2].map(|device| reading(second, device, second as f64));
+            out.extend(windows.push(at(second), &readings, &mut missed));
+        }
+        // 2 s late: kept for 20 s in either width.
+        out.extend(windows.push(at(127), &[reading(101, 1, 0.0), reading(100, 0, 0.0)], &mut missed));
+        let got: Vec<_> = out.iter().map(|a| (a.start, a.device.0, a.stats.count, a.revision)).collect();
+        let expected = [
+            (100, 1, 4, 0),
+            (104, 1, 4, 0),
+            (100, 0, 10, 0),
+            (100, 2, 10, 0),
+            (100, 0, 11, 1),
+            (110, 0, 3, 0),
+            (110, 2, 3, 0),
+            (108, 1, 4, 0),
+            (112, 1, 1, 0),
+        ];
+        assert_eq!(
+            got,
+            expected.map(|(start, device, count, revision)| (at(start), device, count, revision))
+        );
+        assert_eq!(missed, Missed { late: 1, early: 0 });
+        assert!(out.iter().all(
+            |a| a.end == a.start + if a.device.0 == 1 { Duration::from_secs(4) } else { SETTINGS.width }
+        ));
     }
 
     #[test]
@@ -349,7 +417,7 @@ mod tests {
             &[(100, 0, 1, Some(1.0), true, 0), (110, 0, 1, Some(2.0), true, 0)],
             Missed::default(),
         );
-        let mut windows = Windows::new(SETTINGS, 1);
+        let mut windows = Windows::new(SETTINGS, &[SETTINGS.width]);
         windows.push(at(103), &[reading(103, 0, 1.0)], &mut Missed::default());
         windows.push(at(107), &[], &mut Missed::default());
         let out = windows.flush();
@@ -397,7 +465,7 @@ mod tests {
             polls in proptest::collection::vec(
                 (0i64..8, proptest::collection::vec((-40i64..25, 0u32..2, -5i32..5), 0..4)), 1..60),
         ) {
-            let mut windows = Windows::new(SETTINGS, 2);
+            let mut windows = Windows::new(SETTINGS, &[SETTINGS.width; 2]);
             let mut missed = Missed::default();
             let mut emitted: BTreeMap<(Timestamp, u32), (u64, f64, i32)> = BTreeMap::new();
             let mut model: BTreeMap<(Timestamp, u32), Vec<f64>> = BTreeMap::new();

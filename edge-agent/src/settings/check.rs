@@ -30,6 +30,10 @@ mod spi;
 const MAX_LOOP_A: f64 = 0.0215;
 /// The converter's range in V.
 const ADC_FULL_SCALE_V: f64 = 4.096;
+/// Width of the narrowest windows.
+const NARROWEST: Duration = Duration::from_secs(1);
+/// Windows of a device that are kept for late readings.
+const MOST_WINDOWS: u32 = 1_000;
 
 /// `folder` is the one of the configuration file.
 pub(super) fn check(file: File, sha256: String, origin: String, folder: &Path) -> Result<Settings, Mistakes> {
@@ -45,7 +49,9 @@ pub(super) fn check(file: File, sha256: String, origin: String, folder: &Path) -
     let no_dir = file.data_dir.as_os_str().is_empty();
     m.require(!no_dir, "data_dir", "it is empty", "name a folder on a local disk");
     check_assets(&file.asset, &file.device, &mut m);
-    let checks = check_devices(&file.device, &file.filter, &file.asset, &mut m);
+    let window = check_window(&file.window, &mut m);
+    let (checks, widths) =
+        check_devices(&file.device, &file.filter, &file.asset, &window, &mut m).into_iter().unzip();
     let registry =
         Registry { assets: file.asset, devices: file.device.into_iter().map(|entry| entry.device).collect() };
     let mut bind = Binding { registry: &registry, bound: BTreeMap::new() };
@@ -73,7 +79,7 @@ pub(super) fn check(file: File, sha256: String, origin: String, folder: &Path) -
         root,
         uplink: check_uplink(file.uplink, &mut m),
         outbox: check_outbox(file.outbox, file.data_dir.join("outbox"), &mut m),
-        window: check_window(&file.window, &mut m),
+        window,
         models: check_models(&file.models, folder, &mut m),
         listen: check_listen(&file.metrics.listen, &mut m),
         clock: ClockSettings { trust: file.clock.trust, wait: file.clock.wait },
@@ -84,6 +90,7 @@ pub(super) fn check(file: File, sha256: String, origin: String, folder: &Path) -
         sha256,
         registry: Arc::new(registry),
         checks,
+        widths,
         sources,
     };
     m.into_result(settings)
@@ -111,8 +118,9 @@ fn check_devices(
     entries: &[file::DeviceEntry],
     filters: &[file::FilterTable],
     assets: &[Asset],
+    windows: &WindowSettings,
     m: &mut Mistakes,
-) -> Vec<Checks> {
+) -> Vec<(Checks, Duration)> {
     for table in filters {
         let some = entries.iter().any(|entry| table.matches(&entry.device.id));
         let key = format!("filter {:?}", table.devices);
@@ -133,7 +141,8 @@ fn check_devices(
         if let Some([low, high]) = device.range {
             m.require(low < high, &key, format!("range [{low}, {high}] is empty"), "write [low, high]");
         }
-        for (name, value) in [("rate_limit", filter.rate_limit), ("deadband", filter.deadband)] {
+        let limits = [filter.rate_limit, filter.spike_limit, filter.deadband];
+        for (name, value) in ["rate_limit", "spike_limit", "deadband"].into_iter().zip(limits) {
             let positive = value.is_none_or(|v| v.is_finite() && v > 0.0);
             m.require(positive, &key, format!("{name} is not above 0"), "leave it out to switch it off");
         }
@@ -145,12 +154,22 @@ fn check_devices(
                 None
             }
         };
-        all.push(Checks {
+        let width = filter.window.map_or(windows.width, |span| span.0);
+        let least = NARROWEST.max(windows.revise_for / MOST_WINDOWS);
+        m.require(
+            filter.window.is_none() || width >= least,
+            &key,
+            format!("window {} is below {}", duration::format(width), duration::format(least)),
+            "raise it, or lower window.revise_for",
+        );
+        let checks = Checks {
             range: device.range,
             stuck_after: filter.stuck_after.map(|span| span.0),
             rate_limit: filter.rate_limit,
+            spike_limit: filter.spike_limit,
             deadband,
-        });
+        };
+        all.push((checks, width));
     }
     all
 }
@@ -415,9 +434,9 @@ fn check_outbox(outbox: file::Outbox, dir: PathBuf, m: &mut Mistakes) -> OutboxS
 }
 
 fn check_window(window: &file::Window, m: &mut Mistakes) -> WindowSettings {
-    let width = at_least("window.width", window.width, Duration::from_secs(1), m);
-    let kept = window.revise_for <= width.saturating_mul(1_000);
-    let problem = format!("{} is more than 1000 windows", duration::format(window.revise_for));
+    let width = at_least("window.width", window.width, NARROWEST, m);
+    let kept = window.revise_for <= width.saturating_mul(MOST_WINDOWS);
+    let problem = format!("{} is more than {MOST_WINDOWS} windows", duration::format(window.revise_for));
     m.require(kept, "window.revise_for", problem, "lower it; older readings still reach the lake");
     WindowSettings { width, lateness: window.lateness, revise_for: window.revise_for }
 }

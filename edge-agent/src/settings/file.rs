@@ -57,8 +57,10 @@ pub struct FilterTable {
 pub struct DeviceFilter {
     pub stuck_after: Option<Span>,
     pub rate_limit: Option<f64>,
+    pub spike_limit: Option<f64>,
     pub deadband: Option<f64>,
     pub heartbeat: Option<Span>,
+    pub window: Option<Span>,
 }
 
 impl TryFrom<toml::Table> for DeviceEntry {
@@ -67,7 +69,7 @@ impl TryFrom<toml::Table> for DeviceEntry {
     /// The filter's keys are taken out; what remains is a [`Device`], which refuses keys that it does not know.
     fn try_from(mut table: toml::Table) -> Result<Self, Self::Error> {
         let mut filter = toml::Table::new();
-        for key in ["stuck_after", "rate_limit", "deadband", "heartbeat"] {
+        for key in ["stuck_after", "rate_limit", "spike_limit", "deadband", "heartbeat", "window"] {
             filter.extend(table.remove_entry(key));
         }
         Ok(Self { device: table.try_into()?, filter: filter.try_into()? })
@@ -105,8 +107,10 @@ impl DeviceFilter {
         Self {
             stuck_after: self.stuck_after.or(other.stuck_after),
             rate_limit: self.rate_limit.or(other.rate_limit),
+            spike_limit: self.spike_limit.or(other.spike_limit),
             deadband: self.deadband.or(other.deadband),
             heartbeat: self.heartbeat.or(other.heartbeat),
+            window: self.window.or(other.window),
         }
     }
 }

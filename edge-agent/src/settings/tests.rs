@@ -355,17 +355,22 @@ fn a_source_does_not_listen_to_the_agent_itself() {
 fn a_filter_by_pattern_fills_what_the_device_leaves_out() {
     let text = format!(
         "{BASE}[[filter]]\ndevices = \"pump/*\"\nstuck_after = \"1h\"\n\
-         [[filter]]\ndevices = \"*/*ratu*e\"\nstuck_after = \"2h\"\nrate_limit = 3.0\n"
+         [[filter]]\ndevices = \"*/*ratu*e\"\nstuck_after = \"2h\"\nrate_limit = 3.0\n\
+         spike_limit = 6.0\nwindow = \"10s\"\n"
     );
     let settings = load(&text, &[]).unwrap();
     let found: Vec<_> =
         settings.checks.iter().map(|c| (c.stuck_after.unwrap().as_secs(), c.rate_limit)).collect();
     assert_eq!(found, [(600, None), (3_600, Some(3.0)), (3_600, None)]);
+    assert_eq!(settings.checks[1].spike_limit, Some(6.0));
+    assert_eq!(settings.widths, [60, 10, 60].map(Duration::from_secs));
     for (table, part) in [
         ("devices = \"pump\"", "filter \"pump\": no device's id matches"),
         ("stuck_after = \"1h\"", "missing field `devices`"),
         ("devices = \"*\"\nrange = [0, 1]", "unknown field `range`"),
         ("devices = \"pump/vibration\"\ndeadband = 1.0", "deadband and heartbeat need each other"),
+        ("devices = \"*\"\nspike_limit = 0.0", "spike_limit is not above 0"),
+        ("devices = \"*\"\nwindow = \"500ms\"", "window 500ms is below 1s; raise it"),
     ] {
         let error = load(&format!("{BASE}[[filter]]\n{table}\n"), &[]).unwrap_err().to_string();
         assert!(error.contains(part), "{error}");

@@ -14,7 +14,8 @@ use crate::{
 const GIGABYTE: u64 = 1_000_000_000;
 
 fn ample() -> Limits {
-    Limits { max_bytes: 4 * GIGABYTE, generation_bytes: 16 << 20, ..limits() }
+    let max_age = Duration::from_secs(100 * 365 * 86_400);
+    Limits { max_bytes: 4 * GIGABYTE, generation_bytes: 16 << 20, max_age, ..limits() }
 }
 
 /// kB of `/proc/self/status`.

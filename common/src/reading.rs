@@ -112,9 +112,9 @@ impl FromStr for Kind {
     }
 }
 
-/// A machine that is maintained.
+/// A machine that is maintained. Unknown keys are passed over, here and in [`Device`]: a gateway may be newer than
+/// its cloud.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct Asset {
     /// Unique within the site, such as `pump-01`.
     pub id: String,
@@ -155,7 +155,6 @@ pub struct Asset {
 
 /// An asset runs while `device` reads above `above`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct RunningWhen {
     /// Id of one of the asset's devices.
     pub device: String,
@@ -165,7 +164,6 @@ pub struct RunningWhen {
 
 /// One measured quantity at one place on an asset.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct Device {
     /// Unique within the site, such as `pump-01/bearing-temp`.
     pub id: String,

@@ -11,7 +11,10 @@ use arrow::{
     },
     datatypes::{Int32Type, TimestampMicrosecondType},
 };
-use common::wire::{self, ClockState, Identity, Lane, Stream, Topic};
+use common::{
+    documents::Devices,
+    wire::{self, ClockState, Identity, Lane, Stream, Topic},
+};
 use proptest::prelude::*;
 
 fn dict(values: &[&str]) -> ArrayRef {
@@ -262,4 +265,13 @@ proptest! {
             let _ = format!("{batch:?}");
         }
     }
+}
+
+#[test]
+fn a_registry_with_keys_of_a_later_version_is_read() {
+    let text = r#"{"v":1,"at":"2026-03-01T00:00:00Z","colour":"red",
+        "assets":[{"id":"p","foundation":"stiff"}],
+        "devices":[{"id":"p/t","type":"temperature","asset":"p","unit":"Cel","depth_mm":3}]}"#;
+    let devices: Devices = serde_json::from_str(text).unwrap();
+    assert_eq!((devices.assets[0].id.as_str(), devices.devices[0].unit.as_str()), ("p", "Cel"));
 }

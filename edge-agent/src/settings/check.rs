@@ -48,12 +48,12 @@ pub(super) fn check(file: File, sha256: String, origin: String, folder: &Path) -
     }
     let no_dir = file.data_dir.as_os_str().is_empty();
     m.require(!no_dir, "data_dir", "it is empty", "name a folder on a local disk");
-    check_assets(&file.asset, &file.device, &mut m);
+    let assets: Vec<Asset> = file.asset.into_iter().map(|entry| entry.0).collect();
+    check_assets(&assets, &file.device, &mut m);
     let window = check_window(&file.window, &mut m);
     let (checks, widths) =
-        check_devices(&file.device, &file.filter, &file.asset, &window, &mut m).into_iter().unzip();
-    let registry =
-        Registry { assets: file.asset, devices: file.device.into_iter().map(|entry| entry.device).collect() };
+        check_devices(&file.device, &file.filter, &assets, &window, &mut m).into_iter().unzip();
+    let registry = Registry { assets, devices: file.device.into_iter().map(|entry| entry.device).collect() };
     let mut bind = Binding { registry: &registry, bound: BTreeMap::new() };
     let mut sources = Vec::new();
     for bus in file.i2c {

@@ -8,7 +8,7 @@ use common::{
     reading::{Asset, Device},
     time::duration,
 };
-use serde::Deserialize;
+use serde::{Deserialize, de::DeserializeOwned};
 
 use super::UplinkMode;
 
@@ -18,7 +18,7 @@ pub struct File {
     pub site: String,
     pub gateway: String,
     pub data_dir: PathBuf,
-    pub asset: Vec<Asset>,
+    pub asset: Vec<AssetEntry>,
     pub device: Vec<DeviceEntry>,
     pub filter: Vec<FilterTable>,
     pub i2c: Vec<I2cBus>,
@@ -35,6 +35,11 @@ pub struct File {
     pub source: Source,
     pub clock: Clock,
 }
+
+/// An asset.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(try_from = "toml::Table")]
+pub struct AssetEntry(pub Asset);
 
 /// A device and, in the same table, what the filter does with it.
 #[derive(Clone, Debug, Deserialize)]
@@ -63,16 +68,34 @@ pub struct DeviceFilter {
     pub window: Option<Span>,
 }
 
+/// What travels to the cloud as well, and is not strict about keys there.
+fn strictly<T: DeserializeOwned>(table: toml::Table) -> Result<T, toml::de::Error> {
+    let mut unknown = Vec::new();
+    let value = serde_ignored::deserialize(table, |key| unknown.push(format!("`{key}`")))?;
+    if unknown.is_empty() {
+        return Ok(value);
+    }
+    Err(serde::de::Error::custom(format!("unknown field {}", unknown.join(", "))))
+}
+
+impl TryFrom<toml::Table> for AssetEntry {
+    type Error = toml::de::Error;
+
+    fn try_from(table: toml::Table) -> Result<Self, Self::Error> {
+        strictly(table).map(Self)
+    }
+}
+
 impl TryFrom<toml::Table> for DeviceEntry {
     type Error = toml::de::Error;
 
-    /// The filter's keys are taken out; what remains is a [`Device`], which refuses keys that it does not know.
+    /// The filter's keys are taken out; what remains is a [`Device`].
     fn try_from(mut table: toml::Table) -> Result<Self, Self::Error> {
         let mut filter = toml::Table::new();
         for key in ["stuck_after", "rate_limit", "spike_limit", "deadband", "heartbeat", "window"] {
             filter.extend(table.remove_entry(key));
         }
-        Ok(Self { device: table.try_into()?, filter: filter.try_into()? })
+        Ok(Self { device: strictly(table)?, filter: filter.try_into()? })
     }
 }
 

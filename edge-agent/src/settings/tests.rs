@@ -155,7 +155,8 @@ fn a_device_has_one_source_and_one_name() {
     );
     check("id = \"pump/vibration\"", "id = \"pump/pressure\"", "the id stands twice");
     check("address = 0x44", "address = 0x48", "the address stands twice");
-    check("stuck_after", "stuck_afer", "stuck_afer");
+    check("stuck_after", "stuck_afer", "unknown field `stuck_afer`");
+    check("[[asset]]\n", "[[asset]]\nclas = \"pump\"\n", "unknown field `clas`");
     check("[[i2c]]", "[[i2cc]]", "i2cc: unknown key; did you mean i2c?");
 }
 

@@ -24,6 +24,7 @@ use tokio::{
 
 use crate::{
     clock::{self, Machine},
+    memory,
     model::{bundle::Bundle, machine::Purpose},
     pipeline,
     settings::{JsonTopic, MqttSettings, Settings, Source},
@@ -116,6 +117,7 @@ enum ModelCommand {
 pub fn main() -> ExitCode {
     // Bad usage ends here with status 2.
     let cli = Cli::parse();
+    memory::frugal();
     telemetry::init_logs("info");
     match execute(cli) {
         Ok(code) => code,

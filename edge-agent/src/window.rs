@@ -144,6 +144,8 @@ pub struct Windows {
 #[derive(Clone, Debug)]
 struct Window {
     closed: bool,
+    /// Some slot has changed.
+    changed: bool,
     /// By device index.
     slots: Vec<Option<Slot>>,
 }
@@ -167,13 +169,11 @@ impl Windows {
     pub fn push(&mut self, at: Timestamp, readings: &[Reading], missed: &mut Missed) -> Vec<Aggregate> {
         let (begun, now) = self.seen.map_or((at, at), |(begun, now)| (begun, now.max(at)));
         self.seen = Some((begun, now));
-        for reading in readings {
-            self.join(reading, now, missed);
-        }
+        let oldest = self.oldest_kept(now);
+        self.join(readings, oldest, now + self.settings.revise_for, missed);
         let watermark = self.watermark(now);
         let closed = self.emit(|end| end <= watermark);
         // Only now, so that a reading that came with the poll which outdates its window still counts.
-        let oldest = self.oldest_kept(now);
         while self.windows.first_key_value().is_some_and(|(start, window)| window.closed && *start < oldest) {
             self.windows.pop_first();
         }
@@ -196,21 +196,34 @@ impl Windows {
         (self.watermark(now) - self.settings.revise_for).floor(self.settings.width)
     }
 
-    fn join(&mut self, reading: &Reading, now: Timestamp, missed: &mut Missed) {
-        let start = reading.ts.floor(self.settings.width);
-        if start < self.oldest_kept(now) {
-            missed.late += 1;
-            return;
+    /// Adds readings from `oldest` to `newest` to their windows. Neighbours are mostly of one window.
+    fn join(&mut self, readings: &[Reading], oldest: Timestamp, newest: Timestamp, missed: &mut Missed) {
+        let mut rest = readings;
+        while let Some(first) = rest.first() {
+            let start = first.ts.floor(self.settings.width);
+            let span = start..start + self.settings.width;
+            let alike = rest[1..].iter().take_while(|reading| span.contains(&reading.ts)).count();
+            let (run, after) = rest.split_at(1 + alike);
+            rest = after;
+            if start < oldest {
+                missed.late += run.len() as u64;
+                continue;
+            }
+            let joins = |reading: &&Reading| reading.ts <= newest;
+            let joining = run.iter().filter(joins).count();
+            missed.early += (run.len() - joining) as u64;
+            if joining == 0 {
+                continue;
+            }
+            let empty = || Window { closed: false, changed: false, slots: vec![None; self.devices] };
+            let window = self.windows.entry(start).or_insert_with(empty);
+            window.changed = true;
+            for reading in run.iter().filter(joins) {
+                let slot = window.slots[reading.device.index()].get_or_insert_default();
+                slot.stats.push(reading);
+                slot.changed = true;
+            }
         }
-        if reading.ts > now + self.settings.revise_for {
-            missed.early += 1;
-            return;
-        }
-        let empty = || Window { closed: false, slots: vec![None; self.devices] };
-        let window = self.windows.entry(start).or_insert_with(empty);
-        let slot = window.slots[reading.device.index()].get_or_insert_default();
-        slot.stats.push(reading);
-        slot.changed = true;
     }
 
     fn emit(&mut self, closes: impl Fn(Timestamp) -> bool) -> Vec<Aggregate> {
@@ -222,6 +235,9 @@ impl Windows {
                 break;
             }
             window.closed = true;
+            if !std::mem::take(&mut window.changed) {
+                continue;
+            }
             let covered_from = begun.clamp(start, end);
             let covered_to = now.clamp(start, end);
             for (ix, slot) in window.slots.iter_mut().enumerate() {

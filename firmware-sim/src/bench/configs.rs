@@ -42,7 +42,8 @@ pub(super) fn agent(
              unit = \"{unit}\"\n"
         );
     }
-    let _ = write!(t, "\n[[replay]]\nfile = {}\ntime = \"{}\"\n[replay.columns]\n", quoted(rows)?, table::TIME);
+    let _ =
+        write!(t, "\n[[replay]]\nfile = {}\ntime = \"{}\"\n[replay.columns]\n", quoted(rows)?, table::TIME);
     for (machine, sensor) in table.columns() {
         let _ = writeln!(t, "\"{machine}/{name}\" = \"{machine}/{name}\"", name = sensor.name);
     }

@@ -31,7 +31,8 @@ const START: &str = "2026-01-01T00:00:00Z";
 const WINDOW: Duration = Duration::from_secs(60);
 const SPAN_S: u64 = 10;
 /// Nobody listens. The agent still takes its time at the end, in which its last figures can be read.
-const DELIVERY: &str = "[mqtt]\nurl = \"mqtt://127.0.0.1:9\"\nmax_backoff = \"5s\"\n\n[uplink]\ndrain = \"2s\"\n";
+const DELIVERY: &str =
+    "[mqtt]\nurl = \"mqtt://127.0.0.1:9\"\nmax_backoff = \"5s\"\n\n[uplink]\ndrain = \"2s\"\n";
 /// How often the agent is asked where it is, and how often people are told.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 const TELL_EVERY: Duration = Duration::from_secs(2);
@@ -234,7 +235,8 @@ impl Counted {
     fn declare(&mut self, batch: &RecordBatch) {
         let records = batch.column(0).as_dictionary::<Int32Type>();
         let Some(records) = records.downcast_dict::<StringArray>() else { return };
-        let (readings, reasons) = (batch.column(6).as_primitive::<Int64Type>(), batch.column(9).as_string::<i32>());
+        let (readings, reasons) =
+            (batch.column(6).as_primitive::<Int64Type>(), batch.column(9).as_string::<i32>());
         for (row, record) in records.into_iter().enumerate() {
             if record == Some("census")
                 && let Some(slot) = self.slot(reasons.value(row))
@@ -256,7 +258,11 @@ fn report(bench: &Bench, run: &Run, sealed: &Sealed) -> anyhow::Result<ExitCode>
     let Run { usage, counted, .. } = run;
     let must = [
         ("readings polled", counted.polled, readings),
-        ("readings sealed, held, rejected and skipped", counted.sealed + counted.held + counted.rejected + counted.skipped, counted.polled),
+        (
+            "readings sealed, held, rejected and skipped",
+            counted.sealed + counted.held + counted.rejected + counted.skipped,
+            counted.polled,
+        ),
         ("readings polled, by the census", sealed.counted.polled, counted.polled),
         ("readings sealed, by the census", sealed.counted.sealed, counted.sealed),
         ("readings held, by the census", sealed.counted.held, counted.held),

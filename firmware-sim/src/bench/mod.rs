@@ -147,7 +147,10 @@ impl Bench {
         let rows = ["--input".as_ref(), before.as_path(), "--rows".as_ref(), rows.as_ref()];
         let mut calibrate = self.program("calibrate", &rows)?;
         calibrate.start()?;
-        ensure!(calibrate.ended_within(PATIENCE).await?, "edge-agent calibrate takes longer than {PATIENCE:?}");
+        ensure!(
+            calibrate.ended_within(PATIENCE).await?,
+            "edge-agent calibrate takes longer than {PATIENCE:?}"
+        );
         fs::remove_file(&before).with_context(|| format!("removing {}", before.display()))
     }
 
@@ -165,7 +168,10 @@ impl Bench {
     /// `edge-agent COMMAND --config … args…`, not yet started.
     fn program(&self, command: &str, args: &[&Path]) -> anyhow::Result<Program> {
         let config = self.config();
-        let all: Vec<&Path> = [command.as_ref(), "--config".as_ref(), config.as_path()].into_iter().chain(args.iter().copied()).collect();
+        let all: Vec<&Path> = [command.as_ref(), "--config".as_ref(), config.as_path()]
+            .into_iter()
+            .chain(args.iter().copied())
+            .collect();
         let log = self.dir.join("log").join(command).with_extension("log");
         Program::new("edge-agent", self.agent.clone(), &all, log)
     }

@@ -26,13 +26,7 @@ mod judge;
 mod load;
 mod schedule;
 
-use std::{
-    fs,
-    net::SocketAddr,
-    path::PathBuf,
-    process::ExitCode,
-    time::Duration,
-};
+use std::{fs, net::SocketAddr, path::PathBuf, process::ExitCode, time::Duration};
 
 use anyhow::{Context as _, bail, ensure};
 use cloud_ingest::ledger::Audit;

@@ -176,7 +176,7 @@ fn take(batch: &mut Polled, cell: Cell) {
 /// A file of either format.
 enum Recording {
     Csv(Csv),
-    Parquet(Parquet),
+    Parquet(Box<Parquet>),
 }
 
 impl Recording {
@@ -184,7 +184,7 @@ impl Recording {
         let named = || format!("reading {}", path.display());
         let is_parquet = path.extension().is_some_and(|ending| ending.eq_ignore_ascii_case("parquet"));
         if is_parquet {
-            Parquet::open(path, form, registry).map(Self::Parquet).with_context(named)
+            Parquet::open(path, form, registry).map(Box::new).map(Self::Parquet).with_context(named)
         } else {
             Csv::open(path, form, registry).map(Self::Csv).with_context(named)
         }

@@ -3,10 +3,6 @@
 use std::{process::ExitCode, time::Duration};
 
 use anyhow::{Context as _, bail, ensure};
-use arrow::{
-    array::{AsArray as _, RecordBatch, StringArray},
-    datatypes::{Int32Type, Int64Type},
-};
 use common::{
     telemetry::print_line,
     time::{Clock as _, SystemClock},
@@ -20,7 +16,8 @@ use tokio::{
 };
 
 use super::{
-    Bench, Options, configs, table,
+    Bench, Options, configs,
+    counts::{Counted, Seen},
     usage::{Usage, thread_cpu},
 };
 use crate::{demo::loopback, http, program::quiet_ports};
@@ -76,7 +73,7 @@ pub(super) async fn run(options: &Options) -> anyhow::Result<ExitCode> {
     let bench = Bench::new(options, START.parse()?, options.readings.div_ceil(devices).max(1))?;
     let [metrics] = quiet_ports()?;
     let metrics = loopback(metrics);
-    // Everything stays, in a tenth of what that can take.
+    // Everything stays, and takes about a tenth of this.
     let max_bytes = (bench.table.readings() * 100).max(1 << 31);
     let delivery = format!("{DELIVERY}\n[outbox]\nmax_bytes = {max_bytes}\n");
     let home = bench.dir.join("agent");
@@ -95,37 +92,7 @@ pub(super) async fn run(options: &Options) -> anyhow::Result<ExitCode> {
 struct Run {
     usage: Usage,
     sealed_after: Duration,
-    counted: Counted,
-    scores: u64,
-    unscored: u64,
-}
-
-/// What became of what was polled.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct Counted {
-    polled: u64,
-    sealed: u64,
-    held: u64,
-    rejected: u64,
-    skipped: u64,
-}
-
-impl Counted {
-    fn balances(&self) -> bool {
-        self.polled == self.sealed + self.held + self.rejected + self.skipped
-    }
-
-    /// By the word of [`edge_agent::census::Outcome`].
-    fn slot(&mut self, outcome: &str) -> Option<&mut u64> {
-        Some(match outcome {
-            "polled" => &mut self.polled,
-            "sealed" => &mut self.sealed,
-            "held" => &mut self.held,
-            "skipped" => &mut self.skipped,
-            rejected if rejected.starts_with("rejected:") => &mut self.rejected,
-            _ => return None,
-        })
-    }
+    seen: Seen,
 }
 
 /// Runs the agent to the end of the table.
@@ -144,10 +111,10 @@ async fn replay(bench: &Bench, metrics: std::net::SocketAddr) -> anyhow::Result<
             return Ok(run);
         }
         if let Ok(text) = http::get(metrics, "/metrics").await {
-            run.saw(&text);
+            run.seen = Seen::of(&text);
         }
-        let sealed = run.counted.sealed;
-        if run.sealed_after.is_zero() && run.counted.polled == total && run.counted.balances() {
+        let Counted { polled, sealed, .. } = run.seen.counted;
+        if run.sealed_after.is_zero() && polled == total && run.seen.counted.balances() {
             run.sealed_after = begun.elapsed();
         }
         if told.elapsed() >= TELL_EVERY {
@@ -160,23 +127,6 @@ async fn replay(bench: &Bench, metrics: std::net::SocketAddr) -> anyhow::Result<
             bail!("only {sealed} of {total} readings were sealed in {:?}", begun.elapsed());
         }
         sleep(LOOK_EVERY).await;
-    }
-}
-
-impl Run {
-    /// Takes in an answer of the agent.
-    fn saw(&mut self, text: &str) {
-        let readings = |label: &str| http::metric(text, "tailrace_edge_readings_total", label) as u64;
-        self.counted = Counted {
-            polled: readings("outcome=\"polled\""),
-            sealed: readings("outcome=\"sealed\""),
-            held: readings("outcome=\"held\""),
-            rejected: readings("outcome=\"rejected:"),
-            skipped: readings("outcome=\"skipped\""),
-        };
-        let windows = |label: &str| http::metric(text, "tailrace_edge_model_windows_total", label) as u64;
-        self.scores = windows("outcome=\"scored\"");
-        self.unscored = windows("") - self.scores;
     }
 }
 
@@ -230,23 +180,6 @@ fn audit(config: &std::path::Path) -> anyhow::Result<Sealed> {
     Ok(sealed)
 }
 
-impl Counted {
-    /// Adds the census records of a batch of the control lane (common::wire: columns `record`, `readings`, `reason`).
-    fn declare(&mut self, batch: &RecordBatch) {
-        let records = batch.column(0).as_dictionary::<Int32Type>();
-        let Some(records) = records.downcast_dict::<StringArray>() else { return };
-        let (readings, reasons) =
-            (batch.column(6).as_primitive::<Int64Type>(), batch.column(9).as_string::<i32>());
-        for (row, record) in records.into_iter().enumerate() {
-            if record == Some("census")
-                && let Some(slot) = self.slot(reasons.value(row))
-            {
-                *slot += readings.value(row).unsigned_abs();
-            }
-        }
-    }
-}
-
 /// Prints the report, after everything that is not as it must be.
 fn report(bench: &Bench, run: &Run, sealed: &Sealed) -> anyhow::Result<ExitCode> {
     let table = &bench.table;
@@ -255,7 +188,7 @@ fn report(bench: &Bench, run: &Run, sealed: &Sealed) -> anyhow::Result<ExitCode>
     // Windows that end at whole seconds after the first whole span.
     let windows = (last.since(first).as_secs() + 1).saturating_sub(SPAN_S);
     let minutes = last.floor(WINDOW).since(first.floor(WINDOW)).as_secs() / WINDOW.as_secs() + 1;
-    let Run { usage, counted, .. } = run;
+    let Run { usage, seen: Seen { counted, scores, unscored }, .. } = run;
     let must = [
         ("readings polled", counted.polled, readings),
         (
@@ -267,8 +200,8 @@ fn report(bench: &Bench, run: &Run, sealed: &Sealed) -> anyhow::Result<ExitCode>
         ("readings sealed, by the census", sealed.counted.sealed, counted.sealed),
         ("readings held, by the census", sealed.counted.held, counted.held),
         ("rows in the outbox", sealed.rows, counted.sealed),
-        ("windows scored", run.scores, table.scored_machines() * windows),
-        ("windows failed, incomplete or standing", run.unscored, 0),
+        ("windows scored", *scores, table.scored_machines() * windows),
+        ("windows failed, incomplete or standing", *unscored, 0),
         ("aggregates", sealed.aggregates, minutes * table.devices as u64),
     ];
     let wrong: Vec<_> = must.into_iter().filter(|(_, got, wanted)| got != wanted).collect();
@@ -288,7 +221,7 @@ fn report(bench: &Bench, run: &Run, sealed: &Sealed) -> anyhow::Result<ExitCode>
         limit_readings_per_cpu_second: sealed.rows as f64 / sealed.limit.as_secs_f64(),
         sealed_bytes_per_reading: sealed.bytes as f64 / readings as f64,
         messages: sealed.messages,
-        scores: run.scores,
+        scores: *scores,
         aggregates: sealed.aggregates,
         polled: counted.polled,
         sealed: counted.sealed,

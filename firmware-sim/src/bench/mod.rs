@@ -18,6 +18,7 @@
 //! instant: `time`, then a column a device), `edge-agent.toml`, and `models/level-shift/` with its calibration.
 
 mod configs;
+mod counts;
 mod edge;
 mod live;
 mod table;
@@ -33,7 +34,6 @@ use std::{
 use anyhow::{Context as _, ensure};
 use common::time::Timestamp;
 use tempfile::TempDir;
-use tokio::time::timeout;
 
 use self::table::Table;
 use crate::program::{Program, ours};
@@ -175,9 +175,4 @@ impl Bench {
         let log = self.dir.join("log").join(command).with_extension("log");
         Program::new("edge-agent", self.agent.clone(), &all, log)
     }
-}
-
-/// Waits for `what`, at most so long.
-async fn within<T>(patience: Duration, what: &str, future: impl Future<Output = T>) -> anyhow::Result<T> {
-    timeout(patience, future).await.with_context(|| format!("{what} took longer than {patience:?}"))
 }

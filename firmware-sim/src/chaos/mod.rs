@@ -21,7 +21,7 @@
 //! end, drains, and ends by itself; then the cloud refines all that it has, and stops. Then the audit: silver against
 //! the file ([`judge`]), and the ledger.
 
-mod configs;
+pub(crate) mod configs;
 mod judge;
 mod load;
 mod schedule;

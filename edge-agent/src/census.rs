@@ -9,7 +9,7 @@
 
 use std::{collections::BTreeMap, fmt, str::FromStr};
 
-use common::time::Timestamp;
+use common::time::{HOUR_MICROS, Timestamp};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
 /// What became of a reading.
@@ -114,16 +114,36 @@ impl FromStr for Outcome {
     }
 }
 
-/// Counts of readings by hour and outcome.
+/// Counts of readings by hour and outcome. Sorted, and short: mostly of one hour.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Census(BTreeMap<(Timestamp, Outcome), u64>);
+pub struct Census(Vec<((Timestamp, Outcome), u64)>);
 
 impl Census {
     /// Counts `n` readings of the hour that contains `at`.
     pub fn add(&mut self, at: Timestamp, outcome: Outcome, n: u64) {
-        if n > 0 {
-            *self.0.entry((at.hour(), outcome)).or_default() += n;
+        if n == 0 {
+            return;
         }
+        let key = (at.hour(), outcome);
+        match self.0.binary_search_by_key(&key, |(key, _)| *key) {
+            Ok(found) => self.0[found].1 += n,
+            Err(place) => self.0.insert(place, (key, n)),
+        }
+    }
+
+    /// Counts a reading for each instant; cheap where neighbours are of one hour.
+    pub fn count(&mut self, outcome: Outcome, instants: impl IntoIterator<Item = Timestamp>) {
+        let (mut hour, mut n) = (Timestamp::default(), 0);
+        let mut next_hour = hour;
+        for at in instants {
+            if at < hour || at >= next_hour {
+                self.add(hour, outcome, n);
+                (hour, n) = (at.hour(), 0);
+                next_hour = hour.shifted(HOUR_MICROS);
+            }
+            n += 1;
+        }
+        self.add(hour, outcome, n);
     }
 
     /// Adds the counts of `other`.
@@ -183,7 +203,6 @@ impl<'de> Deserialize<'de> for Census {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use common::time::HOUR_MICROS;
 
     fn at(hours: i64) -> Timestamp {
         Timestamp::from_micros(hours * HOUR_MICROS + 1)
@@ -208,6 +227,17 @@ mod tests {
         assert_eq!(serde_json::from_str::<Census>(&json).unwrap(), census);
         assert!(json.starts_with(r#"[[3600000000,"polled",3],"#), "{json}");
         assert!(serde_json::from_str::<Census>(r#"[[0,"eaten",1]]"#).is_err());
+    }
+
+    #[test]
+    fn instants_are_counted_one_by_one() {
+        for hours in [vec![], vec![0], vec![3, 3, 3], vec![5, 5, 4, 5, 6, 6, -2, -2, 0]] {
+            let mut expected = Census::default();
+            hours.iter().for_each(|hour| expected.add(at(*hour), Outcome::Polled, 1));
+            let mut census = Census::default();
+            census.count(Outcome::Polled, hours.iter().map(|hour| at(*hour)));
+            assert_eq!(census, expected, "{hours:?}");
+        }
     }
 
     #[test]

@@ -67,6 +67,8 @@ pub const SPIKE_OVER: usize = 11;
 pub struct Filter {
     checks: Vec<Checks>,
     devices: Vec<Device>,
+    /// Whether some device has a deadband.
+    holds: bool,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -85,7 +87,8 @@ struct Device {
 impl Filter {
     /// A filter for devices with these checks, by their index.
     pub fn new(checks: Vec<Checks>) -> Self {
-        Self { devices: vec![Device::default(); checks.len()], checks }
+        let holds = checks.iter().any(|checks| checks.deadband.is_some());
+        Self { devices: vec![Device::default(); checks.len()], checks, holds }
     }
 
     /// Marks `readings` in place and returns how often each of [`Mark::ALL`] was given.
@@ -103,6 +106,9 @@ impl Filter {
     /// Removes what the deadband holds back, and returns it: to be counted. `readings` have been marked.
     pub fn hold(&mut self, readings: &mut Vec<Reading>) -> Vec<Reading> {
         let mut held = Vec::new();
+        if !self.holds {
+            return held;
+        }
         readings.retain(|reading| {
             let at = reading.device.index();
             let send = self.devices[at].sends(&self.checks[at], reading);
@@ -137,8 +143,7 @@ impl Device {
             // A late reading is judged by what came before it in time only, which is no longer known.
             Some((last_ts, _)) if ts <= last_ts => return [None; 3],
             Some((last_ts, last)) => {
-                let seconds = ts.since(last_ts).as_secs_f64();
-                let too_fast = |limit: f64| (value - last).abs() > limit * seconds;
+                let too_fast = |limit: f64| (value - last).abs() > limit * ts.since(last_ts).as_secs_f64();
                 rate = checks.rate_limit.is_some_and(too_fast).then_some(Mark::Rate);
                 if value.to_bits() != last.to_bits() {
                     self.unchanged_since = ts;

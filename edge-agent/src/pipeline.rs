@@ -60,6 +60,8 @@ use crate::{
 const POLLED: usize = 64;
 /// Batches that wait to be sealed.
 const PROCESSED: usize = 16;
+/// Batches that are sealed in one transaction where so many wait: an fsync costs as much as a few messages.
+const TOGETHER: usize = 8;
 /// Bundles that wait to be taken over.
 const CHANGES: usize = 4;
 /// How long a batch waits for room on a full disk before it is tried again.
@@ -133,7 +135,8 @@ pub async fn run<H: Hardware>(
     let watched = folder.zip(settings.models.poll);
     let watched = watched.map(|(folder, every)| tokio::spawn(folder::watch(folder, every, changed)));
     let stages = Refine::new(&settings, models, Arc::clone(&metrics), status, latest);
-    let refine = tokio::spawn(refine(stages, resumed, to_refine, changes, processed));
+    let max_rows = settings.outbox.max_rows;
+    let refine = tokio::spawn(refine(stages, max_rows, resumed, to_refine, changes, processed));
     let (stop_sources, sources_stopped) = watch::channel(false);
     let context = source::Context {
         hardware: Arc::new(hardware),
@@ -354,8 +357,11 @@ impl Refine {
     }
 }
 
+/// What waits is taken at once and passed on in batches of up to `max_rows` readings: a source that is faster than
+/// this stage costs a wake-up of the next one for every message, not for every poll.
 async fn refine(
     mut stages: Refine,
+    max_rows: usize,
     resumed: Option<Processed>,
     mut polled: mpsc::Receiver<Polled>,
     mut changes: mpsc::Receiver<Change>,
@@ -366,16 +372,26 @@ async fn refine(
     {
         return;
     }
+    let mut polls = Vec::with_capacity(POLLED);
     loop {
-        let next = tokio::select! {
-            batch = polled.recv() => match batch {
-                Some(batch) => stages.process(batch),
-                None => break,
+        let mut batch = tokio::select! {
+            received = polled.recv_many(&mut polls, POLLED) => match received {
+                0 => break,
+                _ => Processed::default(),
             },
             // Without a watched folder, no change ever comes.
             Some(change) = changes.recv() => stages.exchange(change),
         };
-        if processed.send(next).await.is_err() {
+        for poll in polls.drain(..) {
+            let next = stages.process(poll);
+            if batch.readings.len() + next.readings.len() > max_rows
+                && processed.send(std::mem::take(&mut batch)).await.is_err()
+            {
+                return;
+            }
+            batch.append(next);
+        }
+        if processed.send(batch).await.is_err() {
             return;
         }
     }
@@ -390,16 +406,20 @@ async fn seal(
     clock: Arc<dyn Clock>,
     metrics: Arc<Metrics>,
 ) -> anyhow::Result<()> {
+    let mut batches = Vec::with_capacity(TOGETHER);
     loop {
         let deadline = sealer.next_deadline();
-        let cuts = tokio::select! {
-            batch = processed.recv() => match batch {
-                Some(batch) => sealer.push(Instant::now(), batch),
-                None => break,
+        let cut = tokio::select! {
+            received = processed.recv_many(&mut batches, TOGETHER) => match received {
+                0 => break,
+                _ => {
+                    let now = Instant::now();
+                    batches.drain(..).flat_map(|batch| sealer.push(now, batch)).reduce(Cut::and)
+                }
             },
-            () = sleep_until(deadline) => sealer.cut().into_iter().collect(),
+            () = sleep_until(deadline) => sealer.cut(),
         };
-        for cut in cuts {
+        if let Some(cut) = cut {
             append(&outbox, &*clock, cut, &metrics, || !processed.is_closed()).await?;
         }
     }

@@ -53,7 +53,7 @@ pub struct Draft {
     pub census: Census,
 }
 
-/// What one batch of a source has become.
+/// What one batch of a source has become, or several of them in order.
 #[derive(Clone, Debug, Default)]
 pub struct Processed {
     /// Marked, and without those held.
@@ -70,6 +70,30 @@ pub struct Processed {
     pub episodes: Option<Vec<u8>>,
 }
 
+impl Processed {
+    /// Adds what came after it.
+    pub fn append(&mut self, later: Processed) {
+        let Processed { readings, aggregates, events, census, last_event, episodes } = later;
+        if self.readings.is_empty() && self.readings.capacity() < readings.len() {
+            self.readings = readings;
+        } else {
+            self.readings.extend(readings);
+        }
+        self.aggregates.extend(aggregates);
+        self.events.extend(events);
+        self.census.merge(&census);
+        self.last_event = self.last_event.max(last_event);
+        self.episodes = episodes.or(self.episodes.take());
+    }
+
+    fn is_empty(&self) -> bool {
+        self.readings.is_empty()
+            && self.aggregates.is_empty()
+            && self.events.is_empty()
+            && self.census.is_empty()
+    }
+}
+
 /// What is to be made durable in one go.
 #[derive(Clone, Debug)]
 pub struct Cut {
@@ -80,6 +104,12 @@ pub struct Cut {
 }
 
 impl Cut {
+    /// This and a later one.
+    pub fn and(mut self, later: Cut) -> Cut {
+        self.drafts.extend(later.drafts);
+        Cut { drafts: self.drafts, episodes: later.episodes.or(self.episodes) }
+    }
+
     /// Readings in it.
     pub fn readings(&self) -> usize {
         let drafts = self.drafts.iter().filter(|draft| draft.lane == Lane::Readings);
@@ -90,11 +120,8 @@ impl Cut {
 /// Rows that wait to be sealed.
 pub struct Sealer {
     settings: OutboxSettings,
-    readings: Vec<Reading>,
-    aggregates: Vec<Aggregate>,
-    events: Vec<Event>,
-    census: Census,
-    episodes: Option<Vec<u8>>,
+    waiting: Processed,
+    /// Highest so far.
     last_event: Timestamp,
     /// Since when the oldest has waited.
     since: Option<Instant>,
@@ -104,14 +131,11 @@ pub struct Sealer {
 impl Sealer {
     /// A sealer for the readings of these devices.
     pub fn new(settings: OutboxSettings, registry: &Registry) -> Self {
+        let readings = Vec::with_capacity(settings.max_rows);
         Self {
             columns: DeviceColumns::new(registry),
-            readings: Vec::with_capacity(settings.max_rows),
             settings,
-            aggregates: Vec::new(),
-            events: Vec::new(),
-            census: Census::default(),
-            episodes: None,
+            waiting: Processed { readings, ..Processed::default() },
             last_event: Timestamp::default(),
             since: None,
         }
@@ -121,22 +145,18 @@ impl Sealer {
     pub fn push(&mut self, now: Instant, batch: Processed) -> Vec<Cut> {
         let mut cuts = Vec::new();
         let max = (self.max_rows(READING_BYTES), self.max_rows(AGGREGATE_BYTES));
-        if self.readings.len() + batch.readings.len() > max.0
-            || self.aggregates.len() + batch.aggregates.len() > max.1
-        {
+        let rows = |part: &Processed| (part.readings.len(), part.aggregates.len());
+        let (there, coming) = (rows(&self.waiting), rows(&batch));
+        if there.0 + coming.0 > max.0 || there.1 + coming.1 > max.1 {
             cuts.extend(self.cut());
         }
         let urgent = !batch.events.is_empty();
-        self.readings.extend(batch.readings);
-        self.aggregates.extend(batch.aggregates);
-        self.events.extend(batch.events);
-        self.census.merge(&batch.census);
-        self.last_event = self.last_event.max(batch.last_event.unwrap_or(self.last_event));
-        self.episodes = batch.episodes.or(self.episodes.take());
-        if !self.is_empty() {
+        self.waiting.append(batch);
+        if !self.waiting.is_empty() {
             self.since.get_or_insert(now);
         }
-        let full = self.readings.len() >= max.0 || self.aggregates.len() >= max.1;
+        let rows = rows(&self.waiting);
+        let full = rows.0 >= max.0 || rows.1 >= max.1;
         if urgent || full || self.next_deadline().is_some_and(|deadline| deadline <= now) {
             cuts.extend(self.cut());
         }
@@ -145,21 +165,20 @@ impl Sealer {
 
     /// When to call [`Sealer::cut`] if nothing else comes.
     pub fn next_deadline(&self) -> Option<Instant> {
-        let enough = self.readings.len() + self.aggregates.len() >= self.settings.linger_rows;
+        let enough = self.waiting.readings.len() + self.waiting.aggregates.len() >= self.settings.linger_rows;
         let linger = if enough { self.settings.linger } else { self.settings.max_linger };
         Some(self.since? + linger)
     }
 
     /// Cuts everything that waits; none when nothing does. Readings come first.
     pub fn cut(&mut self) -> Option<Cut> {
-        if self.is_empty() {
+        if self.waiting.is_empty() {
             return None;
         }
         self.since = None;
-        let census = std::mem::take(&mut self.census);
-        let readings = std::mem::take(&mut self.readings);
-        let aggregates = std::mem::take(&mut self.aggregates);
-        let events = std::mem::take(&mut self.events);
+        let Processed { mut readings, aggregates, events, census, last_event, episodes } =
+            std::mem::take(&mut self.waiting);
+        self.last_event = self.last_event.max(last_event.unwrap_or(self.last_event));
         let mut drafts = Vec::new();
         let mut draft = |lane, batch| {
             let census = Census::default();
@@ -182,16 +201,9 @@ impl Sealer {
         if let Some(last) = drafts.iter_mut().rev().find(|draft| draft.lane == Lane::Readings) {
             last.census = census;
         }
-        self.readings = readings;
-        self.readings.clear();
-        Some(Cut { drafts, episodes: self.episodes.take() })
-    }
-
-    fn is_empty(&self) -> bool {
-        self.readings.is_empty()
-            && self.aggregates.is_empty()
-            && self.events.is_empty()
-            && self.census.is_empty()
+        readings.clear();
+        self.waiting.readings = readings;
+        Some(Cut { drafts, episodes })
     }
 
     /// Rows of a message whose rows have this many bytes before compression.

@@ -142,7 +142,7 @@ fn recording(settings: &Settings, input: &Path) -> anyhow::Result<impl Iterator<
     let [form] = forms[..] else {
         bail!("there are {} [[replay]] tables; write one, to say how the input is read", forms.len());
     };
-    replay::rows(input, form, Arc::clone(&settings.registry))
+    replay::rows(input, form, &settings.registry)
 }
 
 /// (model, machine, reason)

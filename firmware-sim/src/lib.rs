@@ -1,5 +1,6 @@
-//! Simulated chips, Modbus devices and a simulated plant, the one-command demo, and the proof by kill -9.
+//! Simulated chips, Modbus devices and a simulated plant, the one-command demo, the proof by kill -9, and the benchmark.
 
+pub mod bench;
 pub mod bus;
 pub mod chaos;
 pub mod chip;
@@ -13,5 +14,6 @@ pub mod node;
 pub mod noise;
 pub mod plant;
 pub mod plc;
+mod program;
 pub mod register_map;
 pub mod waveform;

@@ -3,7 +3,7 @@
 use std::{ffi::OsString, process::ExitCode};
 
 use clap::Parser;
-use firmware_sim::{chaos, chips, demo, fleet, node, plc};
+use firmware_sim::{bench, chaos, chips, demo, fleet, node, plc};
 
 /// Simulated chips and plants for Tailrace, and the one-command demo
 #[derive(Parser)]
@@ -16,7 +16,9 @@ use firmware_sim::{chaos, chips, demo, fleet, node, plc};
   firmware-sim chips                           which chips are simulated and what they show
   firmware-sim plc --listen 127.0.0.1:1502     a PLC on Modbus TCP; --map prints its registers
   firmware-sim node --link /tmp/ttyNODE        a smart sensor on Modbus RTU, its serial line at the link
-  firmware-sim chaos --kills 20 --data-dir /tmp/chaos   the real programs under SIGKILL, then the audit"
+  firmware-sim chaos --kills 20 --data-dir /tmp/chaos   the real programs under SIGKILL, then the audit
+  firmware-sim bench edge                      the agent on a recorded table, as fast as it goes
+  firmware-sim bench edge --live 10min         the agent in real time, over TLS"
 )]
 enum Command {
     /// Run the whole pipeline on this machine, with nothing installed
@@ -31,6 +33,9 @@ enum Command {
     Node(node::Options),
     /// Kill the real programs at random under load, then account for every reading; needs mosquitto
     Chaos(chaos::Options),
+    /// Measure one half under load: its CPU time, its memory, and the bare limit beside it
+    #[command(subcommand)]
+    Bench(bench::Half),
     /// A part of the demo, started by it
     #[command(hide = true)]
     Child {
@@ -62,6 +67,7 @@ async fn main() -> ExitCode {
         Command::Plc(options) => plc::run(options).await.map(|()| ExitCode::SUCCESS),
         Command::Node(options) => node::run(options).await.map(|()| ExitCode::SUCCESS),
         Command::Chaos(options) => chaos::run(options).await,
+        Command::Bench(half) => bench::run(half).await,
         Command::Child { role } => demo::run_child(role).await.map(|()| ExitCode::SUCCESS),
     };
     done.unwrap_or_else(|e| {

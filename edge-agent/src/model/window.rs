@@ -17,10 +17,11 @@ use crate::window::Missed;
 /// The windows of a group of inputs, named by their column.
 #[derive(Clone, Debug)]
 pub struct Hops {
-    hop: Duration,
+    /// In µs, as is the lateness.
+    hop: i64,
     /// Hops in a span.
     span: i64,
-    lateness: Duration,
+    lateness: i64,
     columns: usize,
     /// Sums of the hops from `next - span + 1` on: hop h stands at h mod `slots`, column by column.
     ring: Vec<Sum>,
@@ -46,10 +47,11 @@ impl Hops {
         let in_span = (span.as_micros() / hop.as_micros()).max(1) as i64;
         // Those that the lateness keeps open, the one under way, and one ahead.
         let slots = in_span + lateness.as_micros().div_ceil(hop.as_micros()) as i64 + 2;
+        let micros = |duration: Duration| i64::try_from(duration.as_micros()).unwrap_or(i64::MAX);
         Self {
-            hop,
+            hop: micros(hop),
             span: in_span,
-            lateness,
+            lateness: micros(lateness),
             columns,
             ring: vec![Sum::default(); slots as usize * columns],
             slots,
@@ -70,7 +72,7 @@ impl Hops {
 
     /// Whether there is room for a reading of `ts`, or windows have to be closed first.
     pub fn fits(&self, ts: Timestamp) -> bool {
-        self.index(ts) < self.next - self.span + 1 + self.slots
+        self.holds(self.index(ts))
     }
 
     /// Adds a value to the windows in which it lies.
@@ -78,7 +80,7 @@ impl Hops {
         let hop = self.index(ts);
         if hop <= self.next - self.span {
             missed.late += 1;
-        } else if !self.fits(ts) {
+        } else if !self.holds(hop) {
             missed.early += 1;
         } else {
             let at = self.place(hop) + column;
@@ -90,7 +92,7 @@ impl Hops {
 
     /// Closes the next window that ends by `now`, less the lateness, and returns its end; see [`Hops::means`].
     pub fn close(&mut self, now: Timestamp) -> Option<Timestamp> {
-        self.close_until(self.index(now - self.lateness))
+        self.close_until(self.index(now.shifted(-self.lateness)))
     }
 
     /// As [`Hops::close`], when nothing late can come any more.
@@ -111,8 +113,8 @@ impl Hops {
                 self.next = until;
                 return None;
             }
-            let end = Timestamp::from_micros((self.next + 1) * self.hop.as_micros() as i64);
-            let start = end - self.hop * self.span as u32;
+            let end = Timestamp::from_micros((self.next + 1) * self.hop);
+            let start = end.shifted(-self.hop * self.span);
             let watched = start >= begun && self.add_up();
             let oldest = self.place(self.next - self.span + 1);
             self.ring[oldest..oldest + self.columns].fill(Sum::default());
@@ -141,7 +143,11 @@ impl Hops {
     }
 
     fn index(&self, ts: Timestamp) -> i64 {
-        ts.as_micros().div_euclid(self.hop.as_micros() as i64)
+        ts.as_micros().div_euclid(self.hop)
+    }
+
+    fn holds(&self, hop: i64) -> bool {
+        hop < self.next - self.span + 1 + self.slots
     }
 
     fn place(&self, hop: i64) -> usize {

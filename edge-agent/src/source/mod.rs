@@ -79,9 +79,7 @@ pub struct Polled {
 impl Polled {
     /// A batch in which every reading has been polled.
     pub fn new(at: Timestamp, readings: Vec<Reading>, mut census: Census) -> Self {
-        for reading in &readings {
-            census.add(reading.ts, Outcome::Polled, 1);
-        }
+        census.count(Outcome::Polled, readings.iter().map(|reading| reading.ts));
         Self { at, readings, census }
     }
 }

@@ -75,7 +75,7 @@ pub(super) fn cloud(store: &str, broker: SocketAddr, pg_port: u16, http_port: u1
 }
 
 /// `mosquitto.conf`: the shipped one, open to everybody on loopback, with its data in `home`.
-pub(super) fn broker(home: &Path, listen: SocketAddr) -> String {
+pub(crate) fn broker(home: &Path, listen: SocketAddr) -> String {
     let kept = SHIPPED_BROKER.lines().filter(|line| {
         let word = line.split(' ').next().unwrap_or("");
         !word.is_empty() && !word.starts_with('#') && !ENTRY.contains(&word)

@@ -21,19 +21,12 @@
 //! end, drains, and ends by itself; then the cloud refines all that it has, and stops. Then the audit: silver against
 //! the file ([`judge`]), and the ledger.
 
-mod configs;
+pub(crate) mod configs;
 mod judge;
 mod load;
-mod program;
 mod schedule;
 
-use std::{
-    fs,
-    net::{SocketAddr, TcpListener},
-    path::PathBuf,
-    process::ExitCode,
-    time::Duration,
-};
+use std::{fs, net::SocketAddr, path::PathBuf, process::ExitCode, time::Duration};
 
 use anyhow::{Context as _, bail, ensure};
 use cloud_ingest::ledger::Audit;
@@ -47,13 +40,12 @@ use tokio::time::{Instant, sleep};
 use self::{
     judge::Verdict,
     load::{Load, PERIOD},
-    program::{Program, ours, theirs},
     schedule::{Strike, Victim},
 };
 use crate::{
     demo::{configs::store_url, loopback},
     http,
-    noise::{bits, stream},
+    program::{Program, ours, quiet_ports, theirs},
 };
 
 /// Readings sealed between two strikes, at least.
@@ -418,23 +410,6 @@ fn explain(ledger: &Audit) {
         eprintln!("does not balance: {}/{}", gateway.site, gateway.gateway_id);
     }
     eprintln!("{}", ledger.totals);
-}
-
-/// Free ports below those that systems give to outgoing connections (32,768 and up on Linux), so that nobody takes one
-/// while its program is dead.
-fn quiet_ports<const N: usize>() -> anyhow::Result<[u16; N]> {
-    let seed = u64::from(std::process::id());
-    let candidates = (0..1000).map(|n| 20_000 + (bits(seed, stream("ports"), n) % 10_000) as u16);
-    let mut found: Vec<(u16, TcpListener)> = Vec::new();
-    for port in candidates {
-        if found.len() < N
-            && let Ok(listener) = TcpListener::bind(loopback(port))
-        {
-            found.push((port, listener));
-        }
-    }
-    let ports: Vec<u16> = found.iter().map(|(port, _)| *port).collect();
-    ports.try_into().ok().context("no free ports between 20000 and 29999")
 }
 
 #[cfg(test)]

@@ -7,6 +7,7 @@
 use std::{
     env,
     fs::OpenOptions,
+    net::TcpListener,
     path::{Path, PathBuf},
     process::Stdio,
     time::Duration,
@@ -15,13 +16,16 @@ use std::{
 use anyhow::{Context as _, bail};
 use tokio::process::{Child, Command};
 
-use crate::demo::child::obituary;
+use crate::{
+    demo::{child::obituary, loopback},
+    noise::{bits, stream},
+};
 
 /// Where Debian keeps daemons, which is not in everybody's PATH.
 const SBIN: [&str; 3] = ["/usr/sbin", "/usr/local/sbin", "/sbin"];
 
 /// The program of ours with this name, which stands beside this one.
-pub(super) fn ours(name: &str) -> anyhow::Result<PathBuf> {
+pub(crate) fn ours(name: &str) -> anyhow::Result<PathBuf> {
     let here = env::current_exe().context("finding this program's own file")?;
     let path = here.with_file_name(name);
     if !path.is_file() {
@@ -36,7 +40,7 @@ pub(super) fn ours(name: &str) -> anyhow::Result<PathBuf> {
 }
 
 /// A program of somebody else, and the package that brings it on Debian.
-pub(super) fn theirs(name: &str, package: &str) -> anyhow::Result<PathBuf> {
+pub(crate) fn theirs(name: &str, package: &str) -> anyhow::Result<PathBuf> {
     let path = env::var_os("PATH").unwrap_or_default();
     let folders = env::split_paths(&path).chain(SBIN.into_iter().map(PathBuf::from));
     let found = folders.map(|folder| folder.join(name)).find(|path| path.is_file());
@@ -44,8 +48,8 @@ pub(super) fn theirs(name: &str, package: &str) -> anyhow::Result<PathBuf> {
 }
 
 /// A program that is killed and started again.
-pub(super) struct Program {
-    pub(super) name: &'static str,
+pub(crate) struct Program {
+    pub(crate) name: &'static str,
     command: Vec<PathBuf>,
     log: PathBuf,
     running: Option<Child>,
@@ -53,7 +57,7 @@ pub(super) struct Program {
 
 impl Program {
     /// `path args…`, not yet started; what it says goes to the end of `log`.
-    pub(super) fn new(
+    pub(crate) fn new(
         name: &'static str,
         path: PathBuf,
         args: &[&Path],
@@ -66,7 +70,7 @@ impl Program {
     }
 
     /// Starts it, unless it runs. To be called from the main thread: the kernel takes that for the parent.
-    pub(super) fn start(&mut self) -> anyhow::Result<()> {
+    pub(crate) fn start(&mut self) -> anyhow::Result<()> {
         if self.running.is_some() {
             return Ok(());
         }
@@ -86,8 +90,13 @@ impl Program {
         Ok(())
     }
 
+    /// Its pid, while it runs or nobody has asked how it ended.
+    pub(crate) fn pid(&self) -> Option<u32> {
+        self.running.as_ref().and_then(Child::id)
+    }
+
     /// SIGKILL; it is gone when this returns.
-    pub(super) async fn kill(&mut self) -> anyhow::Result<()> {
+    pub(crate) async fn kill(&mut self) -> anyhow::Result<()> {
         match self.running.take() {
             Some(mut child) => child.kill().await.with_context(|| format!("killing {}", self.name)),
             None => Ok(()),
@@ -95,7 +104,7 @@ impl Program {
     }
 
     /// SIGTERM.
-    pub(super) async fn terminate(&self) -> anyhow::Result<()> {
+    pub(crate) async fn terminate(&self) -> anyhow::Result<()> {
         let Some(pid) = self.running.as_ref().and_then(Child::id) else { return Ok(()) };
         let command = format!("kill -TERM {pid}");
         let sent = Command::new("sh").args(["-c", &command]).status().await;
@@ -105,7 +114,7 @@ impl Program {
     }
 
     /// Waits until it has ended by itself and well; whether it did so in time.
-    pub(super) async fn ended_within(&mut self, patience: Duration) -> anyhow::Result<bool> {
+    pub(crate) async fn ended_within(&mut self, patience: Duration) -> anyhow::Result<bool> {
         let Some(child) = &mut self.running else { return Ok(true) };
         let Ok(status) = tokio::time::timeout(patience, child.wait()).await else { return Ok(false) };
         let status = status.with_context(|| format!("waiting for {}", self.name))?;
@@ -117,13 +126,30 @@ impl Program {
     }
 
     /// Fails if it has ended though nobody killed it.
-    pub(super) fn check(&mut self) -> anyhow::Result<()> {
+    pub(crate) fn check(&mut self) -> anyhow::Result<()> {
         let ended = self.running.as_mut().and_then(|child| child.try_wait().transpose());
         let ended = ended.transpose().with_context(|| format!("waiting for {}", self.name))?;
         let Some(status) = ended else { return Ok(()) };
         self.running = None;
         bail!("nobody killed it: {}", obituary(self.name, &self.log, status))
     }
+}
+
+/// Free ports below those that systems give to outgoing connections (32,768 and up on Linux), so that nobody takes one
+/// while its program is dead.
+pub(crate) fn quiet_ports<const N: usize>() -> anyhow::Result<[u16; N]> {
+    let seed = u64::from(std::process::id());
+    let candidates = (0..1000).map(|n| 20_000 + (bits(seed, stream("ports"), n) % 10_000) as u16);
+    let mut found: Vec<(u16, TcpListener)> = Vec::new();
+    for port in candidates {
+        if found.len() < N
+            && let Ok(listener) = TcpListener::bind(loopback(port))
+        {
+            found.push((port, listener));
+        }
+    }
+    let ports: Vec<u16> = found.iter().map(|(port, _)| *port).collect();
+    ports.try_into().ok().context("no free ports between 20000 and 29999")
 }
 
 #[cfg(test)]

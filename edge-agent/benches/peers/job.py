@@ -13,7 +13,6 @@ A job is JSON:
 | `machines` | `name`, `inputs` (numbers of devices), `location`, `scale`, `drift`, `threshold` |
 | `rules` | `raise_after`, `clear_after`, `clear_threshold`, `severity` |
 | `port`, `topic` | of the broker on 127.0.0.1, and the root of what is published |
-| `chunk_rows` | how much pandas reads at a time |
 
 The shipped network takes one machine a call. For the peers its tensors are declared anew with any number of rows, so
 that they score all machines in one call; nothing else of it changes, and `expected.py` compares the two.

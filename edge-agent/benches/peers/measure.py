@@ -14,6 +14,7 @@ from paho.mqtt.client import CallbackAPIVersion, Client
 
 SAMPLE_S = 0.1
 SYS_INTERVAL_S = 1
+GRACE_S = 1  # for a peer that ends by itself once it is done
 DONE = "done"
 
 
@@ -88,40 +89,48 @@ class Broker:
         self.process.wait()
 
 
-def run(command, broker, *, env, cwd, log, limit_s):
+def run(name, command, broker, *, env, cwd, limit_s):
     """Runs a command to its end, or until it has said that it is done; then it is told to end.
 
     Returns what it cost and what it published.
     """
+    log = Path(cwd) / "log"
     before = broker.settled()
     broker.take()
     with open(log, "wb") as out:
         begun = time.monotonic()
         process = subprocess.Popen(command, env=os.environ | env, cwd=cwd, stdout=out, stderr=out)
-        peaks = Peaks(process.pid)
-        status, wall, told = None, None, False
-        while status is None:
-            pid, status, usage = os.wait4(process.pid, os.WNOHANG)
-            if pid == 0:
-                status = None
+        peaks, done, told = Peaks(process.pid), None, False
+        try:
+            while True:
+                pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+                if pid != 0:
+                    break
                 peaks.sample()
-                finished = broker.done.wait(SAMPLE_S)
-                if finished:
-                    wall = wall or time.monotonic() - begun
+                if broker.done.wait(SAMPLE_S):
+                    done = done or time.monotonic()
                     time.sleep(SAMPLE_S)
+                if time.monotonic() - begun > limit_s:
+                    raise SystemExit(f"{name} is not done after {limit_s} s; its log ends with:\n{_tail(log)}")
                 # A peer that is a server does not end by itself.
-                late = time.monotonic() - begun > limit_s
-                if late or (finished and not told and time.monotonic() - begun > wall + 1):
+                if done and not told and time.monotonic() - done > GRACE_S:
+                    process.terminate()
                     told = True
-                    process.send_signal(signal.SIGKILL if late else signal.SIGTERM)
-    process.returncode = os.waitstatus_to_exitcode(status)
+            process.returncode = os.waitstatus_to_exitcode(status)
+        finally:
+            if process.returncode is None:
+                process.kill()
+                process.wait()
     if process.returncode not in (0, -signal.SIGTERM):
-        raise SystemExit(f"{command[0]} ended with {process.returncode} after {time.monotonic() - begun:.0f} s:\n"
-                         + Path(log).read_text(errors="replace")[-2000:])
-    wall = wall or time.monotonic() - begun
+        raise SystemExit(f"{name} ended with {process.returncode}; its log ends with:\n{_tail(log)}")
+    wall = (done or time.monotonic()) - begun
     wire = broker.settled() - before
     cost = Cost(usage.ru_utime + usage.ru_stime, wall, peaks.rss, peaks.pss, wire)
     return cost, broker.take()
+
+
+def _tail(log):
+    return log.read_text(errors="replace")[-2000:]
 
 
 class Peaks:

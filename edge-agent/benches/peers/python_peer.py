@@ -4,8 +4,9 @@
 
 Written to be as fast as such a script honestly gets:
 
-- The table is read by chunks of `chunk_rows` rows. A minute at a time suits pandas best and is late by a minute; a
-  second at a time (10 rows) is as prompt as the agent, and pays pandas' price a call sixty times as often.
+- pandas reads the table, a minute of rows at a time, and computes the windows. What lies between goes by the second, in
+  bare numpy: as prompt as the agent, and 15 times as fast as pandas would be, of which a call on 200 columns costs
+  milliseconds, however short they are.
 - The deadband compares with what was sent last, so it cannot be done on whole columns: it goes row by row, in numpy
   over all devices at once.
 - All machines are scored by one call of the network a second.
@@ -26,6 +27,8 @@ import orjson
 import pandas as pd
 from paho.mqtt.client import Client, CallbackAPIVersion
 
+CHUNK_ROWS = 600  # rows that pandas reads at a time: a minute
+STEP_ROWS = 10  # that are worked on at a time: a second
 IN_FLIGHT = 64  # messages published and not yet acknowledged
 
 
@@ -73,29 +76,30 @@ class Deadband:
 
 
 class Windows:
-    """Statistics of every device a minute. Frames are kept until their minute is over."""
+    """Statistics of every device a minute. Rows are kept until their minute is over."""
 
-    def __init__(self, uplink, width_ms):
-        self.uplink, self.width_ms, self.start, self.frames, self.count = uplink, width_ms, None, [], 0
+    def __init__(self, uplink, names, width_ms):
+        self.uplink, self.names, self.width_ms = uplink, names, width_ms
+        self.start, self.rows, self.count = None, [], 0
 
     def push(self, ts, good):
         starts = ts - ts % self.width_ms
-        cuts = np.flatnonzero(np.diff(starts, prepend=starts[0])).tolist()
+        cuts = (np.flatnonzero(np.diff(starts)) + 1).tolist()
         for begin, end in itertools.pairwise([0, *cuts, len(ts)]):
             if self.start != starts[begin]:
                 self.close()
                 self.start = int(starts[begin])
-            self.frames.append(good.iloc[begin:end])
+            self.rows.append(good[begin:end])
 
     def close(self):
-        if not self.frames:
+        if not self.rows:
             return
-        good = pd.concat(self.frames) if len(self.frames) > 1 else self.frames[0]
-        self.frames = []
-        gaps = good.isna().to_numpy().any()
+        # One block of one type: pandas then computes all columns at once.
+        good = pd.DataFrame(np.concatenate(self.rows), columns=self.names)
+        self.rows = []
         stats = pd.DataFrame({
             "count": good.count(), "min": good.min(), "max": good.max(), "mean": good.mean(), "stddev": good.std(),
-            "first": (good.bfill() if gaps else good).iloc[0], "last": (good.ffill() if gaps else good).iloc[-1],
+            "first": good.bfill().iloc[0], "last": good.ffill().iloc[-1],
         })
         rows = stats.rename_axis("device_id").reset_index().to_dict("records")
         self.uplink.publish("aggregates", {"start": self.start, "width_ms": self.width_ms, "devices": rows})
@@ -218,22 +222,22 @@ def main():
     limit = lambda key, none: np.array([none if device[key] is None else device[key] for device in devices])
     low, high = limit("low", -np.inf), limit("high", np.inf)
     uplink = Uplink(job["port"], job["topic"])
-    deadband, windows, scores = Deadband(devices), Windows(uplink, job["window_ms"]), Scores(uplink, job)
+    deadband, windows, scores = Deadband(devices), Windows(uplink, names, job["window_ms"]), Scores(uplink, job)
     read = sent = marked = 0
     table = pd.read_csv(job["rows"], usecols=[job["time"], *names], parse_dates=[job["time"]], date_format="ISO8601",
-                        dtype=dict.fromkeys(names, float), chunksize=job["chunk_rows"])
+                        dtype=dict.fromkeys(names, float), chunksize=CHUNK_ROWS)
     for chunk in table:
-        ts = chunk[job["time"]].to_numpy("datetime64[ms]").astype(np.int64)
-        frame = chunk[names]
-        values = frame.to_numpy()
-        bad = ~((values >= low) & (values <= high))  # NaN is bad, too
-        good = frame.mask(bad) if bad.any() else frame
-        masked = good.to_numpy()
-        windows.push(ts, good)
-        scores.push(ts, masked)
-        sent += publish_readings(uplink, names, ts, values, bad, deadband.sends(ts, masked))
-        read += values.size
-        marked += int(bad.sum())
+        all_ts = chunk.pop(job["time"]).to_numpy("datetime64[ms]").astype(np.int64)
+        all_values = chunk[names].to_numpy()
+        for begin in range(0, len(all_ts), STEP_ROWS):
+            ts, values = all_ts[begin:begin + STEP_ROWS], all_values[begin:begin + STEP_ROWS]
+            bad = ~((values >= low) & (values <= high))  # NaN is bad, too
+            good = np.where(bad, np.nan, values)
+            windows.push(ts, good)
+            scores.push(ts, good)
+            sent += publish_readings(uplink, names, ts, values, bad, deadband.sends(ts, good))
+            read += values.size
+            marked += int(bad.sum())
     scores.close()
     windows.close()
     uplink.publish("done", {

@@ -12,8 +12,7 @@ every second of readings.
 | peer | what |
 |---|---|
 | `agent` | the shipped binary with D/edge-agent.toml, outbox and all; the whole table |
-| `python` | python_peer.py, a minute of rows at a time: the fastest, and a minute late |
-| `python-1s` | the same, a second at a time: as prompt as the agent |
+| `python` | python_peer.py |
 | `node-red` | node_red/: `file in`, function nodes, `mqtt out` |
 
 The peers take the first `--readings` of the table: their rate is what counts, and it is level by then. Everyone runs
@@ -32,6 +31,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -42,7 +42,7 @@ CACHE = Path.home() / ".cache" / "tailrace" / "peers"
 PYTHON = CACHE / "venv" / "bin" / "python"
 NODE_MODULES = CACHE / "node" / "node_modules"
 START_S = 12  # of the table, for the short run
-LIMIT_S = 1800
+LIMIT_S = 600  # of a run; it is a matter of seconds
 
 
 def install():
@@ -77,8 +77,8 @@ def in_venv():
         os.execv(PYTHON, [PYTHON, *sys.argv])
 
 
-def python_peer(job, folder, chunk_rows):
-    (folder / "job.json").write_text(json.dumps(job | {"chunk_rows": chunk_rows}))
+def python_peer(job, folder):
+    (folder / "job.json").write_text(json.dumps(job))
     return [PYTHON, HERE / "python_peer.py", folder / "job.json"], {}
 
 
@@ -135,7 +135,7 @@ def measure_one(name, prepare, job, readings, check, broker, scratch):
         part_job = job | {"rows": str(rows), "topic": f"peers/{name}"}
         print(f"{name}: {given} readings", file=sys.stderr, flush=True)
         command, env = prepare(part_job, folder)
-        cost, messages = measure.run(command, broker, env=env, cwd=folder, log=folder / "log", limit_s=LIMIT_S)
+        cost, messages = measure.run(name, command, broker, env=env, cwd=folder, limit_s=LIMIT_S)
         costs.append((given, cost))
         wrong = check(expect(part_job, given), messages)
         shutil.rmtree(folder)
@@ -160,7 +160,7 @@ def main():
     parser.add_argument("--readings", type=int, default=2_000_000, help="of the table, for the peers (default %(default)s)")
     parser.add_argument("--agent", type=Path, help="the edge-agent binary, a release build; without it only the peers")
     parser.add_argument("--agent-readings", type=int, default=sys.maxsize, help="of the table, for the agent (default all)")
-    parser.add_argument("--only", default="agent,python,python-1s,node-red", help="some of them (default %(default)s)")
+    parser.add_argument("--only", default="agent,python,node-red", help="some of them (default %(default)s)")
     options = parser.parse_args()
     for needed in (options.data_dir / "edge-agent.toml", options.data_dir / "rows.csv", *filter(None, [options.agent])):
         if not needed.exists():
@@ -172,6 +172,8 @@ def main():
     from job import for_many_machines, load
     from measure import Broker
 
+    # So that whatever was started is ended.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     data_dir = options.data_dir.resolve()
     shm = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix="tailrace-peers-", dir=shm) as scratch:
@@ -181,10 +183,8 @@ def main():
             job = load(data_dir) | {"port": broker.port, "model": str(scratch / "many-machines.onnx")}
             for_many_machines(job["shipped"], job["model"])
             print(f"golden vectors: {golden(job)} reproduced by onnxruntime", file=sys.stderr)
-            minute = lambda job, folder: python_peer(job, folder, 600)
-            second = lambda job, folder: python_peer(job, folder, 10)
             ours = lambda job, folder: agent(job, folder, options.agent.resolve(), data_dir)
-            peers = {"python": (minute, options.readings, check_json), "python-1s": (second, options.readings, check_json),
+            peers = {"python": (python_peer, options.readings, check_json),
                      "node-red": (node_red, options.readings, check_json)}
             if options.agent:
                 peers = {"agent": (ours, options.agent_readings, check_arrow)} | peers

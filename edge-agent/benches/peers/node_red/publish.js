@@ -18,7 +18,7 @@ const topic = global.get("job").topic;
 if (msg.values) {
     const second = Math.floor(msg.ts / 1000);
     if (second !== state.second) {
-        if (state.rows.length > 0) node.send({ topic: `${topic}/readings`, payload: state.rows });
+        if (state.rows.length > 0) node.send({ topic: `${topic}/readings`, payload: state.rows }, false);
         state.second = second;
         state.rows = [];
     }
@@ -38,7 +38,7 @@ if (msg.values) {
     state.read += ids.length;
 }
 if (msg.complete) {
-    if (state.rows.length > 0) node.send({ topic: `${topic}/readings`, payload: state.rows });
+    if (state.rows.length > 0) node.send({ topic: `${topic}/readings`, payload: state.rows }, false);
     return { topic: `${topic}/done`, payload: { ...msg.totals, read: state.read, sent: state.sent } };
 }
 return null;

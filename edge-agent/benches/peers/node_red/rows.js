@@ -1,5 +1,5 @@
-// A line to a row of numbers in the order of the job's devices. The csv node does it at a third of the speed: it
-// builds an object of 200 names a row, cell by cell and character by character.
+// A line to a row of numbers in the order of the job's devices. With the csv node in its place, which makes an object
+// of 200 names of a row, the whole flow does a quarter less.
 context.set("state", {});
 // --- on message
 const state = context.get("state");

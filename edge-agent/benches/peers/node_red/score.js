@@ -86,7 +86,7 @@ function judge(machine, score, contributions, end) {
     const clears = episode.below >= job.rules.clear_after;
     if (clears) episode.open.ended_at = end;
     if (raises || clears) {
-        node.send([null, { topic: `${job.topic}/anomalies`, payload: { ...episode.open } }]);
+        node.send([null, { topic: `${job.topic}/anomalies`, payload: { ...episode.open } }], false);
     }
     if (clears) state.episodes[machine] = { above: 0, below: 0, open: null };
 }

@@ -14,7 +14,7 @@ function close() {
     });
     state.count += devices.length;
     const payload = { start: state.start, width_ms: state.width, devices };
-    node.send([null, { topic: `${global.get("job").topic}/aggregates`, payload }]);
+    node.send([null, { topic: `${global.get("job").topic}/aggregates`, payload }], false);
 }
 
 if (msg.good) {

@@ -76,9 +76,9 @@ def _scores(job, ts, good):
     span = job["span_s"]
     seconds = ts // 1000
     whole = np.arange(-(-ts[0] // 1000), seconds[-1] + 1)
+    ends = (whole[span - 1:] + 1) * 1000
     session = _session(job["shipped"])
-    scores = []
-    raised = raised_before = 0
+    scores, raised = [], []
     for machine in job["machines"]:
         inputs = pd.DataFrame(good[:, machine["inputs"]]).groupby(seconds)
         sums, counts = inputs.sum().reindex(whole, fill_value=0), inputs.count().reindex(whole, fill_value=0)
@@ -87,29 +87,29 @@ def _scores(job, ts, good):
         given = {key: row(key) for key in ("location", "scale", "drift", "threshold")}
         state = np.zeros((1, job["state"]), np.float32)
         made = []
-        for features in means.astype(np.float32):
+        for end, features in zip(ends.tolist(), means.astype(np.float32)):
             if np.isfinite(features).all():
                 score, state = session.run(["score", "state_out"], given | {"features": features[None], "state": state})
-                made.append(float(score[0]))
-        raised += _raised(made, machine["threshold"], job["rules"])
-        raised_before += _raised(made[:-1], machine["threshold"], job["rules"])
-        scores.append(made)
+                made.append((end, float(score[0])))
+        raised += [(machine["name"], end) for end in _raised(made, machine["threshold"], job["rules"])]
+        scores.append([score for _, score in made])
     return {"scores": sum(map(len, scores)), "score_sum": sum(map(sum, scores)),
             "first_scores": [[made[at] for made in scores] for at in range(min(3, *map(len, scores)))],
-            "raised": raised, "raised_before": raised_before}
+            "raised": sorted(raised), "raised_before": sorted(event for event in raised if event[1] < ends[-1])}
 
 
 def _raised(scores, threshold, rules):
-    raised = above = below = 0
+    """When anomalies were raised, of (end, score)."""
+    above = below = 0
     is_open = False
-    for score in scores:
+    for end, score in scores:
         above = above + 1 if score > threshold else 0
         below = below + 1 if score < rules["clear_threshold"] else 0
         if not is_open and above >= rules["raise_after"]:
-            is_open, raised = True, raised + 1
+            is_open = True
+            yield end
         elif is_open and below >= rules["clear_after"]:
             is_open, above, below = False, 0, 0
-    return raised
 
 
 def _session(model):
@@ -135,7 +135,7 @@ def check_json(expected, messages):
         "sent": sum(len(row["values"]) for row in rows),
         "windows": len(windows),
         "scores": done["scores"],
-        "raised": sum("ended_at" not in event for event in streams["anomalies"]),
+        "raised": sorted((event["machine"], event["started_at"]) for event in streams["anomalies"] if "ended_at" not in event),
     })
     if not np.allclose(done["first_scores"], expected["first_scores"], atol=1e-4):
         wrong.append("first scores differ")
@@ -153,8 +153,11 @@ def check_arrow(expected, messages):
         if stream in tables:
             tables[stream].append(pa.ipc.open_stream(message.payload).read_all())
     rows = {stream: sum(map(len, parts)) for stream, parts in tables.items()}
-    events = {event for table in tables["anomalies"] for event in table["event_id"].to_pylist()}
-    wrong = _differ(expected, {"sent": rows["readings"], "windows": rows["aggregates"], "raised_before": len(events)})
+    # A row when it is raised and one when it ends.
+    events = {(event["asset_id"], int(event["started_at"].timestamp() * 1000))
+              for table in tables["anomalies"] for event in table.select(["asset_id", "started_at"]).to_pylist()}
+    got = {"sent": rows["readings"], "windows": rows["aggregates"], "raised_before": sorted(events)}
+    wrong = _differ(expected, got)
     if tables["aggregates"]:
         windows = pd.concat([table.to_pandas() for table in tables["aggregates"]])
         first = windows[windows["window_start"] == windows["window_start"].min()].astype({"device_id": str})
@@ -163,7 +166,8 @@ def check_arrow(expected, messages):
 
 
 def _differ(expected, got):
-    return [f"{key} {value}, expected {expected[key]}" for key, value in got.items() if value != expected[key]]
+    return [f"{key} {str(value)[:80]}, expected {str(expected[key])[:80]}"
+            for key, value in got.items() if value != expected[key]]
 
 
 def _first_window(expected, got):

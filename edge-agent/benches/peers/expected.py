@@ -11,6 +11,7 @@ import orjson
 import pandas as pd
 import pyarrow as pa
 
+BAD = 2  # quality
 STATISTICS = ("count", "min", "max", "mean", "stddev", "first", "last")
 
 
@@ -127,12 +128,12 @@ def check_json(expected, messages):
     if len(streams["done"]) != 1:
         return ["it has not said that it is done"]
     [done] = streams["done"]
-    rows = [row for batch in streams["readings"] for row in batch]
+    sent = [_readings(batch) for batch in streams["readings"]]
     windows = [row for batch in streams["aggregates"] for row in batch["devices"]]
     wrong = _differ(expected, {
         "read": done["read"],
-        "bad": sum(len(row.get("bad", ())) for row in rows),
-        "sent": sum(len(row["values"]) for row in rows),
+        "bad": sum(bad for _, bad in sent),
+        "sent": sum(readings for readings, _ in sent),
         "windows": len(windows),
         "scores": done["scores"],
         "raised": sorted((event["machine"], event["started_at"]) for event in streams["anomalies"] if "ended_at" not in event),
@@ -163,6 +164,13 @@ def check_arrow(expected, messages):
         first = windows[windows["window_start"] == windows["window_start"].min()].astype({"device_id": str})
         wrong += _first_window(expected, first.set_index("device_id"))
     return wrong
+
+
+def _readings(batch):
+    """Readings in a batch of either form, and how many of them are bad."""
+    if "values" in batch[0]:
+        return sum(len(row["values"]) for row in batch), sum(len(row.get("bad", ())) for row in batch)
+    return len(batch), sum(reading.get("quality") == BAD for reading in batch)
 
 
 def _differ(expected, got):

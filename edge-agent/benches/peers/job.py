@@ -13,6 +13,17 @@ A job is JSON:
 | `machines` | `name`, `inputs` (numbers of devices), `location`, `scale`, `drift`, `threshold` |
 | `rules` | `raise_after`, `clear_after`, `clear_threshold`, `severity` |
 | `port`, `topic` | of the broker on 127.0.0.1, and the root of what is published |
+| `lean` | the form of the readings |
+
+Readings are published in either of two forms of JSON, both common: an object a reading, which is what cloud-ingest
+takes from other people's devices (stream `json`), so that the readings end where the agent's do,
+
+    [{"device_id": "m00/flow", "timestamp": "2026-01-01T00:00:00.100Z", "value": 122.5, "quality": 2}, ...]
+
+with the quality only where it is bad; or, lean, an object a row, as small and as quick as JSON gets, which somebody
+would have to take apart in the cloud:
+
+    [{"ts": 1767225600100, "values": {"m00/flow": 122.5, ...}, "bad": ["m00/flow"]}, ...]
 
 The shipped network takes one machine a call. For the peers its tensors are declared anew with any number of rows, so
 that they score all machines in one call; nothing else of it changes, and `expected.py` compares the two.

@@ -10,7 +10,7 @@ Written to be as fast as such a script honestly gets:
 - The deadband compares with what was sent last, so it cannot be done on whole columns: it goes row by row, in numpy
   over all devices at once.
 - All machines are scored by one call of the network a second.
-- JSON by orjson, a row an object: {"ts": 1767225600000, "values": {"m00/flow": 122.5, …}, "bad": ["m00/current"]}.
+- JSON by orjson, in the form that the job says (job.py).
 
 It does no more than the job: no late or doubled rows, no durable queue, no account of what it did but the totals
 that it publishes last.
@@ -29,6 +29,7 @@ from paho.mqtt.client import Client, CallbackAPIVersion
 
 CHUNK_ROWS = 600  # rows that pandas reads at a time: a minute
 STEP_ROWS = 10  # that are worked on at a time: a second
+BAD = 2  # quality
 IN_FLIGHT = 64  # messages published and not yet acknowledged
 
 
@@ -191,27 +192,44 @@ class Scores:
             event |= {"score": score, "input": place, "severity": severity}
 
 
-def publish_readings(uplink, names, ts, values, bad, sends):
-    """Publishes what is to be sent, a second a message; returns how many readings."""
-    partly, judged = ~sends.all(axis=1), bad.any(axis=1)
-    sent = int(sends.sum())
-    second, rows = None, []
-    values = np.where(np.isfinite(values), values, None) if not np.isfinite(values).all() else values
-    for i, (at, row) in enumerate(zip(ts.tolist(), values.tolist())):
-        if at // 1000 != second:
-            if rows:
-                uplink.publish("readings", rows)
-            second, rows = at // 1000, []
-        if partly[i]:
-            chosen = sends[i].tolist()
-            said = dict(zip(itertools.compress(names, chosen), itertools.compress(row, chosen)))
-        else:
-            said = dict(zip(names, row))
-        rows.append({"ts": at, "values": said})
-        if judged[i]:
-            rows[-1]["bad"] = [names[column] for column in np.flatnonzero(bad[i])]
-    uplink.publish("readings", rows)
-    return sent
+class Readings:
+    """Publishes what the deadband lets through, a second a message."""
+
+    def __init__(self, uplink, devices, lean):
+        self.uplink, self.lean = uplink, lean
+        self.names = [device["id"] for device in devices]
+        self.deadband = Deadband(devices)
+        self.sent = 0
+
+    def push(self, ts, values, bad, good):
+        sends = self.deadband.sends(ts, good)
+        self.sent += int(sends.sum())
+        stamps = ts.tolist() if self.lean else np.datetime_as_string(ts.astype("M8[ms]"), timezone="UTC").tolist()
+        partly, judged, seconds = ~sends.all(axis=1), bad.any(axis=1), (ts // 1000).tolist()
+        if judged.any():
+            values = np.where(np.isfinite(values), values, None)  # JSON has no NaN
+        batch = []
+        for i, (stamp, row) in enumerate(zip(stamps, values.tolist())):
+            if batch and seconds[i] != seconds[i - 1]:
+                self.uplink.publish("readings", batch)
+                batch = []
+            names, marked = self.names, {self.names[column] for column in np.flatnonzero(bad[i])} if judged[i] else ()
+            if partly[i]:
+                chosen = sends[i].tolist()
+                names, row = itertools.compress(names, chosen), itertools.compress(row, chosen)
+            if self.lean:
+                batch.append({"ts": stamp, "values": dict(zip(names, row))})
+                if marked:
+                    batch[-1]["bad"] = list(marked)
+                continue
+            readings = [{"device_id": name, "timestamp": stamp, "value": value} for name, value in zip(names, row)]
+            if marked:
+                for reading in readings:
+                    if reading["device_id"] in marked:
+                        reading["quality"] = BAD
+            batch += readings
+        if batch:
+            self.uplink.publish("readings", batch)
 
 
 def main():
@@ -222,8 +240,9 @@ def main():
     limit = lambda key, none: np.array([none if device[key] is None else device[key] for device in devices])
     low, high = limit("low", -np.inf), limit("high", np.inf)
     uplink = Uplink(job["port"], job["topic"])
-    deadband, windows, scores = Deadband(devices), Windows(uplink, names, job["window_ms"]), Scores(uplink, job)
-    read = sent = marked = 0
+    windows, scores = Windows(uplink, names, job["window_ms"]), Scores(uplink, job)
+    readings = Readings(uplink, devices, job["lean"])
+    read = marked = 0
     table = pd.read_csv(job["rows"], usecols=[job["time"], *names], parse_dates=[job["time"]], date_format="ISO8601",
                         dtype=dict.fromkeys(names, float), chunksize=CHUNK_ROWS)
     for chunk in table:
@@ -235,13 +254,13 @@ def main():
             good = np.where(bad, np.nan, values)
             windows.push(ts, good)
             scores.push(ts, good)
-            sent += publish_readings(uplink, names, ts, values, bad, deadband.sends(ts, good))
+            readings.push(ts, values, bad, good)
             read += values.size
             marked += int(bad.sum())
     scores.close()
     windows.close()
     uplink.publish("done", {
-        "read": read, "sent": sent, "bad": marked, "windows": windows.count, "scores": scores.count,
+        "read": read, "sent": readings.sent, "bad": marked, "windows": windows.count, "scores": scores.count,
         "score_sum": scores.total, "first_scores": scores.first, "raised": scores.raised, "open": len(scores.open),
     })
     uplink.close()

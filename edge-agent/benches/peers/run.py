@@ -12,8 +12,9 @@ every second of readings.
 | peer | what |
 |---|---|
 | `agent` | the shipped binary with D/edge-agent.toml, outbox and all; the whole table |
-| `python` | python_peer.py |
-| `node-red` | node_red/: `file in`, function nodes, `mqtt out` |
+| `python` | python_peer.py: pandas, onnxruntime, paho-mqtt |
+| `node-red` | node_red/: `file in`, function nodes, `mqtt out`, onnxruntime-node |
+| `python-lean`, `node-red-lean` | the same with JSON as lean as it gets, which cloud-ingest cannot read (job.py) |
 
 The peers take the first `--readings` of the table: their rate is what counts, and it is level by then. Everyone runs
 twice, on the first seconds of the table and then on all of it: the difference is the rate without start-up. CPU time
@@ -160,7 +161,7 @@ def main():
     parser.add_argument("--readings", type=int, default=2_000_000, help="of the table, for the peers (default %(default)s)")
     parser.add_argument("--agent", type=Path, help="the edge-agent binary, a release build; without it only the peers")
     parser.add_argument("--agent-readings", type=int, default=sys.maxsize, help="of the table, for the agent (default all)")
-    parser.add_argument("--only", default="agent,python,node-red", help="some of them (default %(default)s)")
+    parser.add_argument("--only", metavar="NAMES", help="some of them, by commas (default all)")
     options = parser.parse_args()
     for needed in (options.data_dir / "edge-agent.toml", options.data_dir / "rows.csv", *filter(None, [options.agent])):
         if not needed.exists():
@@ -184,12 +185,13 @@ def main():
             for_many_machines(job["shipped"], job["model"])
             print(f"golden vectors: {golden(job)} reproduced by onnxruntime", file=sys.stderr)
             ours = lambda job, folder: agent(job, folder, options.agent.resolve(), data_dir)
-            peers = {"python": (python_peer, options.readings, check_json),
-                     "node-red": (node_red, options.readings, check_json)}
-            if options.agent:
-                peers = {"agent": (ours, options.agent_readings, check_arrow)} | peers
-            results = [measure_one(name, prepare, job, readings, check, broker, scratch)
-                       for name, (prepare, readings, check) in peers.items() if name in options.only.split(",")]
+            peers = {"agent": (ours, job, options.agent_readings, check_arrow)} if options.agent else {}
+            for name, prepare in (("python", python_peer), ("node-red", node_red)):
+                for lean in (False, True):
+                    given = job | {"lean": lean}
+                    peers[f"{name}-lean" if lean else name] = (prepare, given, options.readings, check_json)
+            results = [measure_one(name, *peer, broker, scratch) for name, peer in peers.items()
+                       if name in (options.only or name).split(",")]
         finally:
             broker.close()
     report(results)
@@ -197,11 +199,11 @@ def main():
 
 
 def report(results):
-    print(f"{'':10} {'readings':>10} {'wall s':>8} {'CPU s':>8} {'per CPU s':>10} {'w/o start':>10} {'RSS MB':>7} {'PSS MB':>7} "
+    print(f"{'':13} {'readings':>10} {'wall s':>8} {'CPU s':>8} {'per CPU s':>10} {'w/o start':>10} {'RSS MB':>7} {'PSS MB':>7} "
           f"{'B/reading':>9}")
     for row in results:
         without = row.get("readings_per_cpu_second_without_start", "")
-        print(f"{row['peer']:10} {row['readings']:10} {row['seconds']:8.1f} {row['cpu_seconds']:8.2f} "
+        print(f"{row['peer']:13} {row['readings']:10} {row['seconds']:8.1f} {row['cpu_seconds']:8.2f} "
               f"{row['readings_per_cpu_second']:10} {without:10} {row['peak_rss_bytes'] / 1e6:7.1f} "
               f"{row['peak_pss_bytes'] / 1e6:7.1f} {row['bytes_per_reading']:9.1f}  {'; '.join(row['wrong']) or 'right'}")
     print(json.dumps({"peers": results}))

@@ -5,8 +5,7 @@
  *
  * Written to be as fast as such a flow honestly gets: one chain of nodes, so that no message is ever cloned; a
  * message a row of all devices, not one a reading; all machines scored by one call of the network a second; one
- * MQTT message a second. JSON, a row an object:
- * {"ts": 1767225600000, "values": {"m00/flow": 122.5, …}, "bad": ["m00/current"]}.
+ * MQTT message a second. JSON in the form that the job says (job.py).
  *
  * It does no more than the job: no late or doubled rows, no durable queue, no account of what it did but the totals
  * that it publishes last. The editor and the admin API are off, as on a gateway.

@@ -136,7 +136,8 @@ def check_json(expected, messages):
         "sent": sum(readings for readings, _ in sent),
         "windows": len(windows),
         "scores": done["scores"],
-        "raised": sorted((event["machine"], event["started_at"]) for event in streams["anomalies"] if "ended_at" not in event),
+        "raised": sorted((event["machine"], event["started_at"])
+                         for event in streams["anomalies"] if "ended_at" not in event),
     })
     if not np.allclose(done["first_scores"], expected["first_scores"], atol=1e-4):
         wrong.append("first scores differ")

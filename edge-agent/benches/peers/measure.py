@@ -143,13 +143,12 @@ class Peaks:
         rss = pss = 0
         for pid in self._tree():
             try:
-                rollup = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:])
-                high = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if "VmHWM" in line)
-            except (OSError, StopIteration, ValueError):
+                now_pss = _kibibytes(f"/proc/{pid}/smaps_rollup", "Pss")
+                # The kernel keeps the peak of each process by itself.
+                high_rss = _kibibytes(f"/proc/{pid}/status", "VmHWM")
+            except (OSError, StopIteration):
                 continue  # It has just ended.
-            pss += _kibibytes(rollup["Pss"])
-            # The kernel keeps the peak of each process by itself.
-            rss += _kibibytes(high.split(":")[1])
+            pss, rss = pss + now_pss, rss + high_rss
         self.rss, self.pss = max(self.rss, rss), max(self.pss, pss)
 
     def _tree(self):
@@ -167,5 +166,7 @@ class Peaks:
         return tree
 
 
-def _kibibytes(text):
-    return int(text.split()[0]) * 1024
+def _kibibytes(file, key):
+    """The line `KEY: N kB` of a file of /proc, in bytes."""
+    line = next(line for line in Path(file).read_text().splitlines() if line.startswith(f"{key}:"))
+    return int(line.split()[1]) * 1024

@@ -176,8 +176,9 @@ class Scores:
             event = self.open.get(machine)
             if event is None and self.above[machine] >= self.rules["raise_after"]:
                 self.raised += 1
-                event = self.open[machine] = {"machine": self.machines[machine]["name"], "started_at": end, "score": 0.0,
-                                              "threshold": self.machines[machine]["threshold"]}
+                who = self.machines[machine]
+                event = {"machine": who["name"], "started_at": end, "score": 0.0, "threshold": who["threshold"]}
+                self.open[machine] = event
                 self.say(event, score, place)
                 self.uplink.publish("anomalies", event)
             elif event is not None:

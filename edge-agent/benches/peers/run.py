@@ -16,7 +16,7 @@ every second of readings.
 | `node-red` | node_red/: `file in`, function nodes, `mqtt out`, onnxruntime-node |
 | `python-lean`, `node-red-lean` | the same with JSON as lean as it gets, which cloud-ingest cannot read (job.py) |
 
-The peers take the first `--readings` of the table: their rate is what counts, and it is level by then. Everyone runs
+The peers take the first `--readings` of the table, since their rate is what counts. Everyone runs
 twice, on the first seconds of the table and then on all of it: the difference is the rate without start-up. CPU time
 is that of the process tree, and none of the broker's or of this driver's. Everything that is published is compared
 with what expected.py makes of the same table; a difference fails the run.
@@ -46,6 +46,10 @@ START_S = 12  # of the table, for the short run
 LIMIT_S = 600  # of a run; it is a matter of seconds
 
 
+if sys.version_info < (3, 11):
+    sys.exit(f"this is Python {platform.python_version()}; run it with 3.11 or later")
+
+
 def install():
     """Brings ~/.cache/tailrace/peers up to what requirements.txt and package.json say."""
     def step(name, wanted, *commands):
@@ -58,11 +62,13 @@ def install():
         shutil.copy(wanted, CACHE / name)
         for command in commands:
             try:
-                done = subprocess.run(command, cwd=CACHE / name, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+                done = subprocess.run(command, cwd=CACHE / name, text=True, stdout=subprocess.PIPE,
+                                      stderr=subprocess.STDOUT)
             except FileNotFoundError:
                 sys.exit(f"{command[0]} is not installed; apt-get install {command[0]}")
             if done.returncode != 0:
-                sys.exit(f"{' '.join(map(str, command))} failed:\n{done.stdout[-2000:]}\nremove {CACHE / name} and try again")
+                sys.exit(f"{' '.join(map(str, command))} failed:\n{done.stdout[-2000:]}\n"
+                         f"remove {CACHE / name} and try again")
         stamp.write_text(digest)
 
     pip = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r", "requirements.txt"]
@@ -105,7 +111,7 @@ def agent(job, folder, binary, data_dir):
     text = (data_dir / "edge-agent.toml").read_text()
     text, replaced = re.subn(r"(?m)^file\s*=.*$", f"file = {json.dumps(job['rows'])}", text)
     if replaced != 1:
-        sys.exit(f"{data_dir}/edge-agent.toml has {replaced} lines that begin with file =; it is to have one, in [[replay]]")
+        sys.exit(f"{data_dir}/edge-agent.toml has {replaced} lines that begin with file =, not one, in [[replay]]")
     (folder / "edge-agent.toml").write_text(text)
     env = {
         "MQTT__URL": f"mqtt://127.0.0.1:{job['port']}",
@@ -157,15 +163,17 @@ def measure_one(name, prepare, job, readings, check, broker, scratch):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data-dir", type=Path, required=True, help="what firmware-sim bench edge --data-dir has left")
-    parser.add_argument("--readings", type=int, default=2_000_000, help="of the table, for the peers (default %(default)s)")
-    parser.add_argument("--agent", type=Path, help="the edge-agent binary, a release build; without it only the peers")
-    parser.add_argument("--agent-readings", type=int, default=sys.maxsize, help="of the table, for the agent (default all)")
-    parser.add_argument("--only", metavar="NAMES", help="some of them, by commas (default all)")
+    option = parser.add_argument
+    option("--data-dir", type=Path, required=True, help="what firmware-sim bench edge --data-dir has left")
+    option("--readings", type=int, default=2_000_000, help="of the table, for the peers (default %(default)s)")
+    option("--agent", type=Path, help="the edge-agent binary, a release build; without it only the peers")
+    option("--agent-readings", type=int, default=sys.maxsize, help="of the table, for the agent (default all)")
+    option("--only", metavar="NAMES", help="some of them, by commas (default all)")
     options = parser.parse_args()
-    for needed in (options.data_dir / "edge-agent.toml", options.data_dir / "rows.csv", *filter(None, [options.agent])):
-        if not needed.exists():
-            parser.error(f"{needed} is not there")
+    needed = [options.data_dir / "edge-agent.toml", options.data_dir / "rows.csv"]
+    for file in needed + ([options.agent] if options.agent else []):
+        if not file.exists():
+            parser.error(f"{file} is not there")
     install()
     in_venv()
 
@@ -199,13 +207,14 @@ def main():
 
 
 def report(results):
-    print(f"{'':13} {'readings':>10} {'wall s':>8} {'CPU s':>8} {'per CPU s':>10} {'w/o start':>10} {'RSS MB':>7} {'PSS MB':>7} "
-          f"{'B/reading':>9}")
+    print(f"{'':13} {'readings':>10} {'wall s':>8} {'CPU s':>8} {'per CPU s':>10} {'w/o start':>10} {'RSS MB':>7} "
+          f"{'PSS MB':>7} {'B/reading':>9}")
     for row in results:
         without = row.get("readings_per_cpu_second_without_start", "")
         print(f"{row['peer']:13} {row['readings']:10} {row['seconds']:8.1f} {row['cpu_seconds']:8.2f} "
               f"{row['readings_per_cpu_second']:10} {without:10} {row['peak_rss_bytes'] / 1e6:7.1f} "
-              f"{row['peak_pss_bytes'] / 1e6:7.1f} {row['bytes_per_reading']:9.1f}  {'; '.join(row['wrong']) or 'right'}")
+              f"{row['peak_pss_bytes'] / 1e6:7.1f} {row['bytes_per_reading']:9.1f}  "
+              f"{'; '.join(row['wrong']) or 'right'}")
     print(json.dumps({"peers": results}))
 
 

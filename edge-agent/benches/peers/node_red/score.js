@@ -53,9 +53,13 @@ async function score(which, features, end) {
     const whole = which.length === job.machines.length;
     const tensor = (values, n) => new Tensor("float32", values, [which.length, n]);
     const of = (values, n) => (whole ? values : which.flatMap((m) => values.slice(m * n, (m + 1) * n)));
-    const feeds = { features: tensor(features, state.width), state: tensor(which.flatMap((m) => state.carried[m]), job.state) };
-    for (const key of ["location", "scale", "drift"]) feeds[key] = tensor(of(state.given[key], state.width), state.width);
-    feeds.threshold = tensor(of(state.given.threshold, 1), 1);
+    const { width } = state;
+    const feeds = {
+        features: tensor(features, width),
+        state: tensor(which.flatMap((machine) => state.carried[machine]), job.state),
+        threshold: tensor(of(state.given.threshold, 1), 1),
+    };
+    for (const key of ["location", "scale", "drift"]) feeds[key] = tensor(of(state.given[key], width), width);
     const given = await state.session.run(feeds);
     const scores = given.score.data;
     const totals = state.totals;
@@ -64,7 +68,7 @@ async function score(which, features, end) {
     which.forEach((machine, at) => {
         totals.score_sum += scores[at];
         state.carried[machine] = Array.from(given.state_out.data.subarray(at * job.state, (at + 1) * job.state));
-        judge(machine, scores[at], given.contributions.data.subarray(at * state.width, (at + 1) * state.width), end);
+        judge(machine, scores[at], given.contributions.data.subarray(at * width, (at + 1) * width), end);
     });
 }
 

@@ -21,7 +21,7 @@ twice, on the first seconds of the table and then on all of it: the difference i
 is that of the process tree, and none of the broker's or of this driver's. Everything that is published is compared
 with what expected.py makes of the same table; a difference fails the run.
 
-Needs mosquitto, npm and Python 3.11 or later; installs the rest into ~/.cache/tailrace/peers (700 MB). The last line
+Needs mosquitto, npm and Python 3.11 or later; installs the rest into ~/.cache/tailrace/peers (1.1 GB). The last line
 is one JSON object. Exit status 0 when all work was right, 1 otherwise.
 """
 

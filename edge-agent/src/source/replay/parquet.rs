@@ -12,12 +12,11 @@ use arrow::{
         Array as _, ArrayRef, AsArray as _, Float64Array, RecordBatch, StringArray, TimestampMicrosecondArray,
     },
     compute::cast,
-    datatypes::{DataType, Float64Type, Schema, TimestampMicrosecondType},
+    datatypes::{DataType, Float64Type, Schema, TimeUnit, TimestampMicrosecondType},
 };
 use common::{
     reading::{DeviceIx, Quality, Registry},
     time::Timestamp,
-    wire,
 };
 use parquet::arrow::{
     ProjectionMask,
@@ -156,7 +155,8 @@ impl Role {
 
     const fn stored_as(self) -> fn() -> DataType {
         match self {
-            Self::Instant => wire::instant,
+            // What has a time zone counts from the epoch in UTC all the same, and what has none is UTC, as in CSV.
+            Self::Instant => || DataType::Timestamp(TimeUnit::Microsecond, None),
             Self::Name => || DataType::Utf8,
             Self::Number => || DataType::Float64,
         }

@@ -113,11 +113,11 @@ fn parquet(path: &Path, columns: Vec<(&str, ArrayRef)>) {
     writer.close().unwrap();
 }
 
-/// Seconds of 2026-03-01, as microseconds or as whatever type.
+/// Seconds of 2026-03-01 in UTC, as microseconds or as whatever type.
 fn seconds(of: &[Option<i64>], data_type: DataType) -> ArrayRef {
     let micros = of.iter().map(|second| second.map(|second| 1_772_323_200_000_000 + second * 1_000_000));
     let micros: TimestampMicrosecondArray = micros.collect();
-    cast(&micros, &data_type).unwrap()
+    cast(&micros.with_timezone("UTC"), &data_type).unwrap()
 }
 
 async fn all(mut polled: mpsc::Receiver<Polled>) -> String {
@@ -163,6 +163,7 @@ async fn parquet_means_what_csv_means() {
     assert_eq!(expected.lines().count(), 2, "{expected}");
     for (ts, id) in [
         (wire::instant(), DataType::Utf8),
+        (DataType::Timestamp(TimeUnit::Millisecond, Some("Europe/Berlin".into())), DataType::LargeUtf8),
         (
             DataType::Timestamp(TimeUnit::Nanosecond, None),
             wire::schema(Lane::Readings).field(1).data_type().clone(),

@@ -59,9 +59,9 @@ use crate::{
 /// Polls that wait for refine: a few seconds of a busy gateway.
 const POLLED: usize = 64;
 /// Batches that wait to be sealed.
-const PROCESSED: usize = 16;
+const PROCESSED: usize = 4;
 /// Batches that are sealed in one transaction where so many wait: an fsync costs as much as a few messages.
-const TOGETHER: usize = 8;
+const TOGETHER: usize = 4;
 /// Bundles that wait to be taken over.
 const CHANGES: usize = 4;
 /// How long a batch waits for room on a full disk before it is tried again.

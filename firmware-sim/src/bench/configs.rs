@@ -39,7 +39,8 @@ pub(super) fn agent(
         let _ = write!(
             t,
             "\n[[device]]\nid = \"{machine}/{name}\"\nasset = \"{machine}\"\ntype = \"{device_type}\"\n\
-             unit = \"{unit}\"\n"
+             unit = \"{unit}\"\nrange = [0.0, {highest:?}]\n",
+            highest = sensor.highest()
         );
     }
     let _ =

@@ -70,6 +70,13 @@ const fn sensor(
     Sensor { name, device_type, unit, mean, swing, digits }
 }
 
+impl Sensor {
+    /// No value is as high as this, nor below zero.
+    pub(super) const fn highest(&self) -> f64 {
+        2.0 * self.mean
+    }
+}
+
 /// What is written.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Table {

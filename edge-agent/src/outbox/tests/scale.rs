@@ -8,14 +8,21 @@ use common::reading::{Device, DeviceIx, Quality, Reading, Registry};
 use super::{child::again, *};
 use crate::{
     seal::{Processed, Sealer},
-    settings::OutboxSettings,
+    settings::{self, OutboxSettings},
 };
 
 const GIGABYTE: u64 = 1_000_000_000;
 
+/// As default.toml has it.
+fn shipped(dir: &Path) -> OutboxSettings {
+    let text = format!("site = \"s\"\ngateway = \"g\"\ndata_dir = {dir:?}\n");
+    settings::tests::load(&text, &[]).unwrap().outbox
+}
+
 fn ample() -> Limits {
     let max_age = Duration::from_secs(100 * 365 * 86_400);
-    Limits { max_bytes: 4 * GIGABYTE, generation_bytes: 16 << 20, max_age, ..limits() }
+    let generation_bytes = shipped(TempDir::new().unwrap().path()).generation_bytes;
+    Limits { max_bytes: 4 * GIGABYTE, generation_bytes, max_age, ..limits() }
 }
 
 /// kB of `/proc/self/status`.
@@ -127,21 +134,9 @@ fn flash_wear() {
         ..Device::default()
     };
     let registry = Registry { assets: Vec::new(), devices: (0..200).map(device).collect() };
-    let settings = OutboxSettings {
-        dir: dir.path().into(),
-        linger: Duration::from_secs(1),
-        max_linger: Duration::from_secs(10),
-        linger_rows: 200,
-        max_rows: 2000,
-        max_message_bytes: 128 << 10,
-        max_bytes: 2 << 30,
-        max_age: Duration::from_secs(30 * 86_400),
-        min_free_disk: 0,
-        generation_bytes: 16 << 20,
-        census_every: Duration::from_secs(60),
-    };
+    let settings = shipped(dir.path());
     let mut sealer = Sealer::new(settings.clone(), &registry);
-    let outbox = Outbox::open(dir.path(), Limits::from(&settings), at(0)).unwrap();
+    let outbox = Outbox::open(&settings.dir, Limits::from(&settings), at(0)).unwrap();
     let (before, sectors_before) = (written(), sectors());
     let mut noise = 1u64;
     let mut sealed = 0;

@@ -4,7 +4,7 @@
 //! kernel for a block of its own to that of the largest one that was given back, up to 32 MiB. The outbox opens a
 //! database every few megabytes, each with two page tables of 2 and 4 MiB that are mostly never touched: from the
 //! second one on they come out of an arena, zeroed by hand and so in memory, and leave holes there. After 20 million
-//! readings that was 60 MiB instead of 12.
+//! readings that was 60 MiB instead of 20.
 
 /// Sets the limits, where the C library is glibc.
 #[cfg(target_env = "gnu")]

@@ -2,7 +2,7 @@
 """Measures the edge agent against its peers: the same job by Node-RED and by a Python script, in one run.
 
     firmware-sim bench edge --devices 200 --readings 20000000 --data-dir D
-    python3 edge-agent/benches/peers/run.py --data-dir D --agent target/release/edge-agent
+    python3 edge-agent/benches/peers/run.py --data-dir D --agent target/gateway/edge-agent
 
 D is what the bench has left: rows.csv (200 devices at 10 Hz), edge-agent.toml, models/level-shift. The job: read the
 table from memory, check ranges, apply the deadband, aggregate every device a minute, score every machine once a

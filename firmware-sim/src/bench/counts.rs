@@ -4,11 +4,12 @@ use arrow::{
     array::{AsArray as _, RecordBatch, StringArray},
     datatypes::{Int32Type, Int64Type},
 };
+use serde::Serialize;
 
 use crate::http;
 
 /// What became of what was polled.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub(super) struct Counted {
     pub(super) polled: u64,
     pub(super) sealed: u64,

@@ -60,11 +60,8 @@ struct Report {
     /// Windows scored by the model.
     scores: u64,
     aggregates: u64,
-    polled: u64,
-    sealed: u64,
-    held: u64,
-    rejected: u64,
-    skipped: u64,
+    #[serde(flatten)]
+    counted: Counted,
 }
 
 /// Prepares, runs, audits, and prints the report.
@@ -223,11 +220,7 @@ fn report(bench: &Bench, run: &Run, sealed: &Sealed) -> anyhow::Result<ExitCode>
         messages: sealed.messages,
         scores: *scores,
         aggregates: sealed.aggregates,
-        polled: counted.polled,
-        sealed: counted.sealed,
-        held: counted.held,
-        rejected: counted.rejected,
-        skipped: counted.skipped,
+        counted: *counted,
     })?);
     Ok(if wrong.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }

@@ -87,11 +87,8 @@ struct Report {
     payload_bytes_per_reading: f64,
     messages: u64,
     scores: u64,
-    polled: u64,
-    sealed: u64,
-    held: u64,
-    rejected: u64,
-    skipped: u64,
+    #[serde(flatten)]
+    counted: Counted,
 }
 
 /// Prepares, runs, and prints the report.
@@ -355,11 +352,7 @@ fn report(bench: &Bench, run: &Run, heard: &Heard, wire: &Wire) -> anyhow::Resul
         payload_bytes_per_reading: heard.payload_bytes as f64 / readings as f64,
         messages: heard.seen.len() as u64,
         scores: run.seen.scores,
-        polled: counted.polled,
-        sealed: counted.sealed,
-        held: counted.held,
-        rejected: counted.rejected,
-        skipped: counted.skipped,
+        counted,
     })?);
     Ok(if wrong.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }

@@ -168,7 +168,7 @@ struct Slot {
 }
 
 impl Windows {
-    /// Windows of these widths, by device index; that of the settings is for whom none is told.
+    /// Windows of these widths, by device index; that of the settings has gone into them where a device says none.
     pub fn new(settings: WindowSettings, widths: &[Duration]) -> Self {
         let mut groups: Vec<Group> = Vec::new();
         let mut places = Vec::with_capacity(widths.len());

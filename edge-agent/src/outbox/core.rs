@@ -2,7 +2,7 @@
 //! in room.rs.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, VecDeque},
     fs, io,
     path::{Path, PathBuf},
     time::{Duration, Instant},
@@ -19,7 +19,7 @@ use super::{
     generation::Message,
     lane::{LaneStore, Write},
     lock::Lock,
-    room::{GIVE_WAY, Reserve, disk_bytes, quarantined},
+    room::{GIVE_WAY, Reserve, quarantined, with_bytes},
 };
 use crate::{
     census::{Census, Outcome},
@@ -43,7 +43,7 @@ pub(super) struct Core {
     pub(super) lanes: Vec<LaneStore>,
     pub(super) meta: BTreeMap<String, (u64, Vec<u8>)>,
     /// Generations in quarantine with their bytes, oldest first.
-    pub(super) aside: Vec<(PathBuf, u64)>,
+    pub(super) aside: VecDeque<(PathBuf, u64)>,
     pub(super) reserve: Reserve,
     pub(super) times: Times,
     stamp: u64,
@@ -315,8 +315,7 @@ impl Core {
         let readings = self.declare_gaps(gaps, now)?;
         tracing::error!(%lane, number, readings, "a damaged generation of the outbox was set aside and declared");
         if let Some(path) = self.lane(lane).quarantine(number)? {
-            let bytes = disk_bytes(&path);
-            self.aside.push((path, bytes));
+            self.aside.push_back(with_bytes(path));
         }
         // A kill must not make it declared again.
         self.lane(lane).note()

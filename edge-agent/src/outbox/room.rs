@@ -11,6 +11,7 @@
 //! find no room, or a start, and taken again when there is enough. Elsewhere they count as used.
 
 use std::{
+    collections::VecDeque,
     fs::{self, File},
     io,
     path::{Path, PathBuf},
@@ -91,7 +92,7 @@ impl Core {
             .collect();
         self.give_way(&old, "age", now)?;
         while let Some(shortage) = self.shortage()? {
-            if let Some((path, _)) = (!self.aside.is_empty()).then(|| self.aside.remove(0)) {
+            if let Some((path, _)) = self.aside.pop_front() {
                 // What it held was declared when it was set aside.
                 tracing::warn!(path = %path.display(), "a generation in quarantine gives way");
                 fs::remove_dir_all(&path).map_err(OutboxError::io(&path))?;
@@ -208,7 +209,7 @@ impl Core {
 }
 
 /// Generations in `quarantine/` with their bytes, oldest first.
-pub(super) fn quarantined(dir: &Path) -> Vec<(PathBuf, u64)> {
+pub(super) fn quarantined(dir: &Path) -> VecDeque<(PathBuf, u64)> {
     let mut found: Vec<_> = fs::read_dir(dir.join("quarantine"))
         .into_iter()
         .flatten()
@@ -216,7 +217,13 @@ pub(super) fn quarantined(dir: &Path) -> Vec<(PathBuf, u64)> {
         .map(|entry| (entry.metadata().and_then(|m| m.modified()).ok(), entry.path()))
         .collect();
     found.sort();
-    found.into_iter().map(|(_, path)| (disk_bytes(&path), path)).map(|(bytes, path)| (path, bytes)).collect()
+    found.into_iter().map(|(_, path)| with_bytes(path)).collect()
+}
+
+/// A folder and the bytes of its files.
+pub(super) fn with_bytes(dir: PathBuf) -> (PathBuf, u64) {
+    let bytes = disk_bytes(&dir);
+    (dir, bytes)
 }
 
 /// Bytes of a folder's files.

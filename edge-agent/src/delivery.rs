@@ -3,10 +3,11 @@
 //! A message is named by its lane and its index in the outbox. On its way it is
 //!
 //! ```text
-//! held ─publish─▶ flying ─PUBACK─▶ landed ─cloud's ack─▶ done
-//!   ▲                │                │
-//!   └── connection ──┘   due, and the │ cloud is there
-//!   └─────────────────────────────────┘
+//!         ┌───── due, and the cloud is there ─────┐
+//!         ▼                                       │
+//! held ─publish─▶ flying ────────PUBACK───────▶ landed ─cloud's ack─▶ done
+//!   ▲                │
+//!   └── connection ──┘
 //! ```
 //!
 //! In [`Mode::Broker`] PUBACK ends it. Only what is done may be forgotten, and whatever was not done when the
@@ -116,7 +117,7 @@ struct Queue {
     live: u64,
     /// Published at least once in this life, or done.
     begun: RangeSet,
-    /// Flying or landed before, and to be published again.
+    /// Flew when a connection was lost, and to be published again.
     again: BTreeSet<u64>,
 }
 
@@ -215,7 +216,6 @@ impl Delivery {
         if !self.connected || self.flight.len() >= self.window {
             return None;
         }
-        self.wake(now);
         let reverse = self.picks % 4 == 3;
         let pick = |index_in: &dyn Fn(&Queue) -> Option<u64>| {
             let find =
@@ -225,6 +225,12 @@ impl Delivery {
         };
         if let Some(again) = pick(&|queue| queue.again.first().copied()) {
             return Some(again);
+        }
+        if self.cloud_is_there(now)
+            && let Some((due, message)) = self.due.first()
+            && *due <= now
+        {
+            return Some(*message);
         }
         if self.open.len() >= self.rules.unacked {
             return None;
@@ -243,7 +249,9 @@ impl Delivery {
     /// The message that [`Self::next`] named was handed to the client.
     pub fn published(&mut self, message: MessageRef) {
         let queue = &mut self.queues[message.lane as usize];
-        if !queue.again.remove(&message.index) {
+        queue.again.remove(&message.index);
+        let repeated = self.open.contains_key(&message);
+        if !repeated {
             self.credit += self.rules.backlog_share;
             if self.credit >= 1.0 || message.index < queue.live {
                 self.credit = (self.credit - 1.0).max(0.0);
@@ -252,9 +260,11 @@ impl Delivery {
         queue.begun.insert(message.index..message.index + 1);
         self.picks += 1;
         self.counts.published += 1;
-        self.counts.repeated += u64::from(self.open.contains_key(&message));
+        self.counts.repeated += u64::from(repeated);
         let open = self.open.entry(message).or_insert(Open { stage: Stage::Held, landings: 0 });
-        open.stage = Stage::Flying;
+        if let Stage::Landed { due } = std::mem::replace(&mut open.stage, Stage::Flying) {
+            self.due.remove(&(due, message));
+        }
         self.flight.push_back(Slot { message, pkid: None, acked: false });
     }
 
@@ -332,20 +342,6 @@ impl Delivery {
     /// What happened so far.
     pub fn counts(&self) -> Counts {
         self.counts
-    }
-
-    /// Makes landed messages that are due held again, while the cloud is there.
-    fn wake(&mut self, now: Duration) {
-        if !self.cloud_is_there(now) {
-            return;
-        }
-        while let Some((due, message)) = self.due.first().copied().filter(|(due, _)| *due <= now) {
-            self.due.remove(&(due, message));
-            if let Some(open) = self.open.get_mut(&message) {
-                open.stage = Stage::Held;
-                self.queues[message.lane as usize].again.insert(message.index);
-            }
-        }
     }
 
     fn land(&mut self, message: MessageRef, landings: u32, now: Duration) {
@@ -511,6 +507,27 @@ mod tests {
         assert!(d.next_deadline(later).is_some_and(|due| due > later + seconds(600)));
         d.durable(Lane::Readings, 0..1);
         assert_eq!((d.next_deadline(later), d.landed(), d.is_drained()), (None, 0, true));
+    }
+
+    #[test]
+    fn what_fell_due_with_no_room_in_the_window_waits_for_a_cloud_that_left_meanwhile() {
+        let mut d = delivery(Mode::Cloud, [0, 0, 0, 1]);
+        d.connected(None);
+        d.heartbeat(true, seconds(0));
+        pump(&mut d, seconds(0));
+        d.sent(1);
+        d.acked(1, seconds(0));
+        d.appended(Lane::Readings, 5);
+        assert_eq!(pump(&mut d, seconds(0)).len(), WINDOW);
+        d.heartbeat(true, seconds(80));
+        assert_eq!(d.next(seconds(80)), None, "it is due and the window is full");
+        d.heartbeat(false, seconds(80));
+        (2..=5).for_each(|n| d.sent((n - 1) % WINDOW as u16 + 1));
+        (2..=5).for_each(|n| assert_eq!(d.acked((n - 1) % WINDOW as u16 + 1, seconds(80)), None));
+        assert_eq!((d.in_flight(), d.next(seconds(80))), (0, None));
+        d.heartbeat(true, seconds(200));
+        d.heartbeat(true, seconds(280));
+        assert_eq!(pump(&mut d, seconds(280)).len(), WINDOW, "there again, and waited for");
     }
 
     #[test]

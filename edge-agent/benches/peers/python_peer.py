@@ -36,15 +36,15 @@ IN_FLIGHT = 64  # messages published and not yet acknowledged
 class Uplink:
     """QoS 1 with a bound on what is under way."""
 
-    def __init__(self, port, root):
+    def __init__(self, port, root, dumps=orjson.dumps):
         self.client = Client(CallbackAPIVersion.VERSION2)
         self.client.max_inflight_messages_set(IN_FLIGHT)
         self.client.connect("127.0.0.1", port)
         self.client.loop_start()
-        self.root, self.sent = root, deque()
+        self.root, self.dumps, self.sent = root, dumps, deque()
 
     def publish(self, stream, payload):
-        self.sent.append(self.client.publish(f"{self.root}/{stream}", orjson.dumps(payload), qos=1))
+        self.sent.append(self.client.publish(f"{self.root}/{stream}", self.dumps(payload), qos=1))
         while len(self.sent) > IN_FLIGHT:
             self.sent.popleft().wait_for_publish()
 

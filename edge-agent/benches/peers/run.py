@@ -15,9 +15,11 @@ every second of readings.
 | `python` | python_peer.py: pandas, onnxruntime, paho-mqtt |
 | `node-red` | node_red/: `file in`, function nodes, `mqtt out`, onnxruntime-node |
 | `python-lean`, `node-red-lean` | the same with JSON as lean as it gets, which cloud-ingest cannot read (job.py) |
+| `python-usual` | python_usual.py: as such a script is usually written, pandas for every step |
+| `node-red-usual` | node_red_usual/: as such a flow is usually built, a message a reading |
 
-The peers take the first `--readings` of the table, since their rate is what counts. Everyone runs
-twice, on the first seconds of the table and then on all of it: the difference is the rate without start-up. CPU time
+The peers take the first `--readings` of the table, since their rate is what counts, the usual ones at most 400,000.
+Everyone runs twice, on the first seconds of the table and then on all of it: the difference is the rate without start-up. CPU time
 is that of the process tree, and none of the broker's or of this driver's. Everything that is published is compared
 with what expected.py makes of the same table; a difference fails the run.
 
@@ -26,6 +28,7 @@ is one JSON object. Exit status 0 when all work was right, 1 otherwise.
 """
 
 import argparse
+import functools
 import hashlib
 import json
 import os
@@ -42,6 +45,7 @@ HERE = Path(__file__).resolve().parent
 CACHE = Path.home() / ".cache" / "tailrace" / "peers"
 PYTHON = CACHE / "venv" / "bin" / "python"
 NODE_MODULES = CACHE / "node" / "node_modules"
+USUAL_READINGS = 400_000  # of the table, for the usual peers: they take seconds, and their rate no longer changes
 START_S = 12  # of the table, for the short run
 LIMIT_S = 600  # of a run; it is a matter of seconds
 
@@ -84,22 +88,22 @@ def in_venv():
         os.execv(PYTHON, [PYTHON, *sys.argv])
 
 
-def python_peer(job, folder):
+def python(script, job, folder):
     (folder / "job.json").write_text(json.dumps(job))
-    return [PYTHON, HERE / "python_peer.py", folder / "job.json"], {}
+    return [PYTHON, HERE / script, folder / "job.json"], {}
 
 
-def node_red(job, folder):
+def node_red(flow, job, folder):
     from measure import free_port
 
     (folder / "job.json").write_text(json.dumps(job))
     shutil.copy(HERE / "node_red" / "settings.js", folder)
-    flow = json.loads((HERE / "node_red" / "flow.json").read_text())
-    for node in flow:
+    nodes = json.loads((HERE / flow / "flow.json").read_text())
+    for node in nodes:
         if node["type"] == "function":
-            at_start, on_message = (HERE / "node_red" / node["func"]).read_text().split("// --- on message\n")
+            at_start, on_message = (HERE / flow / node["func"]).read_text().split("// --- on message\n")
             node |= {"initialize": at_start, "func": on_message}
-    (folder / "flows.json").write_text(json.dumps(flow))
+    (folder / "flows.json").write_text(json.dumps(nodes))
     architecture = {"x86_64": "x64", "aarch64": "arm64"}[platform.machine()]
     node = NODE_MODULES / f"node-linux-{architecture}" / "bin" / "node"
     env = {"JOB": str(folder / "job.json"), "ROWS": job["rows"], "MQTT_PORT": str(job["port"]),
@@ -194,10 +198,14 @@ def main():
             print(f"golden vectors: {golden(job)} reproduced by onnxruntime", file=sys.stderr)
             ours = lambda job, folder: agent(job, folder, options.agent.resolve(), data_dir)
             peers = {"agent": (ours, job, options.agent_readings, check_arrow)} if options.agent else {}
-            for name, prepare in (("python", python_peer), ("node-red", node_red)):
+            usual = min(options.readings, USUAL_READINGS)
+            for name, prepare, tuned_as, usual_as in (("python", python, "python_peer.py", "python_usual.py"),
+                                                      ("node-red", node_red, "node_red", "node_red_usual")):
+                tuned = functools.partial(prepare, tuned_as)
                 for lean in (False, True):
                     given = job | {"lean": lean}
-                    peers[f"{name}-lean" if lean else name] = (prepare, given, options.readings, check_json)
+                    peers[f"{name}-lean" if lean else name] = (tuned, given, options.readings, check_json)
+                peers[f"{name}-usual"] = (functools.partial(prepare, usual_as), job, usual, check_json)
             results = [measure_one(name, *peer, broker, scratch) for name, peer in peers.items()
                        if name in (options.only or name).split(",")]
         finally:
@@ -207,11 +215,11 @@ def main():
 
 
 def report(results):
-    print(f"{'':13} {'readings':>10} {'wall s':>8} {'CPU s':>8} {'per CPU s':>10} {'w/o start':>10} {'RSS MB':>7} "
+    print(f"{'':14} {'readings':>10} {'wall s':>8} {'CPU s':>8} {'per CPU s':>10} {'w/o start':>10} {'RSS MB':>7} "
           f"{'PSS MB':>7} {'B/reading':>9}")
     for row in results:
         without = row.get("readings_per_cpu_second_without_start", "")
-        print(f"{row['peer']:13} {row['readings']:10} {row['seconds']:8.1f} {row['cpu_seconds']:8.2f} "
+        print(f"{row['peer']:14} {row['readings']:10} {row['seconds']:8.1f} {row['cpu_seconds']:8.2f} "
               f"{row['readings_per_cpu_second']:10} {without:10} {row['peak_rss_bytes'] / 1e6:7.1f} "
               f"{row['peak_pss_bytes'] / 1e6:7.1f} {row['bytes_per_reading']:9.1f}  "
               f"{'; '.join(row['wrong']) or 'right'}")

@@ -75,7 +75,6 @@ class Scores(python_peer.Scores):
     def __init__(self, uplink, job):
         super().__init__(uplink, job | {"model": job["shipped"]})
         self.recent = deque(maxlen=self.span)
-        self.inputs = [[job["devices"][number]["id"] for number in machine["inputs"]] for machine in self.machines]
 
     def push(self, second, good):
         self.recent.append(good)
@@ -85,7 +84,7 @@ class Scores(python_peer.Scores):
         means = pd.concat(self.recent).mean()
         scored = []
         for number, machine in enumerate(self.machines):
-            features = means[self.inputs[number]]
+            features = means.iloc[machine["inputs"]]
             if features.notna().all():
                 scored.append(self.score(number, machine, features))
         if scored and len(self.first) < 3:

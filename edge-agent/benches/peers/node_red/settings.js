@@ -7,6 +7,10 @@
  * message a row of all devices, not one a reading; all machines scored by one call of the network a second; one
  * MQTT message a second. JSON in the form that the job says (job.py).
  *
+ * node_red_usual/ is the same job as such flows are usually built, from the palette's own nodes as far as they go: csv
+ * and split make a message of every reading, function nodes keep what they know of each device in their context, and
+ * three branches (readings, windows, scores) each get a copy. It takes these settings, too.
+ *
  * It does no more than the job: no late or doubled rows, no durable queue, no account of what it did but the totals
  * that it publishes last. The editor and the admin API are off, as on a gateway.
  */

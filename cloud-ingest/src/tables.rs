@@ -6,10 +6,12 @@
 //! snapshot that already holds the step, so the comparison is the writer's own duty.
 //!
 //! * A commit is durable when it returns (see [`crate::store`]).
-//! * Data files: zstd level 1, DELTA_BINARY_PACKED for instants and sequence numbers.
+//! * Data files: see [`write`].
 //! * A checkpoint is written every 100 commits, which is Delta's default.
 //! * The cost of a commit grows with the number of active files, so whoever writes a table calls
 //!   [`Tables::compact`] now and then; it changes no row (`dataChange=false`).
+
+mod write;
 
 use std::{
     collections::BTreeMap,
@@ -18,7 +20,7 @@ use std::{
 };
 
 use anyhow::Context;
-use arrow::{array::RecordBatch, datatypes::DataType};
+use arrow::array::RecordBatch;
 use datafusion::{
     catalog::MemorySchemaProvider,
     common::TableReference as TableRef,
@@ -36,14 +38,9 @@ use deltalake::{
     },
     operations::create::CreateBuilder,
     protocol::{DeltaOperation, SaveMode},
-    writer::{DeltaWriter, RecordBatchWriter},
-};
-use parquet::{
-    basic::{Compression, Encoding, ZstdLevel},
-    file::properties::WriterProperties,
-    schema::types::ColumnPath,
 };
 
+pub use self::write::writer_properties;
 use crate::{lake::Table, store::Store};
 
 /// Name of the catalog, which is the database of the PostgreSQL wire.
@@ -192,13 +189,9 @@ impl Tables {
     ) -> Result<i64, TablesError> {
         let failed = |e| TablesError::of(table, e);
         let mut base = self.base(table, base).await?;
-        let mut writer = RecordBatchWriter::for_table(&base)
-            .map_err(failed)?
-            .with_writer_properties(writer_properties(table));
-        for batch in rows.into_iter().filter(|batch| batch.num_rows() > 0) {
-            writer.write(batch).await.map_err(failed)?;
-        }
-        let actions = writer.flush().await.map_err(failed)?.into_iter().map(Action::Add).collect();
+        let files =
+            write::files(&self.store, table, rows).await.map_err(|e| TablesError::failed(table, e))?;
+        let actions = files.into_iter().map(Action::Add).collect();
         let partitions = table.partitions().iter().map(|name| (*name).to_owned()).collect::<Vec<_>>();
         let operation = DeltaOperation::Write {
             mode: SaveMode::Append,
@@ -391,21 +384,6 @@ fn version(table: &DeltaTable) -> i64 {
 
 fn properties((app, version): (&str, i64)) -> CommitProperties {
     CommitProperties::default().with_application_transaction(Transaction::new(app, version))
-}
-
-fn writer_properties(table: Table) -> WriterProperties {
-    let level = ZstdLevel::try_new(1).expect("1 is a level of zstd");
-    let mut builder = WriterProperties::builder().set_compression(Compression::ZSTD(level));
-    for field in table.schema().fields() {
-        let packed = matches!(field.data_type(), DataType::Timestamp(..)) || field.name() == "seq";
-        if packed {
-            let column = ColumnPath::from(field.name().as_str());
-            builder = builder
-                .set_column_dictionary_enabled(column.clone(), false)
-                .set_column_encoding(column, Encoding::DELTA_BINARY_PACKED);
-        }
-    }
-    builder.build()
 }
 
 #[cfg(test)]

@@ -50,6 +50,8 @@ const KINDS: [(&str, &str, f64, f64); 4] = [
     ("vibration", "m/s2", 0.0, 20.0),
     ("flow", "L/min", 0.0, 500.0),
 ];
+/// The plant that the gateways stand in.
+const SITE: &str = "fleet";
 /// Messages that await the broker's acknowledgement.
 const INFLIGHT: usize = 64;
 /// Messages that await the cloud's.
@@ -66,39 +68,39 @@ const BACKOFF: Duration = Duration::from_millis(500);
 pub struct Options {
     /// The broker
     #[arg(long, value_name = "mqtt://HOST:PORT")]
-    url: String,
+    pub(crate) url: String,
     /// Root of all topics
     #[arg(long, default_value = wire::DEFAULT_ROOT)]
-    root: String,
+    pub(crate) root: String,
     /// How many gateways
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=10_000))]
-    gateways: u32,
+    pub(crate) gateways: u32,
     /// How many devices each has
     #[arg(long, value_name = "M", default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=65_536))]
-    devices: u32,
+    pub(crate) devices: u32,
     /// How many readings all of them send together
     #[arg(long, value_name = "TOTAL")]
-    readings: u64,
+    pub(crate) readings: u64,
     /// Readings in a message
     #[arg(long, value_name = "ROWS", default_value_t = 1_000, value_parser = clap::value_parser!(u32).range(1..=10_000))]
-    batch: u32,
+    pub(crate) batch: u32,
     /// What messages are made of
     #[arg(long, default_value = "arrow")]
-    format: Format,
+    pub(crate) format: Format,
     /// Readings a second of all gateways together; without it as fast as they are taken
     #[arg(long, value_name = "PER_SECOND")]
-    rate: Option<f64>,
+    pub(crate) rate: Option<f64>,
     /// Seed of the values
     #[arg(long, default_value_t = 1)]
-    seed: u64,
+    pub(crate) seed: u64,
     /// Event time of the first readings (RFC 3339)
     #[arg(long)]
-    start: Option<Timestamp>,
+    pub(crate) start: Option<Timestamp>,
 }
 
 /// What messages are made of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-enum Format {
+pub(crate) enum Format {
     /// Arrow IPC with an identity, acknowledged by the cloud.
     Arrow,
     /// A JSON array, or one object where a batch is one reading.
@@ -110,6 +112,30 @@ enum Format {
 /// # Errors
 /// When the broker cannot be used, or nothing moves any more.
 pub async fn run(options: Options) -> anyhow::Result<()> {
+    let seed = options.seed;
+    let Sent { readings, messages, seconds, start } = send(options).await?;
+    let result = serde_json::json!({
+        "readings": readings, "messages": messages, "seconds": seconds, "start": start.to_string(), "seed": seed,
+    });
+    common::telemetry::print_line(result);
+    Ok(())
+}
+
+/// What a fleet has sent, and was acknowledged.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Sent {
+    pub(crate) readings: u64,
+    pub(crate) messages: u64,
+    pub(crate) seconds: f64,
+    /// Event time of the first readings.
+    pub(crate) start: Timestamp,
+}
+
+/// Sends everything; returns once it is acknowledged.
+///
+/// # Errors
+/// When the broker cannot be used, or nothing moves any more.
+pub(crate) async fn send(options: Options) -> anyhow::Result<Sent> {
     let (gateways, devices) = (u64::from(options.gateways), u64::from(options.devices));
     let per_device = options.readings.div_ceil(gateways * devices);
     let back = Duration::from_secs(per_device + 60);
@@ -118,24 +144,53 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     let began = Instant::now();
     let mut running = tokio::task::JoinSet::new();
     for index in 0..gateways {
-        // The first gateways send one reading more where the total does not divide.
-        let readings = options.readings / gateways + u64::from(index < options.readings % gateways);
-        let gateway = Gateway::new(Arc::clone(&options), index, readings, start)?;
+        let gateway = Gateway::new(Arc::clone(&options), index, options.share(index), start)?;
         running.spawn(gateway.run());
     }
     let mut messages = 0;
     while let Some(done) = running.join_next().await {
         messages += done.context("a gateway's task")??;
     }
-    let result = serde_json::json!({
-        "readings": options.readings,
-        "messages": messages,
-        "seconds": began.elapsed().as_secs_f64(),
-        "start": start.to_string(),
-        "seed": options.seed,
-    });
-    common::telemetry::print_line(result);
-    Ok(())
+    Ok(Sent { readings: options.readings, messages, seconds: began.elapsed().as_secs_f64(), start })
+}
+
+/// What the lake must hold of each device: site, id, readings, sum of their values, first and last event time.
+pub(crate) fn truth(options: &Options, start: Timestamp) -> anyhow::Result<Vec<Told>> {
+    let options = Arc::new(options.clone());
+    let mut told = Vec::new();
+    for index in 0..u64::from(options.gateways) {
+        let gateway = Gateway::new(Arc::clone(&options), index, options.share(index), start)?;
+        let devices = u64::from(options.devices);
+        for (m, device) in (0..).zip(&gateway.registry.devices) {
+            let count = (gateway.readings + devices - 1 - m) / devices;
+            if count > 0 {
+                let sum = (0..count).map(|n| gateway.value(m, n)).sum();
+                let (first, last) = (gateway.ts(0), gateway.ts(count - 1));
+                told.push(Told { site: SITE, device: device.id.clone(), count, sum, first, last });
+            }
+        }
+    }
+    Ok(told)
+}
+
+/// All readings of a device.
+#[derive(Clone, Debug)]
+pub(crate) struct Told {
+    pub(crate) site: &'static str,
+    pub(crate) device: String,
+    pub(crate) count: u64,
+    /// In the unit that is sent, which is silver's.
+    pub(crate) sum: f64,
+    pub(crate) first: Timestamp,
+    pub(crate) last: Timestamp,
+}
+
+impl Options {
+    /// Readings of a gateway: the first ones send one more where the total does not divide.
+    fn share(&self, index: u64) -> u64 {
+        let gateways = u64::from(self.gateways);
+        self.readings / gateways + u64::from(index < self.readings % gateways)
+    }
 }
 
 /// One simulated gateway.
@@ -197,8 +252,7 @@ impl Gateway {
     }
 
     fn topic(&self, stream: Stream) -> String {
-        Topic { site: "fleet".into(), gateway: format!("gw-{}", self.index), stream }
-            .under(&self.options.root)
+        Topic { site: SITE.into(), gateway: format!("gw-{}", self.index), stream }.under(&self.options.root)
     }
 
     /// Sends all readings; the number of messages that they were in.

@@ -18,7 +18,8 @@ use firmware_sim::{bench, chaos, chips, demo, fleet, node, plc};
   firmware-sim node --link /tmp/ttyNODE        a smart sensor on Modbus RTU, its serial line at the link
   firmware-sim chaos --kills 20 --data-dir /tmp/chaos   the real programs under SIGKILL, then the audit
   firmware-sim bench edge                      the agent on a recorded table, as fast as it goes
-  firmware-sim bench edge --live 10min         the agent in real time, over TLS"
+  firmware-sim bench edge --live 10min         the agent in real time, over TLS
+  firmware-sim bench cloud                     the cloud, from a broker to committed silver and gold"
 )]
 enum Command {
     /// Run the whole pipeline on this machine, with nothing installed

@@ -126,9 +126,15 @@ impl<'a> Walk<'a> {
     }
 }
 
-/// The time range of a file by its statistics, which cut instants down to milliseconds; no hour ends within one.
+/// The time range of a file by its statistics; those of other writers are cut down to milliseconds, and no hour ends
+/// within one.
 fn range(add: &Add, time: &str) -> Option<(i64, i64)> {
-    let stats: serde_json::Value = serde_json::from_str(add.stats.as_deref()?).ok()?;
+    limits(add.stats.as_deref()?, time)
+}
+
+/// The least and the greatest instant (µs) of a column in a file's statistics.
+pub(super) fn limits(stats: &str, time: &str) -> Option<(i64, i64)> {
+    let stats: serde_json::Value = serde_json::from_str(stats).ok()?;
     let at = |bound: &str| {
         let text = stats.get(bound)?.get(time)?.as_str()?;
         text.parse::<Timestamp>().ok().map(Timestamp::as_micros)

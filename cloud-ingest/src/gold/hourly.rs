@@ -105,9 +105,7 @@ fn row(
     };
     let gauge = kind == Kind::Gauge;
     let exact = gauge && source == Source::Readings;
-    if exact {
-        values.sort_unstable_by(f64::total_cmp);
-    }
+    let [p50, p95] = [0.50, 0.95].map(|p| if exact { quantile(&mut values, p) } else { None });
     Some(HourRow {
         hour: Timestamp::from_micros(hour),
         meta,
@@ -119,8 +117,8 @@ fn row(
         stddev: moments.stddev.filter(|_| gauge),
         first,
         last,
-        p50: quantile(&values, 0.50).filter(|_| exact),
-        p95: quantile(&values, 0.95).filter(|_| exact),
+        p50,
+        p95,
         bad_count: moments_bad(samples, &parts.windows),
         good_ratio: held.good / HOUR_MICROS as f64,
         delta,
@@ -204,12 +202,12 @@ impl Moments {
     }
 }
 
-/// `percentile_cont`: linear interpolation at rank `p * (n - 1)` of ascending values.
-pub(super) fn quantile(sorted: &[f64], p: f64) -> Option<f64> {
-    let rank = p * (sorted.len().checked_sub(1)? as f64);
-    let below = rank.floor() as usize;
-    let (low, high) = (sorted[below], sorted[(below + 1).min(sorted.len() - 1)]);
-    Some(low + (high - low) * (rank - rank.floor()))
+/// `percentile_cont`: linear interpolation at rank `p * (n - 1)`. Leaves the values in another order.
+pub(super) fn quantile(values: &mut [f64], p: f64) -> Option<f64> {
+    let rank = p * (values.len().checked_sub(1)? as f64);
+    let (_, low, above) = values.select_nth_unstable_by(rank.floor() as usize, f64::total_cmp);
+    let high = above.iter().copied().min_by(f64::total_cmp).unwrap_or(*low);
+    Some(*low + (high - *low) * (rank - rank.floor()))
 }
 
 /// Values by the time that they hold.

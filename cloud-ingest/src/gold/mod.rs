@@ -19,6 +19,7 @@ pub mod maintenance;
 pub mod minutes;
 mod publish;
 pub mod registry;
+mod scan;
 pub mod series;
 #[cfg(test)]
 mod tests;

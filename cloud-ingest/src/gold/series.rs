@@ -16,9 +16,12 @@ use std::{
 
 use anyhow::Context;
 use arrow::{
-    array::{Array, ArrayRef, AsArray, BooleanArray, Float64Array, Int64Array, RecordBatch, StringArray},
+    array::{
+        Array, ArrayRef, AsArray, BooleanArray, Float64Array, Int32Array, Int64Array, RecordBatch,
+        StringArray,
+    },
     compute::cast,
-    datatypes::{DataType, TimestampMicrosecondType},
+    datatypes::{DataType, Int32Type, TimestampMicrosecondType},
 };
 use common::{
     reading::{Kind, Quality},
@@ -181,11 +184,14 @@ pub struct SeriesBuilder {
 }
 
 /// The columns of silver/sensor_readings that [`SeriesBuilder::readings`] reads.
-pub const READING_COLUMNS: &str =
-    "ts, site, gateway_id, device_id, device_type, asset_id, unit, kind, value, quality";
+pub const READING_COLUMNS: [&str; 10] =
+    ["ts", "site", "gateway_id", "device_id", "device_type", "asset_id", "unit", "kind", "value", "quality"];
 /// The columns of silver/aggregates that [`SeriesBuilder::aggregates`] reads.
-pub const AGGREGATE_COLUMNS: &str = "window_start, site, gateway_id, device_id, device_type, asset_id, unit, kind, \
-     count, bad_count, min, max, mean, stddev, first, last, covered_from, covered_to, partial, revision, received_at";
+#[rustfmt::skip]
+pub const AGGREGATE_COLUMNS: [&str; 21] = [
+    "window_start", "site", "gateway_id", "device_id", "device_type", "asset_id", "unit", "kind", "count", "bad_count",
+    "min", "max", "mean", "stddev", "first", "last", "covered_from", "covered_to", "partial", "revision", "received_at",
+];
 
 impl SeriesBuilder {
     /// Adds rows of silver/sensor_readings.
@@ -196,17 +202,22 @@ impl SeriesBuilder {
         let texts = MetaColumns::of(batch)?;
         let ts = micros(batch, "ts")?;
         let values = floats(batch, "value")?;
-        let quality = text(batch, "quality")?;
-        for row in 0..batch.num_rows() {
+        let quality = Words::of(batch, "quality")?;
+        let qualities: Vec<Quality> = quality.values.iter().map(quality_of).collect();
+        let mut row = 0;
+        // Silver lies by device: what repeats is looked up once a run.
+        while row < batch.num_rows() {
+            let keys = texts.keys(row);
+            let run = (row + 1..batch.num_rows()).take_while(|row| texts.keys(*row) == keys).count() + 1;
             let meta = self.meta(&texts, row);
-            let quality = match quality.value(row) {
-                "good" => Quality::Good,
-                "uncertain" => Quality::Uncertain,
-                _ => Quality::Bad,
-            };
-            let value = if values.is_null(row) { f64::NAN } else { values.value(row) };
-            let device = self.device_of[meta as usize];
-            self.devices[device].samples.push(Sample { ts: ts.value(row), value, meta, quality });
+            let samples = &mut self.devices[self.device_of[meta as usize]].samples;
+            samples.reserve(run);
+            for row in row..row + run {
+                let value = if values.is_null(row) { f64::NAN } else { values.value(row) };
+                let quality = quality.key(row).map_or(Quality::Bad, |key| qualities[key]);
+                samples.push(Sample { ts: ts.value(row), value, meta, quality });
+            }
+            row += run;
         }
         Ok(())
     }
@@ -284,21 +295,21 @@ impl SeriesBuilder {
     fn meta(&mut self, texts: &MetaColumns, row: usize) -> u32 {
         self.key.clear();
         for column in &texts.0 {
-            self.key.push_str(if column.is_null(row) { "" } else { column.value(row) });
+            self.key.push_str(column.value(row).unwrap_or(""));
             self.key.push('\0');
         }
         if let Some(known) = self.by_text.get(&self.key) {
             return *known;
         }
-        let at = |i: usize| texts.0[i].value(row).to_owned();
+        let at = |i: usize| texts.0[i].value(row).unwrap_or("").to_owned();
         let meta = Meta {
             site: at(0),
             gateway: at(1),
             device: at(2),
             device_type: at(3),
-            asset: (!texts.0[4].is_null(row)).then(|| at(4)),
+            asset: texts.0[4].value(row).map(str::to_owned),
             unit: at(5),
-            kind: texts.0[6].value(row).parse().unwrap_or_default(),
+            kind: at(6).parse().unwrap_or_default(),
         };
         let device = *self.by_device.entry((meta.site.clone(), meta.device.clone())).or_insert_with(|| {
             self.devices.push(DeviceSeries::default());
@@ -339,19 +350,57 @@ fn choose(mut windows: Vec<Window>, metas: &[Meta]) -> Vec<Window> {
     chosen
 }
 
-struct MetaColumns([StringArray; 7]);
+struct MetaColumns([Words; 7]);
 
 impl MetaColumns {
     fn of(batch: &RecordBatch) -> anyhow::Result<Self> {
         Ok(Self([
-            text(batch, "site")?,
-            text(batch, "gateway_id")?,
-            text(batch, "device_id")?,
-            text(batch, "device_type")?,
-            text(batch, "asset_id")?,
-            text(batch, "unit")?,
-            text(batch, "kind")?,
+            Words::of(batch, "site")?,
+            Words::of(batch, "gateway_id")?,
+            Words::of(batch, "device_id")?,
+            Words::of(batch, "device_type")?,
+            Words::of(batch, "asset_id")?,
+            Words::of(batch, "unit")?,
+            Words::of(batch, "kind")?,
         ]))
+    }
+
+    /// Equal keys are equal words, within a batch.
+    fn keys(&self, row: usize) -> [Option<usize>; 7] {
+        std::array::from_fn(|i| self.0[i].key(row))
+    }
+}
+
+/// A column of text as a dictionary.
+struct Words {
+    keys: Int32Array,
+    values: StringArray,
+}
+
+impl Words {
+    /// Whatever encoding the scan chose.
+    fn of(batch: &RecordBatch, name: &str) -> anyhow::Result<Words> {
+        let dictionary = DataType::Dictionary(Box::new(DataType::Int32), Box::new(DataType::Utf8));
+        let column = cast(column(batch, name)?, &dictionary)?;
+        let column = column.as_dictionary::<Int32Type>();
+        Ok(Words { keys: column.keys().clone(), values: column.values().as_string::<i32>().clone() })
+    }
+
+    #[inline]
+    fn key(&self, row: usize) -> Option<usize> {
+        if self.keys.is_null(row) { None } else { usize::try_from(self.keys.value(row)).ok() }
+    }
+
+    fn value(&self, row: usize) -> Option<&str> {
+        self.key(row).map(|key| self.values.value(key))
+    }
+}
+
+fn quality_of(word: Option<&str>) -> Quality {
+    match word {
+        Some("good") => Quality::Good,
+        Some("uncertain") => Quality::Uncertain,
+        _ => Quality::Bad,
     }
 }
 

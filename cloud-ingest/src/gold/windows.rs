@@ -9,13 +9,13 @@ use std::{collections::BTreeSet, ops::Range, time::Duration};
 
 use common::time::{HOUR_MICROS, Timestamp};
 use deltalake::DeltaTable;
-use futures::TryStreamExt;
 
 use super::{
     GoldSettings,
     changes::{self, Changes},
     hourly, minutes,
     publish::{self, Keyed, Progress, SILVER},
+    scan::{self, Scan},
     series::{AGGREGATE_COLUMNS, READING_COLUMNS, Series, SeriesBuilder},
 };
 use crate::{lake::Table, tables::Tables};
@@ -173,29 +173,19 @@ fn chunks(span: &Range<Timestamp>) -> impl Iterator<Item = Range<Timestamp>> {
 }
 
 /// Everything of silver from `hold` before `within` on.
-pub(super) async fn read(
+async fn read(
     readings: &DeltaTable,
     aggregates: Option<&DeltaTable>,
     within: &Range<Timestamp>,
     hold: Duration,
 ) -> anyhow::Result<Series> {
-    let context =
-        changes::context(&[("readings", Some(readings), None), ("aggregates", aggregates, None)]).await?;
-    let before = within.start - hold;
-    let span = std::slice::from_ref(&(before..within.end)).to_vec();
+    let span = within.start - hold..within.end;
     let mut builder = SeriesBuilder::default();
-    let sql = format!("SELECT {READING_COLUMNS} FROM readings WHERE {}", publish::predicate("ts", &span));
-    let mut stream = context.sql(&sql).await?.execute_stream().await?;
-    while let Some(batch) = stream.try_next().await? {
-        builder.readings(&batch)?;
-    }
-    if aggregates.is_some() {
-        let starts = publish::predicate("window_start", &span);
-        let sql = format!("SELECT {AGGREGATE_COLUMNS} FROM aggregates WHERE {starts}");
-        let mut stream = context.sql(&sql).await?.execute_stream().await?;
-        while let Some(batch) = stream.try_next().await? {
-            builder.aggregates(&batch)?;
-        }
+    let of = Scan { snapshot: readings, columns: &READING_COLUMNS, time: "ts", span: span.clone() };
+    scan::scan(&of, |batch| builder.readings(batch)).await?;
+    if let Some(aggregates) = aggregates {
+        let of = Scan { snapshot: aggregates, columns: &AGGREGATE_COLUMNS, time: "window_start", span };
+        scan::scan(&of, |batch| builder.aggregates(batch)).await?;
     }
     Ok(builder.finish())
 }

@@ -7,6 +7,8 @@
 //!   [`MAX_ROWS`] in all, shared evenly by the devices.
 //! * `live.status`: per gateway when it was last heard. A gateway that was not heard for three heartbeats, or
 //!   whose last will was published, is `unknown since` the time it was last heard; never "0".
+//! * Readings are decoded when somebody looks: what has come since waits as it came, of each gateway the newest messages
+//!   of the last `keep` and up to its share of [`MAX_ROWS`].
 //! * Open anomalies: raised and not cleared, by event id; the newest [`MAX_EVENTS`].
 
 use std::{
@@ -25,11 +27,12 @@ use arrow::{
     },
     error::ArrowError,
 };
+use bytes::Bytes;
 use common::{
     documents::Status,
     reading::Quality,
     time::{Clock, Timestamp},
-    wire::{self, Lane, Stream, Topic, instant},
+    wire::{self, Identity, Lane, Stream, Topic, instant},
 };
 use rumqttc::v5::{
     AsyncClient, Event, MqttOptions,
@@ -163,8 +166,18 @@ pub struct EventView {
     pub ended_at: Option<Timestamp>,
 }
 
+/// A message that nobody has looked at.
+#[derive(Debug)]
+struct Unread {
+    payload: Bytes,
+    rows: usize,
+    received_at: Timestamp,
+}
+
 #[derive(Debug, Default)]
 struct State {
+    /// By site and gateway, in the order of arrival.
+    unread: BTreeMap<(String, String), VecDeque<Unread>>,
     devices: BTreeMap<(String, String), Ring>,
     gateways: BTreeMap<(String, String), Gateway>,
     events: BTreeMap<String, EventView>,
@@ -176,6 +189,8 @@ pub struct Live {
     keep: Keep,
     clock: Arc<dyn Clock>,
     state: Arc<Mutex<State>>,
+    /// Held by whoever decodes, so that nobody else looks in between.
+    reading: Arc<Mutex<()>>,
 }
 
 impl std::fmt::Debug for Live {
@@ -218,11 +233,12 @@ pub fn status_schema() -> SchemaRef {
 impl Live {
     /// Nothing heard so far.
     pub fn new(keep: Keep, clock: Arc<dyn Clock>) -> Self {
-        Self { keep, clock, state: Arc::default() }
+        Self { keep, clock, state: Arc::default(), reading: Arc::default() }
     }
 
-    /// Takes in one message of a gateway. What cannot be read is left to bronze and quarantine.
-    pub fn push(&self, topic: &Topic, payload: &[u8], retained: bool) {
+    /// Takes in one message of a gateway that says to hold `rows`. What cannot be read is left to bronze and
+    /// quarantine.
+    pub fn push(&self, topic: &Topic, payload: &Bytes, rows: u64, retained: bool) {
         let now = self.clock.now();
         match &topic.stream {
             Stream::Status => {
@@ -230,18 +246,38 @@ impl Live {
                     self.lock().status(topic, &status, retained, now);
                 }
             }
-            Stream::Lane(lane @ (Lane::Readings | Lane::Anomalies)) => {
-                // Decoded before the lock is taken: it is the expensive part.
-                let Ok(batch) = wire::decode(*lane, payload) else { return };
+            Stream::Lane(Lane::Readings) => {
+                let rows = usize::try_from(rows).unwrap_or(usize::MAX).max(1);
                 let mut state = self.lock();
                 state.heard(topic, now);
-                match lane {
-                    Lane::Readings => state.readings(topic, &batch, now, self.keep.keep),
-                    _ => state.anomalies(topic, &batch),
-                }
+                state.wait(
+                    topic,
+                    Unread { payload: payload.clone(), rows, received_at: now },
+                    self.keep.keep,
+                );
+            }
+            Stream::Lane(Lane::Anomalies) => {
+                let Ok(batch) = wire::decode(Lane::Anomalies, payload) else { return };
+                let mut state = self.lock();
+                state.heard(topic, now);
+                state.anomalies(topic, &batch);
             }
             _ => self.lock().heard(topic, now),
         }
+    }
+
+    /// Decodes what has come since somebody looked last, without keeping what comes meanwhile from coming.
+    fn read(&self) -> MutexGuard<'_, State> {
+        let _reading = self.reading.lock().unwrap_or_else(PoisonError::into_inner);
+        let unread = std::mem::take(&mut self.lock().unread);
+        for ((site, _), messages) in unread {
+            for Unread { payload, received_at, .. } in messages {
+                if let Ok(batch) = wire::decode(Lane::Readings, &payload) {
+                    self.lock().readings(&site, &batch, received_at, self.keep.keep);
+                }
+            }
+        }
+        self.lock()
     }
 
     /// `live.readings` as it is now.
@@ -249,7 +285,7 @@ impl Live {
     /// # Errors
     /// Never, as long as the columns are those of [`readings_schema`].
     pub fn readings(&self) -> Result<RecordBatch, ArrowError> {
-        let state = self.lock();
+        let state = self.read();
         let mut ts = instants();
         let mut received = instants();
         let mut value = Float64Builder::new();
@@ -341,7 +377,7 @@ impl Live {
                 course: course(&ring.points, self.keep.keep, steps),
             })
         };
-        self.lock().devices.iter().filter_map(view).collect()
+        self.read().devices.iter().filter_map(view).collect()
     }
 
     /// Anomalies that were reported since this process began: open ones first, then the newest.
@@ -400,14 +436,34 @@ impl State {
         Some(self.gateways.entry(key).or_insert(unheard))
     }
 
+    /// Keeps a message for whoever looks, and lets go of the gateway's oldest beyond its share.
+    fn wait(&mut self, topic: &Topic, message: Unread, keep: Duration) {
+        let share = (MAX_ROWS / self.gateways.len().max(1)).max(1);
+        let key = (topic.site.clone(), topic.gateway.clone());
+        if !self.gateways.contains_key(&key) {
+            return;
+        }
+        let since = message.received_at - keep;
+        let unread = self.unread.entry(key).or_default();
+        unread.push_back(message);
+        let mut rows: usize = unread.iter().map(|message| message.rows).sum();
+        while let Some(oldest) = unread.front()
+            && unread.len() > 1
+            && (rows > share || oldest.received_at < since)
+        {
+            rows -= oldest.rows;
+            unread.pop_front();
+        }
+    }
+
     /// Columns by position: [`wire::decode`] has checked them.
-    fn readings(&mut self, topic: &Topic, batch: &RecordBatch, now: Timestamp, keep: Duration) {
+    fn readings(&mut self, site: &str, batch: &RecordBatch, now: Timestamp, keep: Duration) {
         let ts = batch.column(0).as_primitive::<TimestampMicrosecondType>();
         let value = batch.column(6).as_primitive::<Float64Type>();
         let quality = batch.column(7).as_primitive::<UInt8Type>();
         let per_device = (MAX_ROWS / self.devices.len().max(1)).max(1);
         for row in 0..batch.num_rows() {
-            let key = (topic.site.clone(), text(batch.column(1), row).to_owned());
+            let key = (site.to_owned(), text(batch.column(1), row).to_owned());
             if self.devices.len() >= MAX_NAMES && !self.devices.contains_key(&key) {
                 continue;
             }
@@ -568,7 +624,12 @@ async fn follow_once(subscription: &Subscription, live: &Live) -> Ended {
             Ok(Event::Incoming(Packet::Publish(message))) => {
                 let topic = std::str::from_utf8(&message.topic).ok();
                 if let Some(topic) = topic.and_then(|t| Topic::parse(&subscription.root, t)) {
-                    live.push(&topic, &message.payload, message.retain);
+                    let identity = message
+                        .properties
+                        .as_ref()
+                        .and_then(|p| Identity::from_properties(&p.user_properties).ok());
+                    let rows = identity.map_or(1, |identity| identity.rows);
+                    live.push(&topic, &message.payload, rows, message.retain);
                 }
             }
             Ok(_) => {}

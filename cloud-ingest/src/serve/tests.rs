@@ -3,6 +3,7 @@
 use std::sync::atomic::{AtomicI64, Ordering};
 
 use arrow::array::{ArrayRef, RecordBatch, StringArray, TimestampMicrosecondArray, new_null_array};
+use bytes::Bytes;
 use common::{
     documents::{LaneStatus, Status},
     time::{Pacer, SystemClock},
@@ -209,7 +210,7 @@ fn a_silent_gateway_is_unknown_since_it_was_last_heard() {
     let check = |at: i64, message: Option<(&[u8], bool)>, unknown_since: Option<i64>| {
         clock.0.store(at, Ordering::SeqCst);
         if let Some((payload, retained)) = message {
-            live.push(&topic, payload, retained);
+            live.push(&topic, &Bytes::copy_from_slice(payload), 1, retained);
         }
         let seen = live.gateways()[0].clone();
         assert_eq!(seen.unknown_since, unknown_since.map(Timestamp::from_micros), "at {at}: {seen:?}");
@@ -224,8 +225,9 @@ fn a_silent_gateway_is_unknown_since_it_was_last_heard() {
     // The last will is the broker's word, not the gateway's.
     check(1_210 * S, Some((&status(false, 10 * S), false)), Some(1_200 * S));
     assert_eq!(live.gateways()[0].outbox, Some(3));
-    live.push(&topic, b"no JSON", false);
-    live.push(&Topic { stream: Stream::Lane(Lane::Readings), ..topic.clone() }, b"poison", false);
+    live.push(&topic, &Bytes::from_static(b"no JSON"), 1, false);
+    let readings = Topic { stream: Stream::Lane(Lane::Readings), ..topic.clone() };
+    live.push(&readings, &Bytes::from_static(b"poison"), 1, false);
     assert_eq!(live.readings().unwrap().num_rows(), 0);
 }
 

@@ -2,7 +2,7 @@
 //!
 //! Candidates are columns, 25 bytes each and no text: a reading points at its *slot* (device, type, unit,
 //! kind, asset as this sender states them) and at its message, and words are interned once a plan. The
-//! columns of text are dictionaries over those words; the Delta writer widens them batch by batch.
+//! columns of text are dictionaries over those words, all the way into the data files.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -14,13 +14,12 @@ use arrow::{
         Array, ArrayRef, AsArray, BooleanArray, DictionaryArray, Float64Array, Int32Array, Int64Array,
         RecordBatch, StringArray, TimestampMicrosecondArray,
     },
-    compute::cast,
-    datatypes::{Float64Type, Int32Type, TimestampMicrosecondType, UInt8Type},
+    datatypes::{DataType, Float64Type, Int32Type, Schema, SchemaRef, TimestampMicrosecondType, UInt8Type},
 };
 use common::{reading::Quality, time::Timestamp};
 
 use super::{
-    Answers, Counts, Known, News, Question, TIME_SLACK,
+    Answers, Committed, Counts, Known, News, Question, TIME_SLACK,
     messages::{Delivered, Places},
     newest,
 };
@@ -178,11 +177,15 @@ impl Candidates {
             };
             let instant = Timestamp::from_micros(ts.value(row));
             let value = values_of.is_valid(row).then(|| values_of.value(row));
-            let passed = slot.clone().and_then(|slot| {
-                let profile = &self.slots[slot as usize].profile;
-                let value = rules.check(profile, instant, value, quality.value(row), message.received_at)?;
-                Ok((slot, value))
-            });
+            let passed = match slot {
+                Ok(slot) => {
+                    let profile = &self.slots[*slot as usize].profile;
+                    let checked =
+                        rules.check(profile, instant, value, quality.value(row), message.received_at);
+                    checked.map(|value| (*slot, value))
+                }
+                Err(reject) => Err(reject.clone()),
+            };
             match passed {
                 Ok((slot, value)) => self.push(instant, value, quality.value(row), slot, at, row),
                 Err(reject) => {
@@ -320,50 +323,91 @@ impl Candidates {
         answers: &Answers,
         delivered: &mut [Delivered],
         quarantine: &mut Vec<Quarantined>,
-    ) -> (Vec<usize>, News) {
-        let mut order: Vec<usize> = (0..self.ts.len()).collect();
-        order.sort_unstable_by_key(|i| (self.device(*i), self.ts[*i], *i));
-        let answers: Vec<_> = self.devices.iter().map(|device| answers.get(device)).collect();
+    ) -> (Vec<u32>, News) {
+        let order = self.by_device_and_time();
         let mut stored = Vec::with_capacity(order.len());
         let mut news = News::default();
-        let mut last: Option<usize> = None;
-        for i in order {
-            let (device, ts) = (self.device(i), self.ts[i]);
-            let earlier = last.filter(|l| self.device(*l) == device && self.ts[*l] == ts);
-            let committed = answers[device as usize].and_then(|rows| rows.get(&ts));
-            let message = &mut delivered[self.message[i] as usize];
-            let conflict = match (committed, earlier) {
-                (Some((value, quality, unit)), _) => {
-                    let unit_here = &self.slots[self.slot[i] as usize].profile.unit;
-                    let same = same(value.unwrap_or(f64::NAN), self.value[i])
-                        && quality == quality_word(self.quality[i])
-                        && unit == unit_here;
-                    (!same).then(|| format!("{} {unit} {quality} is stored", shown(value.as_ref())))
-                }
-                (None, Some(first)) => {
-                    let unit = |i: usize| self.slots[self.slot[i] as usize].unit;
-                    let equal = same(self.value[first], self.value[i])
-                        && self.quality[first] == self.quality[i]
-                        && unit(first) == unit(i);
-                    (!equal).then(|| format!("{} came first", self.value[first]))
-                }
-                (None, None) => {
-                    message.stored += 1;
-                    stored.push(i);
-                    last = Some(i);
-                    extend(&mut news, &self.devices[device as usize], ts);
-                    continue;
-                }
-            };
-            match conflict {
-                None => message.duplicates += 1,
-                Some(reason) => {
-                    message.quarantined += 1;
-                    quarantine.push(self.conflict(i, reason));
+        let device_of = |i: &u32| self.device(*i as usize);
+        for of_device in order.chunk_by(|a, b| device_of(a) == device_of(b)) {
+            let device = &self.devices[device_of(&of_device[0]) as usize];
+            let committed = answers.get(device);
+            let mut span: Option<(i64, i64)> = None;
+            let mut last: Option<usize> = None;
+            for i in of_device.iter().map(|i| *i as usize) {
+                let ts = self.ts[i];
+                let message = &mut delivered[self.message[i] as usize];
+                let there = committed.and_then(|rows| rows.get(&ts));
+                let earlier = last.filter(|l| self.ts[*l] == ts);
+                let conflict = match (there, earlier) {
+                    (Some(there), _) => self.differs_from(i, there),
+                    (None, Some(first)) => self.differ(i, first),
+                    (None, None) => {
+                        message.stored += 1;
+                        stored.push(i as u32);
+                        last = Some(i);
+                        match &mut span {
+                            Some((_, to)) if ts - *to <= TIME_SLACK => *to = ts,
+                            _ => news.readings.extend(span.replace((ts, ts)).map(|span| named(device, span))),
+                        }
+                        continue;
+                    }
+                };
+                match conflict {
+                    None => message.duplicates += 1,
+                    Some(reason) => {
+                        message.quarantined += 1;
+                        quarantine.push(self.conflict(i, reason));
+                    }
                 }
             }
+            news.readings.extend(span.map(|span| named(device, span)));
         }
         (stored, news)
+    }
+
+    /// Indices of all candidates by device, then time, then arrival. What comes in order costs one pass.
+    fn by_device_and_time(&self) -> Vec<u32> {
+        let mut next = vec![0u32; self.devices.len() + 1];
+        for slot in &self.slot {
+            next[self.slots[*slot as usize].device as usize + 1] += 1;
+        }
+        let mut sum = 0;
+        for count in &mut next {
+            sum += *count;
+            *count = sum;
+        }
+        let begins = next.clone();
+        let mut order = vec![0u32; self.ts.len()];
+        for (i, slot) in (0..).zip(&self.slot) {
+            let next = &mut next[self.slots[*slot as usize].device as usize];
+            order[*next as usize] = i;
+            *next += 1;
+        }
+        for ends in begins.windows(2) {
+            let of_device = &mut order[ends[0] as usize..ends[1] as usize];
+            if !of_device.is_sorted_by_key(|i| self.ts[*i as usize]) {
+                of_device.sort_by_key(|i| self.ts[*i as usize]);
+            }
+        }
+        order
+    }
+
+    /// How a candidate differs from what is committed for its time.
+    fn differs_from(&self, i: usize, (value, quality, unit): &Committed) -> Option<String> {
+        let unit_here = &self.slots[self.slot[i] as usize].profile.unit;
+        let same = same(value.unwrap_or(f64::NAN), self.value[i])
+            && quality == quality_word(self.quality[i])
+            && unit == unit_here;
+        (!same).then(|| format!("{} {unit} {quality} is stored", shown(value.as_ref())))
+    }
+
+    /// How a candidate differs from the first one of its time.
+    fn differ(&self, i: usize, first: usize) -> Option<String> {
+        let unit = |i: usize| self.slots[self.slot[i] as usize].unit;
+        let equal = same(self.value[first], self.value[i])
+            && self.quality[first] == self.quality[i]
+            && unit(first) == unit(i);
+        (!equal).then(|| format!("{} came first", self.value[first]))
     }
 
     fn conflict(&self, i: usize, reason: String) -> Quarantined {
@@ -381,12 +425,8 @@ impl Candidates {
     }
 }
 
-/// Grows the device's last span, or begins one where the gap is long.
-fn extend(news: &mut News, device: &(String, String), ts: i64) {
-    match news.readings.last_mut() {
-        Some((site, id, _, to)) if *site == device.0 && *id == device.1 && ts - *to <= TIME_SLACK => *to = ts,
-        _ => news.readings.push((device.0.clone(), device.1.clone(), ts, ts)),
-    }
+fn named((site, device): &(String, String), (from, to): (i64, i64)) -> (String, String, i64, i64) {
+    (site.clone(), device.clone(), from, to)
 }
 
 fn same(a: f64, b: f64) -> bool {
@@ -401,10 +441,10 @@ fn quality_word(code: u8) -> &'static str {
     Quality::from_code(code).unwrap_or(Quality::Bad).as_str()
 }
 
-/// The rows of `silver/sensor_readings`, ordered by device and time within a batch.
+/// The rows of `silver/sensor_readings`: a batch is of one partition, and ordered by device and time.
 pub(super) fn sensor_readings(
     candidates: &Candidates,
-    stored: &[usize],
+    stored: &[u32],
     delivered: &[Delivered],
     places: &Places,
 ) -> anyhow::Result<Vec<RecordBatch>> {
@@ -420,25 +460,25 @@ pub(super) fn sensor_readings(
         .map(|d| (word(d.gateway.as_deref().unwrap_or("")), d.name.as_ref().map_or(-1, |n| word(&n.epoch))))
         .collect();
     let words: ArrayRef = Arc::new(StringArray::from(words));
-    stored
-        .chunks(BATCH)
-        .map(|rows| {
-            let slot = |i: &usize| &candidates.slots[candidates.slot[*i] as usize];
-            let from = |i: &usize| &delivered[candidates.message[*i] as usize];
+    let schema = with_dictionaries(&Table::SensorReadings.schema());
+    let mut batches = Vec::new();
+    for ((device_type, year, month), rows) in partitions(candidates, stored) {
+        for rows in rows.chunks(BATCH) {
+            let slot = |i: &u32| &candidates.slots[candidates.slot[*i as usize] as usize];
+            let from = |i: &u32| &delivered[candidates.message[*i as usize] as usize];
             let text = |keys: &mut dyn Iterator<Item = i32>| -> anyhow::Result<ArrayRef> {
                 let keys = Int32Array::from_iter(keys.map(|key| (key >= 0).then_some(key)));
                 Ok(Arc::new(DictionaryArray::<Int32Type>::try_new(keys, Arc::clone(&words))?))
             };
-            let months = Months::of(rows.iter().map(|i| candidates.ts[*i]));
-            let ts = rows.iter().map(|i| Timestamp::from_micros(candidates.ts[*i]));
-            let value = rows.iter().map(|i| candidates.value[*i]);
+            let ts = rows.iter().map(|i| Timestamp::from_micros(candidates.ts[*i as usize]));
+            let value = rows.iter().map(|i| candidates.value[*i as usize]);
             let seq = rows.iter().map(|i| from(i).name.as_ref().map(|n| n.seq));
-            let message = |i: &usize| messages[candidates.message[*i] as usize];
-            let quality = |i: &usize| qualities[usize::from(candidates.quality[*i].min(2))];
+            let message = |i: &u32| messages[candidates.message[*i as usize] as usize];
+            let quality = |i: &u32| qualities[usize::from(candidates.quality[*i as usize].min(2))];
             let columns: Vec<ArrayRef> = vec![
                 Arc::new(instants(ts)),
                 text(&mut rows.iter().map(|i| slot(i).device_id))?,
-                text(&mut rows.iter().map(|i| slot(i).device_type))?,
+                text(&mut std::iter::repeat_n(device_type, rows.len()))?,
                 text(&mut rows.iter().map(|i| slot(i).asset_id))?,
                 text(&mut rows.iter().map(|i| slot(i).site))?,
                 text(&mut rows.iter().map(|i| message(i).0))?,
@@ -450,37 +490,48 @@ pub(super) fn sensor_readings(
                 text(&mut rows.iter().map(|i| message(i).1))?,
                 Arc::new(Int64Array::from_iter(seq)),
                 text(&mut rows.iter().map(|i| segments[from(i).segment]))?,
-                Arc::new(Int64Array::from(months.years)),
-                Arc::new(Int64Array::from(months.months)),
+                Arc::new(Int64Array::from(vec![year; rows.len()])),
+                Arc::new(Int64Array::from(vec![month; rows.len()])),
             ];
-            let schema = Table::SensorReadings.schema();
-            let widened: Result<Vec<ArrayRef>, _> =
-                schema.fields().iter().zip(columns).map(|(f, column)| cast(&column, f.data_type())).collect();
-            Ok(RecordBatch::try_new(schema, widened?)?)
-        })
-        .collect()
-}
-
-/// Year and month of instants; the calendar is asked once a day of them.
-struct Months {
-    years: Vec<i64>,
-    months: Vec<i64>,
-}
-
-impl Months {
-    fn of(micros: impl Iterator<Item = i64>) -> Months {
-        let (mut years, mut months) = (Vec::new(), Vec::new());
-        let mut last = (i64::MIN, (0, 0));
-        for ts in micros {
-            let day = ts.div_euclid(DAY);
-            if day != last.0 {
-                last = (day, year_month(Timestamp::from_micros(ts)));
-            }
-            years.push(last.1.0);
-            months.push(last.1.1);
+            batches.push(RecordBatch::try_new(Arc::clone(&schema), columns)?);
         }
-        Months { years, months }
     }
+    Ok(batches)
+}
+
+/// The same columns, with dictionaries for text.
+fn with_dictionaries(schema: &Schema) -> SchemaRef {
+    let text = || DataType::Dictionary(Box::new(DataType::Int32), Box::new(DataType::Utf8));
+    let fields = schema.fields().iter().map(|field| match field.data_type() {
+        DataType::Utf8 => Arc::new(field.as_ref().clone().with_data_type(text())),
+        _ => Arc::clone(field),
+    });
+    Arc::new(Schema::new(fields.collect::<Vec<_>>()))
+}
+
+/// Word of the device type, year, month.
+type Partition = (i32, i64, i64);
+
+/// Rows by partition, in the order in which they begin. The calendar is asked once a day of them.
+fn partitions(candidates: &Candidates, stored: &[u32]) -> Vec<(Partition, Vec<u32>)> {
+    let mut parts: Vec<(Partition, Vec<u32>)> = Vec::new();
+    let (mut part, mut last) = (0, None);
+    for i in stored {
+        let ts = candidates.ts[*i as usize];
+        let device_type = candidates.slots[candidates.slot[*i as usize] as usize].device_type;
+        let day = ts.div_euclid(DAY);
+        if last != Some((device_type, day)) {
+            last = Some((device_type, day));
+            let (year, month) = year_month(Timestamp::from_micros(ts));
+            let key = (device_type, year, month);
+            part = parts.iter().position(|(known, _)| *known == key).unwrap_or_else(|| {
+                parts.push((key, Vec::new()));
+                parts.len() - 1
+            });
+        }
+        parts[part].1.push(*i);
+    }
+    parts
 }
 
 pub(super) fn quarantine(

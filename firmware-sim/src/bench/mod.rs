@@ -11,12 +11,15 @@
 //!   of the agent does not depend on what waits in the outbox.
 //! * **Live** ([`live`]): in real time, to a mosquitto by TLS with a throw-away authority.
 //!
+//! `bench cloud` ([`cloud`]) starts `cloud-ingest run` behind a mosquitto, and sends it a fleet's readings.
+//!
 //! CPU time and memory are the kernel's figures of the child alone ([`usage`]). Each run checks its own honesty: what
 //! was polled is what was sealed, held, rejected and skipped, and every window was scored. It fails when not.
 //!
 //! The folder `--data-dir` is left behind for whoever wants to do the same job by other means: `rows.csv` (one row an
 //! instant: `time`, then a column a device), `edge-agent.toml`, and `models/level-shift/` with its calibration.
 
+mod cloud;
 mod configs;
 mod counts;
 mod edge;
@@ -48,6 +51,8 @@ const PATIENCE: Duration = Duration::from_secs(300);
 pub enum Half {
     /// The edge agent: a recorded table, filtered, aggregated, scored and sealed
     Edge(Options),
+    /// The cloud: from a broker to committed silver and gold; needs mosquitto
+    Cloud(cloud::Options),
 }
 
 /// How the edge is measured.
@@ -79,10 +84,12 @@ pub struct Options {
 /// # Errors
 /// When something is not there that is needed, or the agent fails.
 pub async fn run(half: Half) -> anyhow::Result<ExitCode> {
-    let Half::Edge(options) = half;
-    match options.live {
-        Some(lasting) => live::run(&options, lasting).await,
-        None => edge::run(&options).await,
+    match half {
+        Half::Edge(options) => match options.live {
+            Some(lasting) => live::run(&options, lasting).await,
+            None => edge::run(&options).await,
+        },
+        Half::Cloud(options) => cloud::run(options).await,
     }
 }
 

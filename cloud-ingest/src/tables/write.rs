@@ -1,0 +1,267 @@
+//! Data files of a table: rows by partition, each partition one Parquet file, and what the log says of it.
+//!
+//! * zstd level 1; DELTA_BINARY_PACKED for instants and sequence numbers, dictionaries for the rest.
+//! * A column of text may come as a dictionary array: the file does not say so, and nobody widens it.
+//! * The log has the minimum and maximum of the columns that queries filter by; instants to the microsecond, so that a
+//!   reader that takes them for exact is right, too.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
+};
+
+use anyhow::Context;
+use arrow::{
+    array::{Array, ArrayRef, AsArray, BooleanArray, RecordBatch},
+    compute::{cast, filter_record_batch},
+    datatypes::{DataType, Field, Int32Type, Int64Type, Schema, SchemaRef},
+    row::{RowConverter, SortField},
+};
+use common::time::{Clock, SystemClock, Timestamp};
+use deltalake::kernel::Add;
+use object_store::{ObjectStoreExt, path::Path};
+use parquet::{
+    arrow::arrow_writer::{ArrowWriter, ArrowWriterOptions},
+    basic::{Compression, Encoding, ZstdLevel},
+    file::{
+        metadata::ParquetMetaData,
+        properties::{EnabledStatistics, WriterProperties},
+        statistics::Statistics,
+    },
+    schema::types::ColumnPath,
+};
+use serde_json::{Map, Value, json};
+use uuid::Uuid;
+
+use crate::{lake::Table, store::Store};
+
+/// Values of the partition columns, in their order.
+type Partition = Vec<String>;
+
+/// Writes `rows` as new data files of `table`, which are no part of it until the log says so.
+///
+/// # Errors
+/// When the store cannot be written to, or a row does not fit the table.
+pub(super) async fn files(store: &Store, table: Table, rows: Vec<RecordBatch>) -> anyhow::Result<Vec<Add>> {
+    let mut added = Vec::new();
+    for (partition, batches) in by_partition(table, rows)? {
+        let (bytes, stats) = tokio::task::spawn_blocking(move || encode(table, &batches)).await??;
+        let columns = || table.partitions().iter().zip(&partition);
+        let folder: String = columns().map(|(name, value)| format!("{name}={value}/")).collect();
+        let path = format!("{folder}part-{}.zstd.parquet", Uuid::now_v7());
+        let size = i64::try_from(bytes.len())?;
+        let place = Path::from(format!("{}/{path}", table.path()));
+        store.objects().put(&place, bytes.into()).await.with_context(|| format!("writing {place}"))?;
+        added.push(Add {
+            path,
+            size,
+            partition_values: columns().map(|(k, v)| ((*k).to_owned(), Some(v.clone()))).collect(),
+            modification_time: SystemClock.now().as_micros() / 1000,
+            data_change: true,
+            stats: Some(stats.to_string()),
+            ..nothing_more()
+        });
+    }
+    Ok(added)
+}
+
+/// An [`Add`] without any of what Delta calls features.
+fn nothing_more() -> Add {
+    Add {
+        path: String::new(),
+        partition_values: HashMap::new(),
+        size: 0,
+        modification_time: 0,
+        data_change: true,
+        stats: None,
+        tags: None,
+        deletion_vector: None,
+        base_row_id: None,
+        default_row_commit_version: None,
+        clustering_provider: None,
+    }
+}
+
+/// How the data files of a table are written.
+pub fn writer_properties(table: Table) -> WriterProperties {
+    let level = ZstdLevel::try_new(1).expect("1 is a level of zstd");
+    let mut builder = WriterProperties::builder().set_compression(Compression::ZSTD(level));
+    for field in table.schema().fields() {
+        let column = ColumnPath::from(field.name().as_str());
+        if matches!(field.data_type(), DataType::Timestamp(..)) || field.name() == "seq" {
+            builder = builder
+                .set_column_dictionary_enabled(column.clone(), false)
+                .set_column_encoding(column.clone(), Encoding::DELTA_BINARY_PACKED);
+        }
+        // Finding the least and greatest text costs as much as writing it.
+        if table == Table::SensorReadings && UNFILTERED.contains(&field.name().as_str()) {
+            builder = builder.set_column_statistics_enabled(column, EnabledStatistics::None);
+        }
+    }
+    builder.build()
+}
+
+/// Columns of `sensor_readings` by whose limits no file is left out.
+const UNFILTERED: [&str; 5] = ["unit", "kind", "quality", "epoch", "segment"];
+
+/// The rows of each partition, without its columns.
+fn by_partition(
+    table: Table,
+    rows: Vec<RecordBatch>,
+) -> anyhow::Result<BTreeMap<Partition, Vec<RecordBatch>>> {
+    let mut partitions = BTreeMap::<Partition, Vec<RecordBatch>>::new();
+    for batch in rows.into_iter().filter(|batch| batch.num_rows() > 0) {
+        for part in split(table, batch)? {
+            let value = |name: &&str| {
+                let column = cast(
+                    &part.column_by_name(name).context("a partition column")?.slice(0, 1),
+                    &DataType::Utf8,
+                )?;
+                let text = column.as_string::<i32>().value(0).to_owned();
+                // So that it can stand in a path and a URL as it is.
+                let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'-');
+                anyhow::ensure!(
+                    !text.is_empty() && text.bytes().all(plain),
+                    "{name} = {text:?} cannot name a partition"
+                );
+                Ok(text)
+            };
+            let partition = table.partitions().iter().map(value).collect::<anyhow::Result<Partition>>()?;
+            partitions.entry(partition).or_default().push(without_partitions(table, &part)?);
+        }
+    }
+    Ok(partitions)
+}
+
+/// Cuts a batch into parts of one partition each, in the order in which they begin. Mostly it is one already.
+fn split(table: Table, batch: RecordBatch) -> anyhow::Result<Vec<RecordBatch>> {
+    let columns: Vec<ArrayRef> =
+        table.partitions().iter().filter_map(|name| batch.column_by_name(name).cloned()).collect();
+    let one = columns.iter().all(is_constant);
+    if one {
+        return Ok(vec![batch]);
+    }
+    let fields = columns.iter().map(|column| SortField::new(column.data_type().clone())).collect();
+    let keys = RowConverter::new(fields)?.convert_columns(&columns)?;
+    let mut known = Vec::new();
+    for key in &keys {
+        if !known.contains(&key) {
+            known.push(key);
+        }
+    }
+    let part = |wanted: &arrow::row::Row<'_>| {
+        let mask: BooleanArray = keys.iter().map(|key| Some(key == *wanted)).collect();
+        Ok(filter_record_batch(&batch, &mask)?)
+    };
+    known.iter().map(part).collect()
+}
+
+/// Whether all values are one.
+fn is_constant(column: &ArrayRef) -> bool {
+    let n = column.len();
+    match column.data_type() {
+        DataType::Int64 => {
+            let values = column.as_primitive::<Int64Type>().values();
+            values.iter().all(|value| *value == values[0])
+        }
+        DataType::Dictionary(..) => {
+            let keys = column.as_dictionary::<Int32Type>().keys().values();
+            keys.iter().all(|key| *key == keys[0])
+        }
+        _ => n == 1,
+    }
+}
+
+/// In the order of the table's columns, whatever is a dictionary staying one.
+fn without_partitions(table: Table, batch: &RecordBatch) -> anyhow::Result<RecordBatch> {
+    let schema = table.schema();
+    let kept = schema.fields().iter().filter(|field| !table.partitions().contains(&field.name().as_str()));
+    let (mut fields, mut columns) = (Vec::new(), Vec::new());
+    for field in kept {
+        let column =
+            batch.column_by_name(field.name()).with_context(|| format!("column {}", field.name()))?;
+        let same = match column.data_type() {
+            DataType::Dictionary(_, value) => **value == *field.data_type(),
+            other => other == field.data_type(),
+        };
+        anyhow::ensure!(same, "column {} of {} is {}", field.name(), table.path(), column.data_type());
+        fields.push(Field::new(field.name(), column.data_type().clone(), field.is_nullable()));
+        columns.push(Arc::clone(column));
+    }
+    Ok(RecordBatch::try_new(Arc::new(Schema::new(fields)), columns)?)
+}
+
+/// The bytes of a data file, and its statistics for the log.
+fn encode(table: Table, batches: &[RecordBatch]) -> anyhow::Result<(Vec<u8>, Value)> {
+    let schema = batches.first().context("a file has rows")?.schema();
+    // Without arrow's own schema every reader takes text for text.
+    let options =
+        ArrowWriterOptions::new().with_properties(writer_properties(table)).with_skip_arrow_metadata(true);
+    let mut bytes = Vec::new();
+    let mut writer = ArrowWriter::try_new_with_options(&mut bytes, Arc::clone(&schema), options)?;
+    for batch in batches {
+        writer.write(batch)?;
+    }
+    let metadata = writer.close()?;
+    let stats = statistics(&schema, &metadata);
+    Ok((bytes, stats))
+}
+
+/// `numRecords`, `minValues`, `maxValues` and `nullCount` (Delta's protocol, per-file statistics).
+fn statistics(schema: &SchemaRef, metadata: &ParquetMetaData) -> Value {
+    let (mut least, mut greatest, mut nulls) = (Map::new(), Map::new(), Map::new());
+    for (ix, field) in schema.fields().iter().enumerate() {
+        let groups: Option<Vec<&Statistics>> =
+            metadata.row_groups().iter().map(|group| group.column(ix).statistics()).collect();
+        let Some(groups) = groups else { continue };
+        let name = field.name().clone();
+        if let Some(n) = groups.iter().map(|s| s.null_count_opt()).sum::<Option<u64>>() {
+            nulls.insert(name.clone(), n.into());
+        }
+        if let Some((low, high)) = limits(field.data_type(), &groups) {
+            least.insert(name.clone(), low);
+            greatest.insert(name, high);
+        }
+    }
+    let rows = metadata.file_metadata().num_rows();
+    json!({ "numRecords": rows, "minValues": least, "maxValues": greatest, "nullCount": nulls })
+}
+
+/// The least and the greatest value of a column, where all of its row groups say them.
+fn limits(data_type: &DataType, groups: &[&Statistics]) -> Option<(Value, Value)> {
+    fn ends<T: PartialOrd + Copy>(each: impl Iterator<Item = Option<(T, T)>>) -> Option<(T, T)> {
+        let wider =
+            |a: (T, T), b: (T, T)| (if b.0 < a.0 { b.0 } else { a.0 }, if b.1 > a.1 { b.1 } else { a.1 });
+        each.collect::<Option<Vec<_>>>()?.into_iter().reduce(wider)
+    }
+    let integers = || {
+        ends(groups.iter().map(|s| match s {
+            Statistics::Int64(s) => Some((*s.min_opt()?, *s.max_opt()?)),
+            _ => None,
+        }))
+    };
+    match data_type {
+        DataType::Timestamp(..) => {
+            let text = |micros| json!(Timestamp::from_micros(micros).to_string());
+            integers().map(|(low, high)| (text(low), text(high)))
+        }
+        DataType::Int64 => integers().map(|(low, high)| (low.into(), high.into())),
+        DataType::Float64 => {
+            let ends = ends(groups.iter().map(|s| match s {
+                Statistics::Double(s) => Some((*s.min_opt()?, *s.max_opt()?)),
+                _ => None,
+            }));
+            ends.filter(|(low, high)| low.is_finite() && high.is_finite()).map(|(l, h)| (l.into(), h.into()))
+        }
+        DataType::Utf8 | DataType::Dictionary(..) => {
+            let ends = ends(groups.iter().map(|s| match s {
+                Statistics::ByteArray(s) => {
+                    Some((s.min_opt()?.as_utf8().ok()?, s.max_opt()?.as_utf8().ok()?))
+                }
+                _ => None,
+            }));
+            ends.map(|(low, high)| (low.into(), high.into()))
+        }
+        _ => None,
+    }
+}

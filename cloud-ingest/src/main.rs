@@ -3,8 +3,15 @@
 use std::process::ExitCode;
 
 use clap::Parser;
+use cloud_ingest::cli::{self, Cli};
+
+fn main() -> ExitCode {
+    // Before there are threads.
+    common::memory::steady();
+    run()
+}
 
 #[tokio::main]
-async fn main() -> ExitCode {
-    cloud_ingest::cli::main(cloud_ingest::cli::Cli::parse()).await
+async fn run() -> ExitCode {
+    cli::main(Cli::parse()).await
 }

@@ -20,6 +20,7 @@
 pub mod config;
 pub mod documents;
 pub mod json;
+pub mod memory;
 pub mod reading;
 pub mod telemetry;
 pub mod time;

@@ -25,7 +25,6 @@ use tokio::{
 
 use crate::{
     clock::{self, Machine},
-    memory,
     model::{bundle::Bundle, machine::Purpose},
     pipeline,
     settings::{JsonTopic, MqttSettings, Settings, Source},
@@ -122,7 +121,7 @@ enum ModelCommand {
 pub fn main() -> ExitCode {
     // Bad usage ends here with status 2.
     let cli = Cli::parse();
-    memory::frugal();
+    common::memory::frugal();
     telemetry::init_logs("info");
     match execute(cli) {
         Ok(code) => code,

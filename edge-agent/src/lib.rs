@@ -10,7 +10,6 @@ mod connection;
 pub mod delivery;
 pub mod discover;
 pub mod filter;
-mod memory;
 pub mod metrics;
 pub mod model;
 pub mod outbox;

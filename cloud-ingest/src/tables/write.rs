@@ -101,8 +101,9 @@ pub fn writer_properties(table: Table) -> WriterProperties {
     builder.build()
 }
 
-/// Columns of `sensor_readings` by whose limits no file is left out.
-const UNFILTERED: [&str; 5] = ["unit", "kind", "quality", "epoch", "segment"];
+/// Columns of `sensor_readings` by whose limits no file is left out: a plan has something of every gateway.
+const UNFILTERED: [&str; 8] =
+    ["asset_id", "site", "gateway_id", "unit", "kind", "quality", "epoch", "segment"];
 
 /// The rows of each partition, without its columns.
 fn by_partition(

@@ -12,6 +12,8 @@ use common::{
 use tokio::sync::watch;
 
 use crate::{
+    doctor,
+    drain::{self, Drained},
     ledger, pipeline, serve,
     settings::{Role, Settings},
     store::Store,
@@ -40,6 +42,33 @@ enum Command {
         #[arg(long, value_delimiter = ',')]
         roles: Option<Vec<Role>>,
     },
+    /// Take one replica away: store what the broker still holds for it, and end its session.
+    ///
+    /// The replica must have been stopped. Its share of what comes from now on goes to the others.
+    #[command(
+        after_help = "Example:\n  cloud-ingest drain --config cloud-ingest.toml --client-id tailrace-cloud-3"
+    )]
+    Drain {
+        /// Client id of the replica, instead of the configured one.
+        #[arg(long, value_name = "ID")]
+        client_id: Option<String>,
+    },
+    /// Prove by trying that the configured broker will not lose data; exit 1 if it would.
+    ///
+    /// Uses topics and client ids of its own and cleans up, so replicas and gateways may go on meanwhile.
+    #[command(after_help = "Examples:\n  cloud-ingest doctor --config cloud-ingest.toml\n  \
+                            cloud-ingest doctor --messages 50000 --restart-command \"systemctl restart mosquitto\"")]
+    Doctor {
+        /// How many messages wait for a subscriber that is away or slow.
+        #[arg(long, value_name = "N", default_value_t = 5000, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+        messages: u32,
+        /// Restarts the broker, to try whether it keeps sessions and messages; all its clients are cut off.
+        #[arg(long, value_name = "CMD")]
+        restart_command: Option<String>,
+        /// As one JSON object.
+        #[arg(long)]
+        json: bool,
+    },
     /// Check the configuration and that the lake can be opened.
     Check,
     /// Answer a query over the lake's newest snapshots and print the rows.
@@ -67,6 +96,10 @@ pub async fn main(cli: Cli) -> ExitCode {
     };
     let done = match cli.command {
         Command::Run { roles } => run(settings, roles).await.map(|()| true),
+        Command::Drain { client_id } => drain(settings, client_id).await.map(|()| true),
+        Command::Doctor { messages, restart_command, json } => {
+            doctor(&settings, doctor::Options { messages: messages as usize, restart_command }, json).await
+        }
         Command::Check => check(&settings).await.map(|()| true),
         Command::Query { sql } => query(&settings, &sql).await.map(|()| true),
         Command::Audit { json } => audit(&settings, json).await,
@@ -97,6 +130,31 @@ async fn run(mut settings: Settings, roles: Option<Vec<Role>>) -> anyhow::Result
         stop.send_replace(true);
     });
     pipeline::run(settings, Arc::new(SystemClock), None, stopped).await
+}
+
+async fn drain(mut settings: Settings, client_id: Option<String>) -> anyhow::Result<()> {
+    settings.mqtt.client_id = client_id.unwrap_or(settings.mqtt.client_id);
+    let client_id = settings.mqtt.client_id.clone();
+    match drain::drain(&settings, Arc::new(SystemClock)).await? {
+        Drained::NoSession => telemetry::print_line(format_args!(
+            "the broker keeps no session of {client_id}: there is nothing to store"
+        )),
+        Drained::Stored(messages) => telemetry::print_line(format_args!(
+            "{messages} messages stored; the session of {client_id} is ended"
+        )),
+    }
+    Ok(())
+}
+
+/// Whether nothing was found.
+async fn doctor(settings: &Settings, options: doctor::Options, json: bool) -> anyhow::Result<bool> {
+    let report = doctor::doctor(settings, &options).await;
+    if json {
+        telemetry::print_line(serde_json::to_string(&report)?);
+    } else {
+        telemetry::print_line(&report);
+    }
+    Ok(report.ok)
 }
 
 async fn check(settings: &Settings) -> anyhow::Result<()> {

@@ -4,7 +4,7 @@
 //! |---|---|
 //! | `topic` | its topic is none of ours and matches no configured JSON source |
 //! | `version` | its wire version is newer than this build's |
-//! | `identity` | it is of a lane and does not name itself, or names another lane than its topic |
+//! | `identity` | it is of a lane and does not name itself, or its payload contradicts its user properties or its topic: lane, epoch, seq, rows, version, site or gateway |
 //! | `payload` | its bytes are not what its stream carries |
 //! | `rows` | it holds another number of rows than it says |
 //! | `clock` | it holds aggregates or anomalies of a gateway whose clock was never set |
@@ -13,6 +13,8 @@
 //! sender knows them, `device_type`, `asset_id`, `unit`, `quality`. [`common::json`] says what is taken for a
 //! timestamp, a value (which may be null, too) and a quality. Other layouts are read through JSON pointers
 //! ([`JsonSource`]).
+
+use std::{borrow::Cow, collections::HashMap};
 
 use arrow::array::RecordBatch;
 use common::{
@@ -25,6 +27,7 @@ use common::{
 };
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use uuid::Uuid;
 
 use crate::quality::Reject;
 
@@ -166,13 +169,17 @@ pub struct Sender {
     pub nameless_readings: bool,
 }
 
-/// What a message says of itself that matters here: version, lane, rows.
+/// What a message says of itself, outside of its payload.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Claim {
     /// Wire version.
     pub v: i64,
+    /// The run of the agent.
+    pub epoch: Uuid,
     /// The lane that it names.
     pub lane: Lane,
+    /// Its number.
+    pub seq: i64,
     /// Rows in it.
     pub rows: i64,
 }
@@ -204,10 +211,11 @@ pub fn decode(
             },
         };
         let content = match topic.stream {
-            Stream::Lane(lane) => read_lane(lane, claim, payload),
+            Stream::Lane(lane) => read_lane(lane, &topic, claim, payload),
             Stream::Json => samples(&JsonSource::standard(topic.site, topic.gateway), payload),
-            Stream::Status => serde_json::from_slice(payload).map(Content::Status).map_err(not_json),
-            Stream::Devices => registry(payload),
+            Stream::Status => of_sender(&topic, payload)
+                .and_then(|()| serde_json::from_slice(payload).map(Content::Status).map_err(not_json)),
+            Stream::Devices => of_sender(&topic, payload).and_then(|()| registry(payload)),
             Stream::Ack | Stream::Cmd(_) => {
                 Err(Reject::new("topic", "acknowledgements and commands are not stored"))
             }
@@ -230,7 +238,7 @@ pub fn decode(
     }
 }
 
-fn read_lane(lane: Lane, claim: Option<Claim>, payload: &[u8]) -> Result<Content, Reject> {
+fn read_lane(lane: Lane, topic: &Topic, claim: Option<Claim>, payload: &[u8]) -> Result<Content, Reject> {
     let Some(claim) = claim else {
         return Err(Reject::new("identity", "its user properties do not name it"));
     };
@@ -242,12 +250,73 @@ fn read_lane(lane: Lane, claim: Option<Claim>, payload: &[u8]) -> Result<Content
             format!("wire version {} is newer than {VERSION}; update the cloud, then replay", claim.v);
         return Err(Reject::new("version", reason));
     }
-    let batch = wire::decode(lane, payload).map_err(|e| Reject::new("payload", e.to_string()))?;
+    let (batch, repeated) =
+        wire::decode_with_metadata(lane, payload).map_err(|e| Reject::new("payload", e.to_string()))?;
+    same_sender(
+        topic,
+        repeated.get("site").map(String::as_str),
+        repeated.get("gateway").map(String::as_str),
+    )?;
+    same_name(&claim, &repeated)?;
     if i64::try_from(batch.num_rows()) != Ok(claim.rows) {
         let reason = format!("it says {} rows and holds {}", claim.rows, batch.num_rows());
         return Err(Reject::new("rows", reason));
     }
     Ok(Content::Lane(lane, batch))
+}
+
+/// Whether a payload says nothing else of its message than the user properties do. What it does not say is not
+/// asked for; `oldest` may have risen since the sealing, and `sealed_at` is the gateway's to settle.
+fn same_name(claim: &Claim, repeated: &HashMap<String, String>) -> Result<(), Reject> {
+    let number = |stated: &str, n: i64| stated.parse() == Ok(n);
+    let says = |key: &str, stated: &str| match key {
+        "epoch" => stated.parse() == Ok(claim.epoch),
+        "lane" => stated == claim.lane.as_str(),
+        "v" => number(stated, claim.v),
+        "seq" => number(stated, claim.seq),
+        _ => number(stated, claim.rows),
+    };
+    for key in ["v", "epoch", "lane", "seq", "rows"] {
+        let Some(stated) = repeated.get(key).filter(|stated| !says(key, stated)) else { continue };
+        let Claim { v, epoch, lane, seq, rows } = claim;
+        let reason = format!(
+            "the payload says {key} = {:?}, its user properties v = {v}, epoch = {epoch}, lane = {lane}, seq = {seq}, \
+             rows = {rows}",
+            cut(stated)
+        );
+        return Err(Reject::new("identity", reason));
+    }
+    Ok(())
+}
+
+/// Whether a payload that says whose it is came on that gateway's topic.
+fn same_sender(topic: &Topic, site: Option<&str>, gateway: Option<&str>) -> Result<(), Reject> {
+    let (said_site, said_gateway) = (site.unwrap_or(&topic.site), gateway.unwrap_or(&topic.gateway));
+    if (said_site, said_gateway) == (topic.site.as_str(), topic.gateway.as_str()) {
+        return Ok(());
+    }
+    let (said_site, said_gateway) = (cut(said_site), cut(said_gateway));
+    let reason =
+        format!("the payload is {said_site}/{said_gateway}'s, its topic {}/{}'s", topic.site, topic.gateway);
+    Err(Reject::new("identity", reason))
+}
+
+/// [`same_sender`] of a JSON document.
+fn of_sender(topic: &Topic, payload: &[u8]) -> Result<(), Reject> {
+    #[derive(Deserialize)]
+    struct Repeated<'a> {
+        #[serde(borrow, default)]
+        site: Option<Cow<'a, str>>,
+        #[serde(borrow, default)]
+        gateway: Option<Cow<'a, str>>,
+    }
+    let Repeated { site, gateway } = serde_json::from_slice(payload).map_err(not_json)?;
+    same_sender(topic, site.as_deref(), gateway.as_deref())
+}
+
+/// Enough of somebody's text to know it again.
+fn cut(text: &str) -> String {
+    text.chars().take(64).collect()
 }
 
 fn registry(payload: &[u8]) -> Result<Content, Reject> {
@@ -381,10 +450,54 @@ mod tests {
         assert_eq!(bad[0].row, 1);
     }
 
+    /// A true message of `plant/gw`, and what becomes of it when one thing about it is not.
+    #[test]
+    fn a_payload_that_is_another_messages_is_refused() {
+        let claim = Claim { v: 1, epoch: Uuid::from_u128(7), lane: Lane::Control, seq: 3, rows: 0 };
+        let batch = RecordBatch::new_empty(wire::schema(Lane::Control));
+        let true_name = [("v", "1"), ("lane", "control"), ("seq", "3"), ("rows", "0")];
+        let epoch = Uuid::from_u128(7).to_string().to_uppercase();
+        let ours = true_name.iter().copied().chain([("epoch", epoch.as_str())]);
+        let read = |changed: &[(&str, &str)]| {
+            let metadata = ours.clone().chain(changed.iter().copied());
+            let metadata = metadata.map(|(k, v)| (k.to_owned(), v.to_owned())).collect();
+            let schema = std::sync::Arc::new(batch.schema().as_ref().clone().with_metadata(metadata));
+            let mut writer = arrow::ipc::writer::StreamWriter::try_new(Vec::new(), &schema).unwrap();
+            writer.write(&batch.clone().with_schema(schema).unwrap()).unwrap();
+            let payload = writer.into_inner().unwrap();
+            decode(ROOT, &[], "tailrace/v1/plant/gw/control", Some(claim), &payload).1
+        };
+        assert!(read(&[]).is_ok());
+        assert!(read(&[("site", "plant"), ("gateway", "gw")]).is_ok());
+        assert!(read(&[("oldest", "9"), ("sealed_at", "never")]).is_ok());
+        for (changed, reason) in [
+            (("seq", "4"), "the payload says seq = \"4\""),
+            (("seq", "four"), "seq = \"four\""),
+            (("rows", "1"), "rows = \"1\""),
+            (("lane", "readings"), "lane = \"readings\""),
+            (("v", "2"), "v = \"2\""),
+            (("epoch", "00000000-0000-0000-0000-000000000008"), "000000000007, lane"),
+            (("gateway", "gw-9"), "the payload is plant/gw-9's, its topic plant/gw's"),
+            (("site", "other"), "the payload is other/gw's, its topic plant/gw's"),
+        ] {
+            let reject = read(&[changed]).unwrap_err();
+            assert_eq!(reject.rule, "identity");
+            assert!(reject.reason.contains(reason), "{}", reject.reason);
+        }
+        let status = |gateway: &str| {
+            let text = format!(
+                r#"{{"v":1,"online":true,"at":"2026-03-01T06:00:00Z","epoch":"{epoch}","version":"1","gateway":"{gateway}"}}"#
+            );
+            decode(ROOT, &[], "tailrace/v1/plant/gw/status", None, text.as_bytes()).1
+        };
+        assert!(matches!(status("gw"), Ok(Content::Status(_))));
+        assert_eq!(status("gw-9").unwrap_err().rule, "identity");
+    }
+
     proptest! {
         #[test]
         fn no_bytes_make_it_panic(topic in "(tailrace/v1/a/b/(readings|json|status|devices|control)|x)", payload in prop::collection::vec(any::<u8>(), 0..200)) {
-            let claim = Claim { v: 1, lane: Lane::Readings, rows: 1 };
+            let claim = Claim { v: 1, epoch: Uuid::nil(), lane: Lane::Readings, seq: 0, rows: 1 };
             let _ = decode(ROOT, &[], &topic, Some(claim), &payload);
         }
     }

@@ -3,6 +3,8 @@
 pub mod bronze;
 pub mod cli;
 pub mod decode;
+pub mod doctor;
+pub mod drain;
 pub mod gold;
 pub mod ingest;
 pub mod lake;

@@ -54,6 +54,11 @@ impl Metrics {
         self.received.inc();
     }
 
+    /// Messages taken from the broker so far.
+    pub(crate) fn taken(&self) -> u64 {
+        self.received.get()
+    }
+
     pub(crate) fn dropped(&self) {
         self.dropped.inc();
     }

@@ -65,7 +65,10 @@ pub async fn run(
     let mut stages = JoinSet::new();
 
     let (inbox, progress) = if settings.has(Role::Ingest) {
-        let (inbox, progress) = start_ingest(&mut stages, &settings, &clock, &store, &metrics, &stop)?;
+        let filters: Vec<String> = settings.json.iter().map(|source| source.filter.clone()).collect();
+        let subscription = Subscription::new(&settings.mqtt, &filters, Uuid::now_v7())?;
+        let (inbox, progress) =
+            start_ingest(&mut stages, &settings, subscription, &clock, &store, &metrics, &stop);
         (Some(inbox), progress)
     } else {
         (None, closed_at(&mut stages, &stop))
@@ -115,24 +118,23 @@ fn limits(settings: &Settings) -> plan::Limits {
     plan::Limits { segments: settings.refine.plan_segments, bytes: settings.refine.plan_bytes }
 }
 
-fn start_ingest(
+/// Subscribe and bronze, until `stop`; the count of segments closes when all that was taken is durable.
+pub(crate) fn start_ingest(
     stages: &mut JoinSet<anyhow::Result<()>>,
     settings: &Settings,
+    subscription: Subscription,
     clock: &Arc<dyn Clock>,
     store: &Store,
     metrics: &Metrics,
     stop: &watch::Receiver<bool>,
-) -> anyhow::Result<(Inbox, watch::Receiver<u64>)> {
-    let writer = Uuid::now_v7();
-    let filters: Vec<String> = settings.json.iter().map(|source| source.filter.clone()).collect();
-    let subscription = Subscription::new(&settings.mqtt, &filters, writer)?;
+) -> (Inbox, watch::Receiver<u64>) {
     let inflight = usize::from(settings.mqtt.inflight);
     let (inbound, received) = mpsc::channel(inflight);
     let (durable, acknowledge) = mpsc::channel(DURABLE);
     let (progress, segments) = watch::channel(0);
     let inbox = Inbox::new(&inbound, Arc::clone(clock));
     let bronze = Bronze::new(
-        writer,
+        subscription.writer,
         bronze::Limits {
             max_age: settings.bronze.max_age,
             max_bytes: settings.bronze.max_bytes,
@@ -151,7 +153,7 @@ fn start_ingest(
         ingest::run(bronze, store, clock, received, durable, progress, of_ingest).await;
         Ok(())
     });
-    Ok((inbox, segments))
+    (inbox, segments)
 }
 
 /// Stands for bronze in a process that does not write it: closes at the stop.

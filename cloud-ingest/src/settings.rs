@@ -5,6 +5,7 @@ use std::{collections::BTreeMap, net::IpAddr, path::Path, time::Duration};
 use common::{
     config::{self, Layers, Mistakes, SecretRef},
     time::duration,
+    topic_filter,
     units::Unit,
 };
 use serde::Deserialize;
@@ -14,6 +15,8 @@ use crate::{decode::JsonSource, quality::TypeRule};
 
 /// The documented defaults.
 pub const DEFAULTS: &str = include_str!("../default.toml");
+/// `mqtt.client_id` in them.
+pub const DEFAULT_CLIENT_ID: &str = "tailrace-cloud";
 
 /// Everything that can be configured.
 #[derive(Clone, Debug, Deserialize)]
@@ -56,6 +59,7 @@ pub struct MqttSettings {
     pub url: String,
     pub root: String,
     pub client_id: String,
+    pub share: String,
     pub username: String,
     pub password: SecretRef,
     pub ca: String,
@@ -177,6 +181,20 @@ impl Settings {
             "write words with / between them, without + and #",
         );
         m.require(!self.mqtt.client_id.is_empty(), "mqtt.client_id", "empty", "give each replica its own");
+        m.require(
+            !self.mqtt.share.contains(['/', '+', '#', '\0']),
+            "mqtt.share",
+            format!("{:?} cannot name a group", self.mqtt.share),
+            "write a word without /, + and #",
+        );
+        for source in &self.json {
+            m.require(
+                topic_filter::is_valid(&source.filter),
+                "json.filter",
+                format!("{:?} is no topic filter", source.filter),
+                "write topics with + and #; mqtt.share makes them shared",
+            );
+        }
         let millis = |d: Duration| format!("{} is too short", duration::format(d));
         let seconds = |n| Duration::from_secs(n);
         m.require(
@@ -240,6 +258,7 @@ mod tests {
     #[test]
     fn the_defaults_hold() {
         let settings = load("").unwrap();
+        assert_eq!(settings.mqtt.client_id, DEFAULT_CLIENT_ID);
         assert!(settings.has(Role::Ingest) && settings.has(Role::Refine) && settings.has(Role::Serve));
         assert!(settings.serve.listen.is_loopback());
     }

@@ -12,7 +12,11 @@
 //! * On any error client and event loop are dropped, and made anew after a jittered wait. A broker that is
 //!   away ends nothing.
 //! * At the stop no more messages are taken; the connection stays until bronze has flushed and the last
-//!   acknowledgement is sent.
+//!   acknowledgement is sent. The session stays, so that a restart loses nothing; [`crate::drain`] ends it.
+//! * **Replicas** (`mqtt.share`) share out the messages of lanes and JSON among them. Retained documents are not
+//!   sent to shared subscriptions, so `status` and `devices` come to every replica, and each stores them. The
+//!   heartbeat is one for all: a replica that hears another one's farewell or last will says at once that the
+//!   cloud is there; so the farewell of the last one stands.
 //!
 //! Other parts of the program hand in messages of their own through an [`Inbox`].
 
@@ -26,16 +30,19 @@ use anyhow::Context;
 use bytes::Bytes;
 use common::{
     documents::{Ack, AckRange, CloudStatus},
-    time::Clock,
+    time::{Clock, Timestamp},
     wire::{Identity, JSON, Stream, Topic, VERSION, cloud_status_topic},
 };
 use rumqttc::{
     TlsConfiguration, Transport,
     v5::{
-        AsyncClient, Event, EventLoop, Incoming, MqttOptions,
+        AsyncClient, ConnectionError, Event, EventLoop, Incoming, MqttOptions, StateError,
         mqttbytes::{
             QoS,
-            v5::{Filter, LastWill, Publish, PublishProperties, RetainForwardRule, SubscribeReasonCode},
+            v5::{
+                DisconnectReasonCode, Filter, LastWill, Publish, PublishProperties, RetainForwardRule,
+                SubscribeReasonCode,
+            },
         },
     },
 };
@@ -43,7 +50,11 @@ use tokio::sync::{mpsc, oneshot, watch};
 use url::Url;
 use uuid::Uuid;
 
-use crate::{bronze::Message, metrics::Metrics, settings::MqttSettings};
+use crate::{
+    bronze::Message,
+    metrics::Metrics,
+    settings::{DEFAULT_CLIENT_ID, MqttSettings},
+};
 
 /// First wait before a new connection.
 const FIRST_RETRY: Duration = Duration::from_millis(250);
@@ -132,13 +143,30 @@ pub struct Subscription {
     /// Root of our topics.
     pub root: String,
     /// Everything to subscribe to.
-    pub filters: Vec<String>,
+    pub filters: Vec<(String, QoS)>,
+    /// What the session may still be subscribed to and shall not be.
+    pub former: Vec<String>,
     /// See [`MqttSettings`].
     pub heartbeat: Duration,
     /// See [`MqttSettings`].
     pub max_backoff: Duration,
     /// The writer, as it calls itself in the heartbeat.
     pub writer: Uuid,
+    /// Told how the session stands, by one that is there to empty it.
+    pub emptying: Option<watch::Sender<Emptying>>,
+}
+
+/// How far a session is emptied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Emptying {
+    /// Not known, or something may still come.
+    UnderWay,
+    /// The broker keeps no session of this client.
+    NoSession,
+    /// Everything that it held has come.
+    Done,
+    /// Another client has taken the session over.
+    TakenOver,
 }
 
 /// Connection options without a session: address, limits, credentials, TLS.
@@ -175,19 +203,84 @@ impl Subscription {
     /// Everything that the cloud stores: our streams, and the configured JSON topics.
     ///
     /// # Errors
-    /// See [`connection`].
+    /// When replicas would share a client id; see also [`connection`].
     pub fn new(settings: &MqttSettings, json_filters: &[String], writer: Uuid) -> anyhow::Result<Self> {
-        const STREAMS: [&str; 7] =
-            ["readings", "aggregates", "anomalies", "control", "json", "status", "devices"];
+        anyhow::ensure!(
+            settings.share.is_empty() || settings.client_id != DEFAULT_CLIENT_ID,
+            "mqtt.client_id = {DEFAULT_CLIENT_ID:?} is the default, and mqtt.share = {:?} is for several; give each \
+             replica its own, such as {DEFAULT_CLIENT_ID}-1 (TAILRACE_CLOUD__MQTT__CLIENT_ID)",
+            settings.share
+        );
+        let (plain, shared) = (data_filters(settings, json_filters), shared_filters(settings, json_filters));
+        let mut filters = document_filters(settings);
+        let mut former = Vec::new();
+        if shared.is_empty() {
+            filters.extend(plain);
+        } else {
+            filters.extend(shared);
+            former = plain;
+        }
+        let mut filters: Vec<_> = filters.into_iter().map(|filter| (filter, QoS::AtLeastOnce)).collect();
+        if !former.is_empty() {
+            // Nothing of it is to wait for a replica that is away.
+            filters.push((cloud_status_topic(&settings.root), QoS::AtMostOnce));
+        }
+        Self::of(settings, filters, former, writer)
+    }
+
+    /// Takes what the session holds and lets nothing new come: its own heartbeat, which the broker queues behind
+    /// everything else, is the end.
+    ///
+    /// # Errors
+    /// See [`connection`].
+    pub fn emptying(
+        settings: &MqttSettings,
+        json_filters: &[String],
+        writer: Uuid,
+        told: watch::Sender<Emptying>,
+    ) -> anyhow::Result<Self> {
+        let filters = vec![(cloud_status_topic(&settings.root), QoS::AtLeastOnce)];
+        let former = [
+            data_filters(settings, json_filters),
+            shared_filters(settings, json_filters),
+            document_filters(settings),
+        ];
+        let subscription = Self::of(settings, filters, former.concat(), writer)?;
+        Ok(Self { emptying: Some(told), ..subscription })
+    }
+
+    fn of(
+        settings: &MqttSettings,
+        filters: Vec<(String, QoS)>,
+        former: Vec<String>,
+        writer: Uuid,
+    ) -> anyhow::Result<Self> {
         let mut options = connection(settings)?;
         let expiry = u32::try_from(settings.session_expiry.as_secs()).unwrap_or(u32::MAX);
         options.set_clean_start(false).set_manual_acks(true).set_session_expiry_interval(Some(expiry));
-        let root = settings.root.clone();
-        let ours = STREAMS.iter().map(|stream| format!("{root}/+/+/{stream}"));
-        let filters = ours.chain(json_filters.iter().cloned()).collect();
         let (heartbeat, max_backoff) = (settings.heartbeat, settings.max_backoff);
-        Ok(Self { options, root, filters, heartbeat, max_backoff, writer })
+        let root = settings.root.clone();
+        Ok(Self { options, root, filters, former, heartbeat, max_backoff, writer, emptying: None })
     }
+}
+
+/// Of lanes and JSON, as a single client subscribes to them.
+pub(crate) fn data_filters(settings: &MqttSettings, json_filters: &[String]) -> Vec<String> {
+    let streams = ["readings", "aggregates", "anomalies", "control", "json"];
+    let ours = streams.iter().map(|stream| format!("{}/+/+/{stream}", settings.root));
+    ours.chain(json_filters.iter().cloned()).collect()
+}
+
+/// The same, as one of several replicas does; empty when there is one.
+fn shared_filters(settings: &MqttSettings, json_filters: &[String]) -> Vec<String> {
+    let share = &settings.share;
+    let shared = data_filters(settings, json_filters).into_iter().map(|f| format!("$share/{share}/{f}"));
+    if share.is_empty() { Vec::new() } else { shared.collect() }
+}
+
+/// Of retained documents, which no shared subscription gets.
+pub(crate) fn document_filters(settings: &MqttSettings) -> Vec<String> {
+    ["status", "devices"].iter().map(|stream| format!("{}/+/+/{stream}", settings.root)).collect()
 }
 
 /// The connection of the moment: its number and client.
@@ -206,12 +299,15 @@ pub async fn run(
     let acknowledger = Acknowledger {
         root: subscription.root.clone(),
         writer: subscription.writer,
+        client_id: subscription.options.client_id(),
         clock: Arc::clone(&clock),
         current,
         metrics: metrics.clone(),
         stop: stop.clone(),
     };
-    let receiver = Receiver { subscription, clock, inbound: Some(inbound), held: VecDeque::new(), metrics };
+    let topic = cloud_status_topic(&subscription.root);
+    let (inbound, held) = (Some(inbound), VecDeque::new());
+    let receiver = Receiver { subscription, heartbeat: topic, clock, inbound, held, metrics };
     let (done, finished) = oneshot::channel();
     let heartbeat = receiver.subscription.heartbeat;
     tokio::join!(receiver.run(connection, stop, finished), async move {
@@ -223,6 +319,8 @@ pub async fn run(
 /// Polls the connection.
 struct Receiver {
     subscription: Subscription,
+    /// Topic of the cloud's heartbeat.
+    heartbeat: String,
     clock: Arc<dyn Clock>,
     /// `None` once the program stops.
     inbound: Option<mpsc::Sender<Inbound>>,
@@ -242,7 +340,8 @@ impl Receiver {
         let mut retry = FIRST_RETRY;
         for number in 1.. {
             let options = self.options();
-            let capacity = options.receive_maximum().map_or(1024, usize::from) + 64;
+            let requests = self.subscription.former.len() + 64;
+            let capacity = options.receive_maximum().map_or(1024, usize::from) + requests;
             let (client, mut events) = AsyncClient::new(options, capacity);
             let ended = loop {
                 tokio::select! {
@@ -254,7 +353,7 @@ impl Receiver {
                             self.take(incoming, number, &client, &connection);
                         }
                         Ok(Event::Outgoing(_)) => {}
-                        Err(e) => break e.to_string(),
+                        Err(e) => break e,
                     },
                     () = self.pass_on(), if !self.held.is_empty() => {}
                     () = stopped(&mut stop), if self.inbound.is_some() => self.close(),
@@ -265,9 +364,23 @@ impl Receiver {
             self.metrics.connected(false);
             // Those are delivered again.
             self.held.clear();
+            if taken_over(&ended) {
+                let client_id = self.subscription.options.client_id();
+                tracing::error!(
+                    client_id,
+                    "another client uses this id; give each replica its own mqtt.client_id"
+                );
+                if let Some(emptying) = &self.subscription.emptying {
+                    emptying.send_replace(Emptying::TakenOver);
+                    let _ = stop.wait_for(|stop| *stop).await;
+                    self.close();
+                    let _ = finished.await;
+                    return;
+                }
+            }
             jitter = jitter.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
             let wait = retry.mul_f64(0.5 + (jitter >> 40) as f64 / (1u64 << 25) as f64);
-            tracing::warn!(reason = ended, retry_in = ?wait, "no connection to the broker");
+            tracing::warn!(reason = %ended, retry_in = ?wait, "no connection to the broker");
             tokio::select! {
                 () = tokio::time::sleep(wait) => {}
                 () = stopped(&mut stop), if self.inbound.is_some() => self.close(),
@@ -279,7 +392,7 @@ impl Receiver {
 
     fn options(&self) -> MqttOptions {
         let Subscription { options, root, writer, .. } = &self.subscription;
-        let will = status(*writer, false, self.clock.as_ref());
+        let will = status(*writer, &options.client_id(), false, self.clock.as_ref());
         let mut options = options.clone();
         options.set_last_will(LastWill::new(cloud_status_topic(root), will, QoS::AtLeastOnce, true, None));
         options
@@ -292,14 +405,23 @@ impl Receiver {
                 self.metrics.connected(true);
                 // Always: a fresh session has no subscriptions, and one that the broker kept may have those
                 // of an earlier configuration.
-                let filters = self.subscription.filters.iter().map(|path| Filter {
+                let filters = self.subscription.filters.iter().map(|(path, qos)| Filter {
                     retain_forward_rule: RetainForwardRule::OnNewSubscribe,
-                    ..Filter::new(path, QoS::AtLeastOnce)
+                    ..Filter::new(path, *qos)
                 });
-                if let Err(e) = client.try_subscribe_many(filters.collect::<Vec<_>>()) {
+                let filters = filters.collect::<Vec<_>>();
+                for filter in self.subscription.former.iter().filter(|_| ack.session_present) {
+                    // The queue has room for all of them.
+                    let _ = client.try_unsubscribe(filter);
+                }
+                if let Err(e) = client.try_subscribe_many(filters) {
                     tracing::error!(error = %e, "cannot subscribe");
                 }
+                // Only now: the heartbeat that follows is queued behind everything that the session held.
                 connection.send_replace(Some((number, client.clone())));
+                if let (1, false, Some(told)) = (number, ack.session_present, &self.subscription.emptying) {
+                    told.send_replace(Emptying::NoSession);
+                }
             }
             Incoming::SubAck(ack) => {
                 let refused = |code: &&SubscribeReasonCode| !matches!(code, SubscribeReasonCode::Success(_));
@@ -308,7 +430,38 @@ impl Receiver {
                     tracing::error!(?code, ?filters, "the broker refuses a subscription; see its ACL");
                 }
             }
-            Incoming::Publish(publish) => self.publish(publish, number),
+            Incoming::Publish(publish) => {
+                if publish.topic == self.heartbeat {
+                    self.hear(&publish, client);
+                    let _ = client.try_ack(&publish);
+                } else {
+                    self.publish(publish, number);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// A heartbeat or farewell of the cloud.
+    fn hear(&self, publish: &Publish, client: &AsyncClient) {
+        let Ok(heard) = serde_json::from_slice::<CloudStatus>(&publish.payload) else { return };
+        let Subscription { root, writer, options, emptying, .. } = &self.subscription;
+        let client_id = options.client_id();
+        match emptying {
+            Some(emptying) if heard.writer == *writer && !publish.retain => {
+                emptying.send_if_modified(|state| {
+                    let done = *state == Emptying::UnderWay;
+                    if done {
+                        *state = Emptying::Done;
+                    }
+                    done
+                });
+            }
+            None if heard.writer != *writer && !heard.online && self.inbound.is_some() => {
+                let document = status(*writer, &client_id, true, self.clock.as_ref());
+                // If it cannot be said now, the next heartbeat says it.
+                let _ = client.try_publish(cloud_status_topic(root), QoS::AtLeastOnce, true, document);
+            }
             _ => {}
         }
     }
@@ -316,24 +469,11 @@ impl Receiver {
     fn publish(&mut self, publish: Publish, connection: u64) {
         let Some(sender) = &self.inbound else { return };
         self.metrics.received();
-        let qos = publish.qos as u8;
         let token = match publish.qos {
             QoS::AtMostOnce => AckToken::Nobody,
             _ => AckToken::Broker { connection, pkid: publish.pkid },
         };
-        let properties = publish.properties.unwrap_or_default();
-        let topic = String::from_utf8_lossy(&publish.topic).into_owned();
-        let gateway = Topic::parse(&self.subscription.root, &topic).map(|t| (t.site, t.gateway));
-        let message = Message {
-            received_at: self.clock.now(),
-            topic,
-            payload: publish.payload,
-            content_type: properties.content_type,
-            qos,
-            dup: publish.dup,
-            gateway,
-            identity: Identity::from_properties(&properties.user_properties).ok(),
-        };
+        let message = message(&self.subscription.root, publish, self.clock.now());
         let inbound = Inbound { message, token };
         let inbound = if self.held.is_empty() {
             match sender.try_send(inbound) {
@@ -370,6 +510,29 @@ impl Receiver {
     }
 }
 
+fn message(root: &str, publish: Publish, received_at: Timestamp) -> Message {
+    let properties = publish.properties.unwrap_or_default();
+    let topic = String::from_utf8_lossy(&publish.topic).into_owned();
+    Message {
+        received_at,
+        gateway: Topic::parse(root, &topic).map(|t| (t.site, t.gateway)),
+        topic,
+        payload: publish.payload,
+        content_type: properties.content_type,
+        qos: publish.qos as u8,
+        dup: publish.dup,
+        identity: Identity::from_properties(&properties.user_properties).ok(),
+    }
+}
+
+fn taken_over(error: &ConnectionError) -> bool {
+    let code = DisconnectReasonCode::SessionTakenOver;
+    matches!(
+        error,
+        ConnectionError::MqttState(StateError::ServerDisconnect { reason_code, .. }) if *reason_code == code
+    )
+}
+
 async fn stopped(stop: &mut watch::Receiver<bool>) {
     let _ = stop.wait_for(|stop| *stop).await;
 }
@@ -383,6 +546,7 @@ async fn farewell(mut events: EventLoop) {
 struct Acknowledger {
     root: String,
     writer: Uuid,
+    client_id: String,
     clock: Arc<dyn Clock>,
     current: watch::Receiver<Option<(u64, AsyncClient)>>,
     metrics: Metrics,
@@ -449,13 +613,13 @@ impl Acknowledger {
     async fn beat(&self, online: bool) {
         let client = self.current.borrow().as_ref().map(|(_, client)| client.clone());
         if let Some(client) = client {
-            let document = status(self.writer, online, self.clock.as_ref());
+            let document = status(self.writer, &self.client_id, online, self.clock.as_ref());
             let _ = client.publish(cloud_status_topic(&self.root), QoS::AtLeastOnce, true, document).await;
         }
     }
 }
 
-fn status(writer: Uuid, online: bool, clock: &dyn Clock) -> Vec<u8> {
-    let status = CloudStatus { v: VERSION, online, at: clock.now(), writer };
+fn status(writer: Uuid, client_id: &str, online: bool, clock: &dyn Clock) -> Vec<u8> {
+    let status = CloudStatus { v: VERSION, online, at: clock.now(), writer, client_id: client_id.to_owned() };
     serde_json::to_vec(&status).unwrap_or_default()
 }

@@ -214,6 +214,12 @@ fn edit_distance(a: &str, b: &str) -> usize {
 #[serde(transparent)]
 pub struct SecretRef(String);
 
+impl From<&str> for SecretRef {
+    fn from(reference: &str) -> Self {
+        Self(reference.to_owned())
+    }
+}
+
 impl SecretRef {
     /// Whether a secret is configured.
     pub fn is_set(&self) -> bool {

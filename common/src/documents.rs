@@ -118,4 +118,7 @@ pub struct CloudStatus {
     pub at: Timestamp,
     /// The writer that wrote it.
     pub writer: Uuid,
+    /// Its MQTT client id; empty where it does not say.
+    #[serde(default)]
+    pub client_id: String,
 }

@@ -17,7 +17,9 @@
 //!
 //! A message is named for ever by (site, gateway, epoch, lane, seq). Site and gateway are in the topic;
 //! the rest travels as MQTT 5 user properties, and is repeated in the Arrow schema's metadata under the
-//! same keys, so that neither acknowledging nor storing a message needs its payload to be understood.
+//! same keys, so that neither acknowledging nor storing a message needs its payload to be understood. A payload may
+//! also repeat its `site` and `gateway`, in the schema's metadata or at the top of a JSON document. The cloud
+//! quarantines a payload that contradicts its topic or its user properties.
 //!
 //! | key | meaning |
 //! |---|---|
@@ -456,11 +458,23 @@ pub fn encode(batch: &RecordBatch, identity: &Identity) -> Result<Vec<u8>, Arrow
 /// # Errors
 /// Says what is wrong; the caller keeps the bytes.
 pub fn decode(lane: Lane, payload: &[u8]) -> Result<RecordBatch, WireError> {
+    decode_with_metadata(lane, payload).map(|(batch, _)| batch)
+}
+
+/// [`decode`], with what the payload repeats of the message's identity.
+///
+/// # Errors
+/// See [`decode`].
+pub fn decode_with_metadata(
+    lane: Lane,
+    payload: &[u8],
+) -> Result<(RecordBatch, HashMap<String, String>), WireError> {
     // arrow-rs checks offsets, lengths and UTF-8 of what it reads, but some malformed metadata still
     // trips an assertion in it; a poison message must not take its reader down.
     let read = std::panic::catch_unwind(|| read_one_batch(payload));
     let batch = read.unwrap_or_else(|_| Err(WireError::Payload("malformed metadata".into())))?;
-    conform(lane, &batch)
+    let metadata = batch.schema_ref().metadata().clone();
+    Ok((conform(lane, &batch)?, metadata))
 }
 
 /// The columns of the lane, of a batch that was read.

@@ -34,7 +34,7 @@ def password(user):
     return f"password of {user}"
 
 
-def configure(shipped, folder, port, tls_port):
+def configure(shipped, folder, port, tls_port, users=(CLOUD, GATEWAY, OTHER)):
     """The shipped files with nothing replaced but paths and ports, and certificates of its own."""
     certificates = [shipped.parent / "certificates.sh", folder / "certs", "localhost"]
     subprocess.run(certificates, check=True, stdout=subprocess.DEVNULL)
@@ -56,7 +56,7 @@ def configure(shipped, folder, port, tls_port):
     shutil.copy(shipped / "acl", folder / "acl")
     passwords = folder / "passwords"
     passwords.touch()
-    for user in (CLOUD, GATEWAY, OTHER):
+    for user in users:
         subprocess.run(["mosquitto_passwd", "-b", passwords, user, password(user)], check=True)
     # Started by root, mosquitto becomes the user `mosquitto`, who must be able to read and write here.
     if os.geteuid() == 0:
@@ -67,7 +67,7 @@ def configure(shipped, folder, port, tls_port):
 class Client:
     """A connected MQTT 5 client that remembers what it got and what became of what it sent."""
 
-    def __init__(self, port, user, secret=None, client_id=None, clean=True, manual=False, ca=None):
+    def __init__(self, port, user, secret=None, client_id=None, clean=True, manual=False, ca=None, will=None):
         self.messages, self.reasons, self.connack = [], {}, None
         c = self.mqtt = mqtt.Client(
             CallbackAPIVersion.VERSION2,
@@ -85,6 +85,8 @@ class Client:
         c.on_message = lambda _c, _u, message: self.messages.append(message)
         c.on_publish = lambda _c, _u, mid, reason, _p: self.reasons.__setitem__(mid, reason)
         c.on_subscribe = lambda _c, _u, mid, reasons, _p: self.reasons.__setitem__(mid, reasons[0])
+        if will is not None:
+            c.will_set(*will, qos=1)
         properties = Properties(PacketTypes.CONNECT)
         if not clean:
             properties.SessionExpiryInterval = 3600
@@ -155,9 +157,11 @@ def judge_topics(report, port):
     own, foreign = f"{ROOT}/{GATEWAY}", f"{ROOT}/{OTHER}"
     allowed = [(gateway, f"{own}/{stream}") for stream in STREAMS]
     allowed += [(cloud, f"{own}/ack"), (cloud, f"{own}/cmd/model"), (cloud, f"{ROOT}/_cloud/status")]
+    allowed += [(cloud, f"{ROOT}/_cloud/doctor/7/flood")]
     denied = [(gateway, f"{foreign}/{stream}") for stream in [*STREAMS, "ack", "cmd/model"]]
     denied += [(gateway, f"{own}/{stream}") for stream in ("ack", "cmd/model", "rumours", "status/more")]
     denied += [(gateway, topic) for topic in (f"{ROOT}/_cloud/status", f"{ROOT}/plant-2/gw-1/status", "other")]
+    denied += [(gateway, f"{ROOT}/_cloud/doctor/7/flood")]
     denied += [(cloud, f"{own}/readings"), (cloud, f"{own}/status")]
     names = {id(cloud): "cloud", id(gateway): "gateway"}
     for client, topic in allowed:
@@ -185,6 +189,31 @@ def judge_topics(report, port):
     strange = {t for t in other.topics() if not t.startswith(f"{foreign}/") and t != f"{ROOT}/_cloud/status"}
     report.check(arrived and not strange, "a gateway hears nothing of another", f"it heard {sorted(other.topics())}")
     for client in (cloud, gateway, other):
+        client.close()
+
+
+def judge_forgery(report, port):
+    """An agent forgets what `ack` names, so nobody but the cloud may write another gateway's, in whatever way."""
+    topic = f"{ROOT}/{GATEWAY}/ack"
+    victim, cloud = Client(port, GATEWAY), Client(port, CLOUD)
+    for filter in (topic, f"{ROOT}/{GATEWAY}/#"):
+        victim.subscribe(filter)
+    attacker = Client(port, OTHER, will=(topic, b"by last will"))
+    for retain in (False, True):
+        reason = attacker.publish(topic, b"forged", retain)
+        refused = reason is not None and reason.getName() == "Not authorized"
+        report.check(refused, f"a forged ack (retain {retain}) is refused", f"PUBACK {reason}")
+    # Gone without a word: the broker publishes the last will, if it may.
+    attacker.mqtt._sock_close()
+    attacker.mqtt.loop_stop()
+    listener = Client(port, GATEWAY)
+    listener.subscribe(topic)
+    cloud.publish(topic, b"by the cloud")
+    heard = wait(lambda: any(m.payload == b"by the cloud" for m in victim.messages))
+    report.check(heard, "the cloud's own ack arrives")
+    forged = [m.payload for m in victim.messages + listener.messages if m.payload != b"by the cloud"]
+    report.none(forged, "no forged ack arrives, not by a last will, nor retained")
+    for client in (victim, cloud, listener):
         client.close()
 
 
@@ -231,6 +260,7 @@ def main():
             judge_entry(report, port)
             judge_tls(report, tls_port, folder)
             judge_topics(report, port)
+            judge_forgery(report, port)
             judge_durability(report, command, log, port, process)
     return report.finish()
 

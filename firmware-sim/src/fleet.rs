@@ -28,6 +28,7 @@ use arrow::{
     datatypes::Int32Type,
 };
 use common::{
+    config::SecretRef,
     documents::{Ack, Devices, LaneStatus, Status},
     reading::{Asset, Device, Kind, Registry},
     time::{Clock as _, SystemClock, Timestamp},
@@ -96,6 +97,9 @@ pub struct Options {
     /// Event time of the first readings (RFC 3339)
     #[arg(long)]
     pub(crate) start: Option<Timestamp>,
+    /// Of every gateway, for a broker with the shipped ACL, as file:PATH or env:NAME; the user names are fleet/gw-{g}
+    #[arg(long, value_name = "REFERENCE", default_value = "")]
+    pub(crate) password: SecretRef,
 }
 
 /// What messages are made of.
@@ -329,6 +333,9 @@ impl Gateway {
             .set_clean_start(true)
             .set_outgoing_inflight_upper_limit(INFLIGHT as u16)
             .set_max_packet_size(Some(4 * 1024 * 1024));
+        if let Some(password) = self.options.password.resolve().context("--password")? {
+            mqtt.set_credentials(format!("fleet/gw-{}", self.index), password);
+        }
         Ok(AsyncClient::new(mqtt, 2 * INFLIGHT))
     }
 
@@ -573,6 +580,7 @@ mod tests {
             rate: None,
             seed: 1,
             start: None,
+            password: SecretRef::default(),
         };
         let start = "2026-03-01T06:00:00Z".parse().unwrap();
         let mut gateway = Gateway::new(Arc::new(options), 0, 7, start).unwrap();

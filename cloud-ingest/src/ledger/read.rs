@@ -49,6 +49,10 @@ const NEWEST: &str = "WITH begun AS (SELECT site, gateway_id, current_epoch, min
                       newest AS (SELECT site, gateway_id, last_value(current_epoch ORDER BY began) AS epoch \
                       FROM begun GROUP BY site, gateway_id)";
 
+/// Each document once, as it came first: every replica stores it, one that was away much later.
+const HEARD: &str = "SELECT site, gateway_id, current_epoch, online, at, min(received_at) AS received_at \
+                     FROM status GROUP BY site, gateway_id, current_epoch, online, at";
+
 async fn rows(context: &SessionContext, sql: &str) -> anyhow::Result<Vec<RecordBatch>> {
     Ok(context.sql(sql).await?.collect().await?)
 }
@@ -178,11 +182,11 @@ async fn read_census(context: &SessionContext, inputs: &mut Inputs) -> anyhow::R
 
 async fn read_gateways(context: &SessionContext, inputs: &mut Inputs) -> anyhow::Result<()> {
     let sql = format!(
-        "{NEWEST} SELECT s.site, s.gateway_id, n.epoch, \
+        "{NEWEST}, heard AS ({HEARD}) SELECT s.site, s.gateway_id, n.epoch, \
          max(at) FILTER (WHERE online AND current_epoch = n.epoch) AS online_at, \
          max(at) FILTER (WHERE NOT online AND current_epoch = n.epoch) AS offline_at, \
          max(received_at) FILTER (WHERE online) AS heard_at \
-         FROM status s JOIN newest n ON s.site = n.site AND s.gateway_id = n.gateway_id \
+         FROM heard s JOIN newest n ON s.site = n.site AND s.gateway_id = n.gateway_id \
          GROUP BY s.site, s.gateway_id, n.epoch"
     );
     for batch in rows(context, &sql).await? {

@@ -421,21 +421,24 @@ async fn lake() -> Tables {
         &tables,
         Table::Status,
         vec![
-            text("s", 5),
-            text("g", 5),
-            Col::Bool(vec![true, true, true, false, true]),
-            // The clock of e1 was ahead; its retained status comes once more when the cloud connects again.
-            seconds(&[5_000, 10, 70, 10, 5_000]),
-            seconds(&[1, 11, 71, 90, 72]),
-            text("1", 5),
-            text("sha", 5),
-            Col::Text(["e1", "e2", "e2", "e2", "e1"].map(Some).to_vec()),
-            Col::Text(vec![Some("e1"), Some("e2"), Some("e2"), None, Some("e1")]),
-            Col::Text(vec![Some("readings"), Some("readings"), Some("readings"), None, Some("readings")]),
-            Col::Int(vec![Some(1), Some(1), Some(2), None, Some(1)]),
-            Col::Int(vec![Some(10), Some(10), Some(20), None, Some(10)]),
-            Col::Int(vec![Some(0), Some(0), Some(1), None, Some(0)]),
-            text("x", 5),
+            text("s", 6),
+            text("g", 6),
+            Col::Bool(vec![true, true, true, false, true, true]),
+            // The clock of e1 was ahead; its retained status comes once more when the cloud connects again. The
+            // newest of e2 comes again too, to a replica that was away.
+            seconds(&[5_000, 10, 70, 10, 5_000, 70]),
+            seconds(&[1, 11, 71, 90, 72, 240]),
+            text("1", 6),
+            text("sha", 6),
+            Col::Text(["e1", "e2", "e2", "e2", "e1", "e2"].map(Some).to_vec()),
+            Col::Text(["e1", "e2", "e2", "", "e1", "e2"].map(|e| Some(e).filter(|e| !e.is_empty())).to_vec()),
+            Col::Text(
+                ["readings"; 6].iter().enumerate().map(|(i, lane)| (i != 3).then_some(*lane)).collect(),
+            ),
+            Col::Int(vec![Some(1), Some(1), Some(2), None, Some(1), Some(2)]),
+            Col::Int(vec![Some(10), Some(10), Some(20), None, Some(10), Some(20)]),
+            Col::Int(vec![Some(0), Some(0), Some(1), None, Some(0), Some(1)]),
+            text("x", 6),
         ],
     )
     .await;
@@ -448,6 +451,8 @@ async fn a_lake_is_audited() {
     assert_eq!(audit(&empty, second(0)).await.unwrap().totals, Totals::default());
 
     let tables = lake().await;
+    let late = audit(&tables, second(252)).await.unwrap();
+    assert_eq!(late.gateways[0].unknown_since, Some(second(71)), "a copy of what it said is no sign of life");
     let audit = audit(&tables, second(100)).await.unwrap();
     let lines: Vec<_> =
         audit.lanes.iter().map(|r| (r.epoch.as_str(), r.expected, r.missing_seqs.as_str())).collect();

@@ -377,7 +377,9 @@ impl<'a> Columns<'a> {
     fn claim(&self, row: usize) -> Option<Claim> {
         self.name(row)?;
         let lane = self.lane.value(row).parse().ok()?;
-        Some(Claim { v: self.v.value(row), lane, rows: self.number(1, row) })
+        let epoch = self.epoch.value(row).parse().ok()?;
+        let (seq, rows) = (self.number(0, row), self.number(1, row));
+        Some(Claim { v: self.v.value(row), epoch, lane, seq, rows })
     }
 
     fn delivered(&self, row: usize, segment: usize) -> Delivered {

@@ -111,7 +111,13 @@ async fn cloud(at: SocketAddr, acks: bool, seen: Seen) {
                     client.try_subscribe(format!("{ROOT}/plant/gw/#"), QoS::AtLeastOnce).unwrap();
                     if acks {
                         let at = SystemClock.now();
-                        let beat = CloudStatus { v: VERSION, online: true, at, writer: Uuid::nil() };
+                        let beat = CloudStatus {
+                            v: VERSION,
+                            online: true,
+                            at,
+                            writer: Uuid::nil(),
+                            client_id: String::new(),
+                        };
                         let beat = serde_json::to_vec(&beat).unwrap();
                         client.try_publish(cloud_status_topic(ROOT), QoS::AtLeastOnce, true, beat).unwrap();
                     }

@@ -30,7 +30,7 @@ use cloud_ingest::{
     store::Store,
     tables::{Tables, writer_properties},
 };
-use common::telemetry::print_line;
+use common::{config::SecretRef, telemetry::print_line};
 use object_store::ObjectStoreExt as _;
 use parquet::arrow::{ArrowWriter, arrow_reader::ParquetRecordBatchReaderBuilder};
 use serde::Serialize;
@@ -271,6 +271,7 @@ impl Bench {
             rate: None,
             seed: 1,
             start: None,
+            password: SecretRef::default(),
         }
     }
 

@@ -204,8 +204,8 @@ def judge_forgery(report, port):
         refused = reason is not None and reason.getName() == "Not authorized"
         report.check(refused, f"a forged ack (retain {retain}) is refused", f"PUBACK {reason}")
     # Gone without a word: the broker publishes the last will, if it may.
-    attacker.mqtt._sock_close()
     attacker.mqtt.loop_stop()
+    attacker.mqtt.socket().close()
     listener = Client(port, GATEWAY)
     listener.subscribe(topic)
     cloud.publish(topic, b"by the cloud")

@@ -173,6 +173,12 @@ step_outbox() {
   "$venv/bin/python" deploy/judges/judge_outbox.py "$CARGO_TARGET_DIR/demo/edge-agent"
 }
 
+# Three replicas, restarted one after the other under load; drain; doctor; acknowledgements that are none of one's own.
+step_replicas() {
+  build_demo
+  "$venv/bin/python" deploy/judges/judge_replicas.py deploy/mosquitto "$CARGO_TARGET_DIR/demo"
+}
+
 step_sigkill() {
   build_demo
   "$venv/bin/python" deploy/judges/judge_demo.py sigkill "$CARGO_TARGET_DIR/demo/firmware-sim" \
@@ -187,7 +193,7 @@ step_chaos() {
 
 # --- in their order: cheap ones first ---------------------------------------------------------------------------
 
-all=(tools format tree lint broker train judges clippy unit disk modbus mqtt_source outbox demo sigkill chaos)
+all=(tools format tree lint broker train judges clippy unit disk modbus mqtt_source outbox replicas demo sigkill chaos)
 steps=("$@")
 if ((${#steps[@]} == 0)); then steps=("${all[@]}"); fi
 for name in "${steps[@]}"; do

@@ -34,8 +34,9 @@ def password(user):
     return f"password of {user}"
 
 
-def configure(shipped, folder, port, tls_port, users=(CLOUD, GATEWAY, OTHER)):
-    """The shipped files with nothing replaced but paths and ports, and certificates of its own."""
+def configure(shipped, folder, port, tls_port, others=None):
+    """The shipped files with nothing replaced but paths and ports, and certificates of its own. `others` are further
+    users and their passwords."""
     certificates = [shipped.parent / "certificates.sh", folder / "certs", "localhost"]
     subprocess.run(certificates, check=True, stdout=subprocess.DEVNULL)
     text = (shipped / "mosquitto.conf").read_text()
@@ -56,8 +57,9 @@ def configure(shipped, folder, port, tls_port, users=(CLOUD, GATEWAY, OTHER)):
     shutil.copy(shipped / "acl", folder / "acl")
     passwords = folder / "passwords"
     passwords.touch()
-    for user in users:
-        subprocess.run(["mosquitto_passwd", "-b", passwords, user, password(user)], check=True)
+    users = {user: password(user) for user in (CLOUD, GATEWAY, OTHER)} | (others or {})
+    for user, secret in users.items():
+        subprocess.run(["mosquitto_passwd", "-b", passwords, user, secret], check=True)
     # Started by root, mosquitto becomes the user `mosquitto`, who must be able to read and write here.
     if os.geteuid() == 0:
         for path in (folder, *folder.rglob("*")):

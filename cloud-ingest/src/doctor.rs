@@ -145,7 +145,7 @@ impl Doctor {
 
     fn entry(&self) -> String {
         let name = if self.mqtt.username.is_empty() { "without a name" } else { &self.mqtt.username };
-        format!("connected to {} by MQTT 5, {name}", self.mqtt.url)
+        format!("dialled {} with MQTT 5, {name}", self.mqtt.url)
     }
 
     fn connected(&self, broker: Option<&ConnAckProperties>) -> Check {

@@ -266,12 +266,21 @@ mod tests {
     #[test]
     fn mistakes_come_together() {
         let text = load(
-            "[mqtt]\nurl = \"http://x\"\nkeep_alive = \"1s\"\n[serve]\nlisten = \"0.0.0.0\"\n\
+            "[mqtt]\nurl = \"http://x\"\nkeep_alive = \"1s\"\nshare = \"a/b\"\n[serve]\nlisten = \"0.0.0.0\"\n\
+             [[json]]\nfilter = \"$share/g/x\"\nsite = \"s\"\ngateway = \"g\"\n\
              [quality.devices]\nx = [2, 1]\n[quality.types.smell]\nunit = \"ou\"\nrange = [0, 1]\n",
         )
         .unwrap_err()
         .to_string();
-        for part in ["mqtt.url", "mqtt.keep_alive", "serve.listen", "[2, 1]", "quality.types.smell"] {
+        for part in [
+            "mqtt.url",
+            "mqtt.keep_alive",
+            "mqtt.share",
+            "json.filter",
+            "serve.listen",
+            "[2, 1]",
+            "quality.types.smell",
+        ] {
             assert!(text.contains(part), "{part:?} not in {text}");
         }
     }

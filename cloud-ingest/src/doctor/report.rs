@@ -106,8 +106,11 @@ impl fmt::Display for Report {
                 }
             }
         }
-        let verdict =
-            if self.ok { "nothing found that would lose data" } else { "this broker would lose data, or cannot be used" };
+        let verdict = if self.ok {
+            "nothing found that would lose data"
+        } else {
+            "this broker would lose data, or cannot be used"
+        };
         write!(f, "\n{verdict}")
     }
 }

@@ -296,7 +296,8 @@ impl Receiver {
         let Subscription { root, writer, options, emptying, .. } = &self.subscription;
         let client_id = options.client_id();
         match emptying {
-            Some(emptying) if heard.writer == *writer && !publish.retain => {
+            // With something held that is not on its way to bronze yet, a later heartbeat will do.
+            Some(emptying) if heard.writer == *writer && !publish.retain && self.held.is_empty() => {
                 emptying.send_if_modified(|state| {
                     let done = *state == Emptying::UnderWay;
                     if done {

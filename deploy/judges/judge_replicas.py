@@ -248,12 +248,14 @@ def judge_replicas(report, shipped, programs, folder):
         judge_heartbeat(report, replicas, cloud)
         replicas.start("refiner", roles="refine")
         options = [f"--{name}={value}" for name, value in FLEET.items()]
-        options += [f"--rate={RATE}", f"--batch={BATCH}", f"--password={SECRET}", f"--url=mqtt://127.0.0.1:{port}"]
+        options += [f"--rate={RATE}", f"--batch={BATCH}", f"--url=mqtt://127.0.0.1:{port}"]
+        options += ["--password=env:FLEET_PASSWORD"]
         with open(home / "fleet.json", "wb") as out, open(home / "fleet.log", "wb") as log:
             # Sessions first, so that nobody misses what comes before.
             for name in ("cloud-1", "cloud-2", "cloud-3"):
                 replicas.start(name)
-            fleet = subprocess.Popen([programs / "firmware-sim", "fleet", *options], stdout=out, stderr=log)
+            secret = os.environ | {"FLEET_PASSWORD": SECRET}
+            fleet = subprocess.Popen([programs / "firmware-sim", "fleet", *options], stdout=out, stderr=log, env=secret)
             stack.callback(lambda: fleet.poll() is None and fleet.kill())
             devices = JsonDevices(port)
             for name in ("cloud-1", "cloud-2", "cloud-3"):

@@ -159,8 +159,9 @@ async fn doctor(settings: &Settings, options: doctor::Options, json: bool) -> an
 
 async fn check(settings: &Settings) -> anyhow::Result<()> {
     pipeline::serve_settings(settings)?;
-    let store = Store::open(&settings.store.url)?;
+    let store = Store::configured(&settings.store)?;
     Tables::open(&store).await.with_context(|| format!("opening the lake {}", store.url()))?;
+    store.prove_put_if_absent().await?;
     telemetry::print_line(format_args!(
         "the configuration is good; rules {}",
         pipeline::rules(settings).hash()
@@ -170,7 +171,8 @@ async fn check(settings: &Settings) -> anyhow::Result<()> {
 
 /// Whether everything balances.
 async fn audit(settings: &Settings, json: bool) -> anyhow::Result<bool> {
-    let audit = ledger::audit_lake(&settings.store.url, SystemClock.now()).await?;
+    let store = Store::configured(&settings.store)?;
+    let audit = ledger::audit(&Tables::open(&store).await?, SystemClock.now()).await?;
     if json {
         telemetry::print_line(serde_json::to_string(&audit)?);
     } else {
@@ -181,7 +183,7 @@ async fn audit(settings: &Settings, json: bool) -> anyhow::Result<bool> {
 
 async fn query(settings: &Settings, sql: &str) -> anyhow::Result<()> {
     let serve = pipeline::serve_settings(settings)?;
-    let store = Store::open(&settings.store.url)?;
+    let store = Store::configured(&settings.store)?;
     let tables = Tables::open(&store).await?;
     let answer = serve::query(&serve, &tables, Arc::new(SystemClock), sql).await?;
     telemetry::print_line(pretty_format_batches_with_schema(answer.schema, &answer.batches)?);

@@ -317,6 +317,9 @@ pub fn bronze_hour(hour: Timestamp) -> String {
     format!("{BRONZE}/year={y:04}/month={m:02}/day={d:02}/hour={h:02}")
 }
 
+/// An empty object, put if absent to see whether a server does so.
+pub const PUT_IF_ABSENT: &str = "ops/put-if-absent";
+
 /// Folder of the plans.
 pub const PLANS: &str = "ops/plan";
 

@@ -58,8 +58,11 @@ pub async fn run(
 ) -> anyhow::Result<()> {
     // Two providers are linked; without a choice the first use of TLS would panic. A second call is refused.
     let _ = rustls::crypto::ring::default_provider().install_default();
-    let store = Store::open(&settings.store.url)?;
+    let store = Store::configured(&settings.store)?;
     let tables = Tables::open(&store).await.with_context(|| format!("opening the lake {}", store.url()))?;
+    if settings.has(Role::Ingest) || settings.has(Role::Refine) {
+        store.prove_put_if_absent().await?;
+    }
     let mut registry = telemetry::registry();
     let metrics = Metrics::new(&mut registry);
     let mut stages = JoinSet::new();

@@ -11,7 +11,7 @@ use common::{
 use serde::Deserialize;
 use url::Url;
 
-use crate::{decode::JsonSource, quality::TypeRule};
+use crate::{decode::JsonSource, quality::TypeRule, store};
 
 /// The documented defaults.
 pub const DEFAULTS: &str = include_str!("../default.toml");
@@ -50,6 +50,33 @@ pub enum Role {
 #[expect(missing_docs, reason = "default.toml documents every key")]
 pub struct StoreSettings {
     pub url: String,
+    #[serde(with = "duration")]
+    pub timeout: Duration,
+    #[serde(with = "duration")]
+    pub retry_for: Duration,
+    pub ca: String,
+    pub s3: S3Settings,
+}
+
+impl StoreSettings {
+    /// The defaults, at `url`.
+    pub fn at(url: &str) -> StoreSettings {
+        let defaults: Settings = toml::from_str(DEFAULTS).expect("default.toml is valid (tested)");
+        StoreSettings { url: url.to_owned(), ..defaults.store }
+    }
+}
+
+/// `[store.s3]`
+#[derive(Clone, Debug, Deserialize)]
+#[expect(missing_docs, reason = "default.toml documents every key")]
+pub struct S3Settings {
+    pub endpoint: String,
+    pub region: String,
+    pub virtual_host: bool,
+    pub allow_http: bool,
+    pub access_key_id: SecretRef,
+    pub secret_access_key: SecretRef,
+    pub session_token: SecretRef,
 }
 
 /// `[mqtt]`
@@ -164,6 +191,7 @@ impl Settings {
 
     fn check(&self, m: &mut Mistakes) {
         m.require(!self.roles.is_empty(), "roles", "empty", "write ingest, refine, serve or some of them");
+        store::check(&self.store, m);
         let url = Url::parse(&self.mqtt.url);
         let scheme = url.as_ref().map_or("", |url| url.scheme());
         m.require(

@@ -2,54 +2,63 @@
 //!
 //! | URL | store |
 //! |---|---|
-//! | `file:///var/lib/tailrace/lake`, or a plain path | the local disk, durable: see below |
+//! | `file:///var/lib/tailrace/lake`, or a plain path | the local disk, durable: see [`disk`] |
+//! | `s3://bucket/prefix` | S3, or a server that speaks it: see [`cloud`] |
+//! | `az://container/prefix`, `gs://bucket/prefix` | Azure and Google, in builds with `azure` or `gcp` |
 //! | `memory:///` | memory, for tests |
 //!
-//! `object_store`'s local files are renamed into place without an fsync, so a message could be acknowledged
-//! and then lost in a power cut, or a commit appear empty after one. [`Durable`] stages every object beside
-//! its place, fsyncs it, links or renames it into place, and fsyncs the folder; it also fsyncs the folders
-//! that it had to make. Once a `put` or `rename` returns, the object survives a power cut; before that, it is
-//! there whole or not at all. Delta's log and data files go through the same store.
+//! What the lake asks of a store: a put is durable when it returns; a put-if-absent has one winner; a listing
+//! shows every put that has returned. Bronze, the plans and Delta's commits all rest on the second. Any call
+//! may fail with its work done, so whoever puts if absent compares what stands there (bronze, the plans) or
+//! reads the log again (Delta).
 
-use std::{
-    fmt,
-    fs::{self, File},
-    io::{self, Write},
-    path::{Path as FilePath, PathBuf},
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
-};
+mod cloud;
+mod disk;
+
+use std::{path::Path as FilePath, sync::Arc};
 
 use anyhow::Context;
-use async_trait::async_trait;
-use deltalake::{DeltaTable, DeltaTableBuilder};
-use futures::stream::BoxStream;
+use deltalake::{
+    DeltaTable,
+    logstore::{StorageConfig, default_logstore},
+};
 use object_store::{
-    CopyMode, CopyOptions, GetOptions, GetResult, ListResult, MultipartUpload, ObjectMeta, ObjectStore,
-    PutMode, PutMultipartOptions, PutOptions, PutPayload, PutResult, RenameOptions, RenameTargetMode, Result,
-    UploadPart, local::LocalFileSystem, memory::InMemory, path::Path, prefix::PrefixStore,
+    Error, ObjectStore, ObjectStoreExt, PutMode, PutOptions, memory::InMemory, path::Path,
+    prefix::PrefixStore,
 };
 use url::Url;
+
+pub(crate) use self::cloud::check;
+use crate::{lake::PUT_IF_ABSENT, settings::StoreSettings};
 
 /// Where the lake lives. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Store {
-    /// Rooted at the root of the machine's files or of the memory, as Delta wants it.
+    /// Rooted at the root of the machine's files, of the memory or of the bucket, as Delta wants it.
     root: Arc<dyn ObjectStore>,
     /// Rooted at the lake.
     lake: Arc<dyn ObjectStore>,
     /// Of the lake, with a slash at its end.
     url: Url,
+    /// Bucket and server for people; `None` for what is on this machine.
+    place: Option<Arc<str>>,
 }
 
 impl Store {
-    /// Opens `file://…`, a plain path (made if it is not there), or `memory:///`.
+    /// [`Self::configured`] with the defaults for everything but the URL.
     ///
     /// # Errors
     /// Names the URL and what is wrong with it.
     pub fn open(url: &str) -> anyhow::Result<Store> {
+        Store::configured(&StoreSettings::at(url))
+    }
+
+    /// Opens the store at `store.url`. A folder is made if it is not there; a server is not asked yet.
+    ///
+    /// # Errors
+    /// Names the URL and what is wrong with it, or the credential that cannot be read.
+    pub fn configured(settings: &StoreSettings) -> anyhow::Result<Store> {
+        let url = &settings.url;
         let url = match Url::parse(url) {
             Ok(url) => url,
             Err(url::ParseError::RelativeUrlWithoutBase) => file_url(FilePath::new(url))?,
@@ -60,21 +69,30 @@ impl Store {
                 let Ok(folder) = url.to_file_path() else {
                     anyhow::bail!("store.url = {url} names no absolute path; write file:///PATH");
                 };
-                let url = file_url(&folder)?;
-                let prefix = Path::from_url_path(url.path()).with_context(|| format!("store.url = {url}"))?;
-                let root: Arc<dyn ObjectStore> = Arc::new(Durable::default());
-                let lake = Arc::new(PrefixStore::new(Arc::clone(&root), prefix));
-                Ok(Store { root, lake, url })
+                Store::over(Arc::new(disk::Durable::default()), file_url(&folder)?)
             }
             "memory" => {
-                let root: Arc<dyn ObjectStore> = Arc::new(InMemory::new());
-                let url = Url::parse("memory:///").expect("a literal URL");
-                Ok(Store { lake: Arc::clone(&root), root, url })
+                Store::over(Arc::new(InMemory::new()), Url::parse("memory:///").expect("a literal URL"))
+            }
+            "s3" | "az" | "gs" => {
+                let (root, place) = cloud::connect(&url, settings)?;
+                Ok(Store { place: Some(place.into()), ..Store::over(root, cloud::folder(url))? })
             }
             scheme => anyhow::bail!(
-                "store.url = {url}: this build has no {scheme} store; use file:///PATH or memory:///"
+                "store.url: there is no {scheme} store; use file:///PATH, s3://BUCKET/PREFIX, az://, gs:// \
+                 or memory:///"
             ),
         }
+    }
+
+    /// A lake at `url`, which ends with a slash, on `root`, which has the path of `url` in it.
+    ///
+    /// # Errors
+    /// When the path cannot be one of an object.
+    pub fn over(root: Arc<dyn ObjectStore>, url: Url) -> anyhow::Result<Store> {
+        let prefix = Path::from_url_path(url.path()).with_context(|| format!("store.url = {url}"))?;
+        let lake = Arc::new(PrefixStore::new(Arc::clone(&root), prefix));
+        Ok(Store { root, lake, url, place: None })
     }
 
     /// The objects of the lake, by paths relative to its root.
@@ -88,244 +106,68 @@ impl Store {
     }
 
     /// The Delta table at `path` within the lake, not loaded yet; its log and files go through this store.
+    /// A commit is one put-if-absent, whatever the store is: there is no lock service.
     ///
     /// # Errors
     /// When `path` cannot be a part of a URL.
     pub fn delta(&self, path: &str) -> anyhow::Result<DeltaTable> {
         let url = self.url.join(path).with_context(|| format!("table {path} of {}", self.url))?;
-        let builder = DeltaTableBuilder::from_url(url.clone())?;
-        Ok(builder.with_storage_backend(Arc::clone(&self.root), url).build()?)
+        let table = Arc::new(PrefixStore::new(Arc::clone(&self.lake), path));
+        let log = default_logstore(table, Arc::clone(&self.root), &url, &StorageConfig::default());
+        Ok(DeltaTable::new(log))
+    }
+
+    /// Asks a server for an object, so that wrong names and keys are found at the start.
+    ///
+    /// # Errors
+    /// Names the bucket, the server, and what to check.
+    pub async fn reach(&self) -> anyhow::Result<()> {
+        let Some(place) = &self.place else { return Ok(()) };
+        match self.lake.get(&Path::from(PUT_IF_ABSENT)).await {
+            Err(e) if !cloud::is_absent(&e) => Err(cloud::explain(e, place)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Proves by trying that a server does not replace what is put if absent. One that ignores the condition
+    /// would let two writers overwrite each other's commits, and no error would ever tell.
+    ///
+    /// # Errors
+    /// When it does, or cannot be written to.
+    pub async fn prove_put_if_absent(&self) -> anyhow::Result<()> {
+        let Some(place) = &self.place else { return Ok(()) };
+        for _ in 0..2 {
+            let create = PutOptions { mode: PutMode::Create, ..PutOptions::default() };
+            match self.lake.put_opts(&Path::from(PUT_IF_ABSENT), "".into(), create).await {
+                // Also when the first try was done and its answer lost.
+                Err(Error::AlreadyExists { .. }) => return Ok(()),
+                Ok(_) => {}
+                Err(e) => return Err(cloud::explain(e, place)),
+            }
+        }
+        anyhow::bail!(
+            "{place} replaced an object that was to be put only if absent; the lake needs a store with \
+             conditional writes (If-None-Match): a newer server, or another one"
+        )
     }
 }
 
 /// The URL of a folder, which is made if it is not there.
 fn file_url(folder: &FilePath) -> anyhow::Result<Url> {
-    create_folders(folder).with_context(|| format!("creating the lake's folder {}", folder.display()))?;
+    disk::create_folders(folder)
+        .with_context(|| format!("creating the lake's folder {}", folder.display()))?;
     let folder = folder.canonicalize().with_context(|| format!("finding {}", folder.display()))?;
     Url::from_directory_path(&folder)
         .map_err(|()| anyhow::anyhow!("{} cannot be written as a URL", folder.display()))
 }
 
-/// The local file system, durable when a call returns.
-#[derive(Debug, Default)]
-struct Durable {
-    files: LocalFileSystem,
-    staged: AtomicU64,
-}
-
-impl fmt::Display for Durable {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Durable({})", self.files)
-    }
-}
-
-impl Durable {
-    /// A name beside `target` that listings leave out (`…#number`) and no other process stages to.
-    fn staging(&self, target: &FilePath) -> PathBuf {
-        let n = self.staged.fetch_add(1, Ordering::Relaxed);
-        let mut name = target.as_os_str().to_owned();
-        name.push(format!("#{}{n:08}", std::process::id()));
-        PathBuf::from(name)
-    }
-}
-
-#[async_trait]
-impl ObjectStore for Durable {
-    async fn put_opts(&self, location: &Path, payload: PutPayload, opts: PutOptions) -> Result<PutResult> {
-        let create = match opts.mode {
-            PutMode::Create => true,
-            PutMode::Overwrite => false,
-            // Refused there, with its own words.
-            PutMode::Update(_) => return self.files.put_opts(location, payload, opts).await,
-        };
-        let target = self.files.path_to_filesystem(location)?;
-        let staging = self.staging(&target);
-        blocking(move || {
-            let written = put(&payload, &staging, &target, create);
-            if written.is_err() {
-                let _ = fs::remove_file(&staging);
-            }
-            written.map_err(|e| error(e, &target))
-        })
-        .await?;
-        Ok(PutResult { e_tag: None, version: None })
-    }
-
-    async fn put_multipart_opts(
-        &self,
-        location: &Path,
-        opts: PutMultipartOptions,
-    ) -> Result<Box<dyn MultipartUpload>> {
-        let target = self.files.path_to_filesystem(location)?;
-        let folder = parent(&target).to_owned();
-        blocking(move || create_folders(&folder).map_err(|e| error(e, &folder))).await?;
-        let upload = self.files.put_multipart_opts(location, opts).await?;
-        Ok(Box::new(DurableUpload { upload, target }))
-    }
-
-    async fn get_opts(&self, location: &Path, options: GetOptions) -> Result<GetResult> {
-        self.files.get_opts(location, options).await
-    }
-
-    async fn get_ranges(
-        &self,
-        location: &Path,
-        ranges: &[std::ops::Range<u64>],
-    ) -> Result<Vec<bytes::Bytes>> {
-        self.files.get_ranges(location, ranges).await
-    }
-
-    fn delete_stream(&self, locations: BoxStream<'static, Result<Path>>) -> BoxStream<'static, Result<Path>> {
-        self.files.delete_stream(locations)
-    }
-
-    fn list(&self, prefix: Option<&Path>) -> BoxStream<'static, Result<ObjectMeta>> {
-        self.files.list(prefix)
-    }
-
-    fn list_with_offset(
-        &self,
-        prefix: Option<&Path>,
-        offset: &Path,
-    ) -> BoxStream<'static, Result<ObjectMeta>> {
-        self.files.list_with_offset(prefix, offset)
-    }
-
-    async fn list_with_delimiter(&self, prefix: Option<&Path>) -> Result<ListResult> {
-        self.files.list_with_delimiter(prefix).await
-    }
-
-    async fn copy_opts(&self, from: &Path, to: &Path, options: CopyOptions) -> Result<()> {
-        let create = matches!(options.mode, CopyMode::Create);
-        let from = self.files.path_to_filesystem(from)?;
-        let target = self.files.path_to_filesystem(to)?;
-        let staging = self.staging(&target);
-        blocking(move || {
-            let copied = create_folders(parent(&target)).and_then(|()| {
-                fs::copy(&from, &staging)?;
-                File::open(&staging)?.sync_all()?;
-                settle(&staging, &target, create)
-            });
-            if copied.is_err() {
-                let _ = fs::remove_file(&staging);
-            }
-            copied.map_err(|e| error(e, &target))
-        })
-        .await
-    }
-
-    async fn rename_opts(&self, from: &Path, to: &Path, options: RenameOptions) -> Result<()> {
-        let create = matches!(options.target_mode, RenameTargetMode::Create);
-        let from = self.files.path_to_filesystem(from)?;
-        let target = self.files.path_to_filesystem(to)?;
-        blocking(move || {
-            create_folders(parent(&target))
-                .and_then(|()| File::open(&from)?.sync_all())
-                .and_then(|()| settle(&from, &target, create))
-                .and_then(|()| sync_folder(parent(&from)))
-                .map_err(|e| error(e, &target))
-        })
-        .await
-    }
-}
-
-/// A multipart upload that is fsynced when it completes. Nothing refers to such an object before that.
-#[derive(Debug)]
-struct DurableUpload {
-    upload: Box<dyn MultipartUpload>,
-    target: PathBuf,
-}
-
-#[async_trait]
-impl MultipartUpload for DurableUpload {
-    fn put_part(&mut self, data: PutPayload) -> UploadPart {
-        self.upload.put_part(data)
-    }
-
-    async fn complete(&mut self) -> Result<PutResult> {
-        let result = self.upload.complete().await?;
-        let target = self.target.clone();
-        blocking(move || {
-            File::open(&target)
-                .and_then(|file| file.sync_all())
-                .and_then(|()| sync_folder(parent(&target)))
-                .map_err(|e| error(e, &target))
-        })
-        .await?;
-        Ok(result)
-    }
-
-    async fn abort(&mut self) -> Result<()> {
-        self.upload.abort().await
-    }
-}
-
-fn put(payload: &PutPayload, staging: &FilePath, target: &FilePath, create: bool) -> io::Result<()> {
-    create_folders(parent(target))?;
-    let mut file = File::create(staging)?;
-    for bytes in payload {
-        file.write_all(bytes)?;
-    }
-    file.sync_all()?;
-    settle(staging, target, create)
-}
-
-/// Moves `staging` to `target`, refusing to replace it when `create`, and makes the move durable.
-fn settle(staging: &FilePath, target: &FilePath, create: bool) -> io::Result<()> {
-    if create {
-        fs::hard_link(staging, target)?;
-        fs::remove_file(staging)?;
-    } else {
-        fs::rename(staging, target)?;
-    }
-    sync_folder(parent(target))
-}
-
-/// Makes the missing folders of a path, and each of them durable in its parent.
-fn create_folders(folder: &FilePath) -> io::Result<()> {
-    if folder.as_os_str().is_empty() || folder.is_dir() {
-        return Ok(());
-    }
-    let above = parent(folder);
-    create_folders(above)?;
-    match fs::create_dir(folder) {
-        Ok(()) => sync_folder(above),
-        Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Ok(()),
-        Err(e) => Err(e),
-    }
-}
-
-fn sync_folder(folder: &FilePath) -> io::Result<()> {
-    let folder = if folder.as_os_str().is_empty() { FilePath::new(".") } else { folder };
-    File::open(folder)?.sync_all()
-}
-
-fn parent(path: &FilePath) -> &FilePath {
-    path.parent().unwrap_or(FilePath::new("/"))
-}
-
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
-    match tokio::task::spawn_blocking(work).await {
-        Ok(result) => result,
-        Err(e) => Err(object_store::Error::JoinError { source: e }),
-    }
-}
-
-fn error(source: io::Error, path: &FilePath) -> object_store::Error {
-    let path = path.display().to_string();
-    match source.kind() {
-        io::ErrorKind::AlreadyExists => object_store::Error::AlreadyExists { path, source: source.into() },
-        io::ErrorKind::NotFound => object_store::Error::NotFound { path, source: source.into() },
-        _ => object_store::Error::Generic { store: "local disk", source: format!("{path}: {source}").into() },
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use futures::TryStreamExt;
-    use object_store::ObjectStoreExt;
+    use object_store::ObjectMeta;
 
     use super::*;
+    use crate::settings::Settings;
 
     /// One suite for every backend.
     async fn check(store: &Store) {
@@ -374,11 +216,15 @@ mod tests {
         assert_eq!(again.objects().get(&Path::from("bronze/y/b")).await.unwrap().meta.size, 4);
     }
 
-    #[test]
-    fn stores_of_other_builds_are_refused_by_name() {
-        for (url, part) in [("s3://bucket/lake", "no s3 store"), ("file://host/x", "file:///PATH")] {
-            let error = Store::open(url).unwrap_err().to_string();
-            assert!(error.contains(part), "{error}");
-        }
+    /// Given by deploy/judges/judge_store.py: an empty bucket, and a server without faults.
+    #[tokio::test(flavor = "multi_thread")]
+    #[ignore = "needs a server that speaks S3: deploy/test.sh s3"]
+    async fn contract_on_s3() {
+        let settings = Settings::load(None).unwrap().store;
+        let store = Store::configured(&settings).unwrap();
+        store.reach().await.unwrap();
+        check(&store).await;
+        store.prove_put_if_absent().await.unwrap();
+        store.prove_put_if_absent().await.unwrap();
     }
 }

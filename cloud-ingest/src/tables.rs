@@ -107,8 +107,9 @@ impl Tables {
     /// The tables of the lake in `store`; none of them needs to exist.
     ///
     /// # Errors
-    /// When the query engine cannot be set up.
+    /// When the store cannot be reached, or a log cannot be read.
     pub async fn open(store: &Store) -> anyhow::Result<Tables> {
+        store.reach().await?;
         let tables =
             Tables { store: store.clone(), newest: Arc::default(), runtime: Arc::new(RuntimeEnv::default()) };
         for table in Table::ALL {
@@ -353,6 +354,9 @@ impl Tables {
             .with_table_name(table.name())
             .with_columns(schema.fields().cloned())
             .with_partition_columns(table.partitions().iter().copied())
+            // Otherwise delta-rs, whose version 0 stands there already (another writer's, or its own when the
+            // answer was lost), sets the schema once more and returns a snapshot that nobody has compared.
+            .with_commit_properties(CommitProperties::default().with_max_retries(0))
             .await;
         let created = match created {
             Ok(created) => created,
@@ -469,5 +473,12 @@ mod tests {
     async fn local_files() {
         let folder = tempfile::tempdir().unwrap();
         check(&Store::open(folder.path().to_str().unwrap()).unwrap()).await;
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    #[ignore = "needs a server that speaks S3: deploy/test.sh s3"]
+    async fn tables_on_s3() {
+        let settings = crate::settings::Settings::load(None).unwrap().store;
+        check(&Store::configured(&settings).unwrap()).await;
     }
 }

@@ -1,6 +1,9 @@
 //! From messages to silver, in one process, without a broker: whatever happens on the way, the same rows.
 #![expect(clippy::unwrap_used, reason = "helpers of tests are tests too")]
 
+mod faults;
+mod on_s3;
+
 use std::{
     collections::BTreeMap,
     sync::{
@@ -93,9 +96,13 @@ fn readings(seq: u64, rows: &[(u64, &str, f64)]) -> Message {
 
 /// Puts messages as segment `number` of one writer.
 async fn put(store: &Store, number: u64, messages: &[Message]) {
-    let name = SegmentName { hour: now().hour(), writer: Uuid::from_u128(1), number };
+    try_put(store, 1, number, messages).await.unwrap();
+}
+
+async fn try_put(store: &Store, writer: u128, number: u64, messages: &[Message]) -> object_store::Result<()> {
+    let name = SegmentName { hour: now().hour(), writer: Uuid::from_u128(writer), number };
     let bytes = bronze::encode(&bronze::rows(messages).unwrap()).unwrap();
-    bronze::put(store.objects().as_ref(), &name, bytes.into()).await.unwrap();
+    bronze::put(store.objects().as_ref(), &name, bytes.into()).await
 }
 
 fn refiner(store: &Store, tables: &Tables) -> Refiner {
@@ -135,8 +142,23 @@ async fn everything(tables: &Tables) -> String {
     all
 }
 
-/// Segments with everything that can go wrong in them.
 async fn fill(store: &Store) {
+    for (number, messages) in (0..).zip(segments()) {
+        put(store, number, &messages).await;
+    }
+}
+
+/// What silver holds of [`segments`] when nothing fails on the way.
+async fn straight() -> String {
+    let store = Store::open("memory:///").unwrap();
+    let tables = Tables::open(&store).await.unwrap();
+    fill(&store).await;
+    refine_all(&mut refiner(&store, &tables)).await;
+    everything(&tables).await
+}
+
+/// Segments with everything that can go wrong in them.
+fn segments() -> [Vec<Message>; 5] {
     let one = readings(0, &[(0, "a", 212.0), (1, "a", 213.0), (0, "b", 32.0)]);
     // Another payload under a name that was used before.
     let mut twice = readings(0, &[(0, "a", 214.0), (60, "a", 50.0)]);
@@ -152,11 +174,13 @@ async fn fill(store: &Store) {
         Uuid::from_u128(7)
     );
     let work = format!(r#"{{"id":"w1","site":"plant","asset_id":"pump-01","done_at":"{}"}}"#, now());
-    put(store, 0, &[one.clone(), readings(1, &[(2, "a", 214.0), (3, "a", 9_999.0)])]).await;
-    put(store, 1, &[one.clone(), message("plant/gw/json", &json[..], None)]).await;
-    put(store, 2, &[readings(2, &[(1, "a", 213.0), (2, "a", 215.0), (900, "a", 70.0)]), poison]).await;
-    put(store, 3, &[twice, message("plant/gw/status", status, None), message("elsewhere", "?", None)]).await;
-    put(store, 4, &[message("_cloud/maintenance", work, None), readings(4, &[(4, "a", 71.0)]), one]).await;
+    [
+        vec![one.clone(), readings(1, &[(2, "a", 214.0), (3, "a", 9_999.0)])],
+        vec![one.clone(), message("plant/gw/json", &json[..], None)],
+        vec![readings(2, &[(1, "a", 213.0), (2, "a", 215.0), (900, "a", 70.0)]), poison],
+        vec![twice, message("plant/gw/status", status, None), message("elsewhere", "?", None)],
+        vec![message("_cloud/maintenance", work, None), readings(4, &[(4, "a", 71.0)]), one],
+    ]
 }
 
 #[tokio::test]
@@ -249,13 +273,7 @@ async fn what_has_no_time_is_kept_in_quarantine() {
 
 #[tokio::test]
 async fn a_power_cut_between_any_two_commits_changes_nothing() {
-    let straight = {
-        let store = Store::open("memory:///").unwrap();
-        let tables = Tables::open(&store).await.unwrap();
-        fill(&store).await;
-        refine_all(&mut refiner(&store, &tables)).await;
-        everything(&tables).await
-    };
+    let straight = straight().await;
     for cut in COMMIT_ORDER {
         let store = Store::open("memory:///").unwrap();
         let mut tables = Tables::open(&store).await.unwrap();
@@ -293,14 +311,7 @@ async fn two_refiners_do_no_harm() {
         // Whoever loses begins anew from what the other has done.
         let _ = tokio::join!(a.step(now(), true), b.step(now(), true));
     }
-    let alone = {
-        let store = Store::open("memory:///").unwrap();
-        let tables = Tables::open(&store).await.unwrap();
-        fill(&store).await;
-        refine_all(&mut refiner(&store, &tables)).await;
-        everything(&tables).await
-    };
-    assert_eq!(everything(&tables).await, alone);
+    assert_eq!(everything(&tables).await, straight().await);
 }
 
 #[tokio::test]

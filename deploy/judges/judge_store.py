@@ -1,0 +1,218 @@
+"""Judges the lake on a real server that speaks S3 (SeaweedFS), with faults on the way to it.
+
+    judge_store.py WEED CLOUD_INGEST --data-dir DIR [--seeds 1 2]
+
+Runs the ignored tests `..._on_s3` of cloud-ingest: the contracts of store and tables on a line without faults; the
+way from segments to silver, and two writers and two refiners at once, on lines that answer 503, are slow, or are cut
+before or after the work is done. Then the tables are read with Python deltalake. Also: wrong keys, a missing bucket,
+a server that hangs, and one that ignores the condition of a put.
+"""
+
+import argparse
+import contextlib
+import glob
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from deltalake import DeltaTable
+from pyarrow import fs
+
+from faulty import FAULTS, Faulty
+from process import free_port, running, wait_for_port
+from report import Report
+
+BUCKET = "lake"
+KEY, SECRET = "tailrace", "a secret that stays one"
+SHARE = 0.12
+
+
+def free_ports(n):
+    """Ports with which those 10,000 above are free too: SeaweedFS listens on both."""
+    ports = set()
+    while len(ports) < n:
+        port = free_port()
+        if port < 55_000 and wait_for_port(port + 10_000, 0.01) is False:
+            ports.add(port)
+    return sorted(ports)
+
+
+@contextlib.contextmanager
+def seaweed(weed, folder):
+    """The port of a SeaweedFS with an empty bucket."""
+    s3, filer, master, volume = ports = free_ports(4)
+    identity = {"name": "lake", "credentials": [{"accessKey": KEY, "secretKey": SECRET}]}
+    identity["actions"] = ["Admin", "Read", "Write", "List", "Tagging"]
+    config = folder / "s3.json"
+    config.write_text(json.dumps({"identities": [identity]}))
+    data = folder / "seaweed"
+    data.mkdir()
+    # Without Iceberg and Lance there are no fixed ports.
+    command = [weed, "server", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-dir={data}", "-volume.max=0"]
+    command += ["-master.telemetry=false", "-s3", f"-s3.port={s3}", f"-s3.config={config}", "-filer"]
+    command += ["-s3.port.iceberg=0", "-s3.port.lance=0", "-s3.autoCreateBucket=false", "-volume.preStopSeconds=0"]
+    command += [f"-filer.port={filer}", f"-master.port={master}", f"-volume.port={volume}"]
+    log = folder / "seaweed.log"
+    try:
+        with running(command, log) as process:
+            if not wait_for_port(s3, 60, process):
+                sys.exit(f"SeaweedFS did not start:\n{log.read_text()[-2000:]}")
+            try:
+                create_bucket(s3)
+                yield s3
+            finally:
+                # A clean stop takes it 20 s.
+                process.kill()
+    finally:
+        for port in ports:
+            for socket in glob.glob(f"/tmp/seaweedfs-*-{port}.sock") + glob.glob(f"/tmp/seaweedfs-*-{port + 10_000}.sock"):
+                with contextlib.suppress(OSError):
+                    os.unlink(socket)
+
+
+def create_bucket(port):
+    """Once the filer and its volumes are there, which takes a moment longer than the port."""
+    client = fs.S3FileSystem(
+        access_key=KEY, secret_key=SECRET, endpoint_override=f"127.0.0.1:{port}", scheme="http",
+        region="us-east-1", allow_bucket_creation=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            client.create_dir(BUCKET)
+            with client.open_output_stream(f"{BUCKET}/ready") as f:
+                f.write(b"x")
+            client.delete_file(f"{BUCKET}/ready")
+            return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.5)
+
+
+def environment(port, folder, **more):
+    """What tells cloud-ingest, and its tests, where the lake is."""
+    settings = {
+        "STORE__URL": f"s3://{BUCKET}/{folder}",
+        "STORE__S3__ENDPOINT": f"http://127.0.0.1:{port}",
+        # Short, so that what a line does for longer comes through to the callers.
+        "STORE__TIMEOUT": "2s",
+        "STORE__RETRY_FOR": "2s",
+        **more,
+    }
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "TAILRACE_CLOUD"))}
+    ours = {f"TAILRACE_CLOUD__{name}": value for name, value in settings.items()}
+    return {**clean, **ours, "AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET}
+
+
+def test_programs():
+    """The test programs of cloud-ingest: its unit tests and its integration tests."""
+    command = "cargo test --workspace --profile demo --locked --lib --test lake --no-run --message-format json"
+    built = subprocess.run(command.split(), check=True, stdout=subprocess.PIPE, text=True).stdout
+    found = {}
+    for line in filter(lambda line: line.startswith("{"), built.splitlines()):
+        message = json.loads(line)
+        if message.get("executable") and message.get("target", {}).get("name") in ("cloud_ingest", "lake"):
+            found[message["target"]["name"]] = message["executable"]
+    return found["cloud_ingest"], found["lake"]
+
+
+def judge_test(report, program, name, env):
+    """One ignored Rust test; a filter that matches nothing is a failure."""
+    began = time.monotonic()
+    command = [program, "--ignored", "--exact", name, "--test-threads", "1"]
+    run = subprocess.run(command, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                         text=True, timeout=600)  # fmt: skip
+    ok = run.returncode == 0 and "1 passed" in run.stdout
+    report.check(ok, f"{name} ({time.monotonic() - began:.1f} s)", run.stdout[-4000:])
+
+
+def judge_outside(report, port, folder):
+    """What another program finds in the tables."""
+    options = {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_ALLOW_HTTP": "true", "AWS_REGION": "us-east-1",
+        "AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET,
+    }  # fmt: skip
+    tables = {}
+    for name in ("sensor_readings", "messages", "quarantine"):
+        table = DeltaTable(f"s3://{BUCKET}/{folder}/silver/{name}", storage_options=options)
+        tables[name] = table.to_pyarrow_dataset().to_table()
+    rows = tables["sensor_readings"]
+    keys = rows.group_by(["site", "device_id", "ts"]).aggregate([([], "count_all")])
+    doubled = [row for row in keys.to_pylist() if row["count_all"] > 1]
+    report.none(doubled, f"{folder}: (site, device_id, ts) is unique in {rows.num_rows} rows of silver.sensor_readings")
+    messages = tables["messages"]
+    total = {name: sum(messages[name].to_pylist()) for name in ("readings", "stored", "duplicates", "quarantined")}
+    accounted = total["stored"] + total["duplicates"] + total["quarantined"]
+    report.check(
+        total["readings"] == accounted and total["stored"] == rows.num_rows > 0,
+        f"{folder}: {total['readings']} readings = {total['stored']} stored + {total['duplicates']} duplicates "
+        f"+ {total['quarantined']} quarantined",
+        f"{total}, and {rows.num_rows} rows",
+    )
+    quarantined = sum(tables["quarantine"]["readings"].to_pylist())
+    report.check(quarantined == total["quarantined"], f"{folder}: as many in silver.quarantine", f"{quarantined}")
+
+
+def judge_refusal(report, program, arguments, env, parts, what):
+    """The program ends with 1 and says what to check, and not what the secret is."""
+    began = time.monotonic()
+    run = subprocess.run([program, *arguments], env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                         stderr=subprocess.STDOUT, text=True, timeout=120)  # fmt: skip
+    secrets = [secret for secret in (SECRET, "another secret") if secret in run.stdout]
+    ok = run.returncode == 1 and all(part in run.stdout for part in parts) and not secrets
+    report.check(ok, f"{what} ({time.monotonic() - began:.1f} s)", f"exit {run.returncode}\n{run.stdout}")
+
+
+def judge_refusals(report, program, port):
+    query = ["query", "select 1"]
+    place = f"bucket {BUCKET} at http://127.0.0.1:{port}"
+    for name, value in (("AWS_SECRET_ACCESS_KEY", "another secret"), ("AWS_ACCESS_KEY_ID", "nobody")):
+        env = {**environment(port, "refused"), name: value, "TAILRACE_LOG": "debug"}
+        judge_refusal(report, program, query, env, [place, name, "does not accept the keys"], f"a wrong {name} is named")
+    env = environment(port, "refused", STORE__URL="s3://no-such-bucket/lake")
+    judge_refusal(report, program, query, env, ["no-such-bucket at", "no such bucket"], "a missing bucket is named")
+    with Faulty(port, 1.0, only=["hang after"]) as line:
+        env = environment(line.port, "refused")
+        judge_refusal(report, program, query, env, ["store.s3.endpoint"], "a server that hangs stalls nothing for ever")
+    with Faulty(port, deaf=True) as line:
+        env = environment(line.port, "refused")
+        judge_refusal(report, program, ["check"], env, ["If-None-Match"], "a server without conditional writes is refused")
+    run = subprocess.run([program, "check"], env=environment(port, "fine"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    report.check(run.returncode == 0, "SeaweedFS is accepted", run.stdout)
+
+
+def main():
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("weed")
+    arguments.add_argument("cloud_ingest")
+    arguments.add_argument("--data-dir", type=Path, required=True)
+    arguments.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
+    arguments = arguments.parse_args()
+    unit, lake = test_programs()
+    report = Report("store")
+    arguments.data_dir.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(dir=arguments.data_dir))
+    with seaweed(arguments.weed, folder) as port:
+        judge_test(report, unit, "store::tests::contract_on_s3", environment(port, "contract"))
+        judge_test(report, unit, "tables::tests::tables_on_s3", environment(port, "tables"))
+        judge_refusals(report, arguments.cloud_ingest, port)
+        for seed in [0, *arguments.seeds]:
+            share = SHARE if seed else 0.0
+            with Faulty(port, share, seed) as line:
+                print(f"seed {seed}: faults for {share:.0%} of the requests", flush=True)
+                for test, lane in (("one_of_each_on_s3", "one"), ("two_of_each_on_s3", "two")):
+                    judge_test(report, lake, f"on_s3::{test}", environment(line.port, f"seed-{seed}"))
+                    judge_outside(report, port, f"seed-{seed}/{lane}")
+            print(f"        {dict(line.counts)}")
+            missing = [fault for fault in FAULTS if seed and not line.counts[fault]]
+            report.none(missing, f"seed {seed}: every fault occurred")
+    sys.exit(report.finish())
+
+
+if __name__ == "__main__":
+    main()

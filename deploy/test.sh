@@ -162,6 +162,13 @@ step_modbus() {
   "$venv/bin/python" deploy/judges/judge_plc.py "$CARGO_TARGET_DIR/demo/firmware-sim" "$CARGO_TARGET_DIR/demo/edge-agent"
 }
 
+# The lake on a server that speaks S3, through faults.
+step_s3() {
+  build_demo
+  "$venv/bin/python" deploy/judges/judge_store.py "$venv/bin/weed" "$CARGO_TARGET_DIR/demo/cloud-ingest" \
+    "$CARGO_TARGET_DIR/demo/firmware-sim" --data-dir "$scratch/s3"
+}
+
 step_demo() {
   build_demo
   "$venv/bin/python" deploy/judges/judge_demo.py whole "$CARGO_TARGET_DIR/demo/firmware-sim" \
@@ -193,7 +200,8 @@ step_chaos() {
 
 # --- in their order: cheap ones first ---------------------------------------------------------------------------
 
-all=(tools format tree lint broker train judges clippy unit disk modbus mqtt_source outbox replicas demo sigkill chaos)
+all=(tools format tree lint broker train judges clippy unit disk modbus mqtt_source outbox replicas s3 demo sigkill
+  chaos)
 steps=("$@")
 if ((${#steps[@]} == 0)); then steps=("${all[@]}"); fi
 for name in "${steps[@]}"; do

@@ -1,11 +1,12 @@
 """Judges the lake on a real server that speaks S3 (SeaweedFS), with faults on the way to it.
 
-    judge_store.py WEED CLOUD_INGEST --data-dir DIR [--seeds 1 2]
+    judge_store.py WEED CLOUD_INGEST FIRMWARE_SIM --data-dir DIR [--seeds 1 2]
 
 Runs the ignored tests `..._on_s3` of cloud-ingest: the contracts of store and tables on a line without faults; the
 way from segments to silver, and two writers and two refiners at once, on lines that answer 503, are slow, or are cut
-before or after the work is done. Then the tables are read with Python deltalake. Also: wrong keys, a missing bucket,
-a server that hangs, and one that ignores the condition of a put.
+before or after the work is done. So does the program itself, from mosquitto to gold, killed midway. Then the tables
+are read with Python deltalake. Also: wrong keys, a missing bucket, a server that hangs, and one that ignores the
+condition of a put.
 """
 
 import argparse
@@ -131,21 +132,22 @@ def judge_test(report, program, name, env):
     report.check(ok, f"{name} ({time.monotonic() - began:.1f} s)", run.stdout[-4000:])
 
 
-def judge_outside(report, port, folder):
-    """What another program finds in the tables."""
+def read(port, table):
+    """All of a Delta table."""
     options = {
         "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_ALLOW_HTTP": "true", "AWS_REGION": "us-east-1",
         "AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET,
     }  # fmt: skip
-    tables = {}
-    for name in ("sensor_readings", "messages", "quarantine"):
-        table = DeltaTable(f"s3://{BUCKET}/{folder}/silver/{name}", storage_options=options)
-        tables[name] = table.to_pyarrow_dataset().to_table()
-    rows = tables["sensor_readings"]
+    return DeltaTable(f"s3://{BUCKET}/{table}", storage_options=options).to_pyarrow_dataset().to_table()
+
+
+def judge_outside(report, port, folder):
+    """What another program finds in silver."""
+    rows = read(port, f"{folder}/silver/sensor_readings")
     keys = rows.group_by(["site", "device_id", "ts"]).aggregate([([], "count_all")])
     doubled = [row for row in keys.to_pylist() if row["count_all"] > 1]
     report.none(doubled, f"{folder}: (site, device_id, ts) is unique in {rows.num_rows} rows of silver.sensor_readings")
-    messages = tables["messages"]
+    messages = read(port, f"{folder}/silver/messages")
     total = {name: sum(messages[name].to_pylist()) for name in ("readings", "stored", "duplicates", "quarantined")}
     accounted = total["stored"] + total["duplicates"] + total["quarantined"]
     report.check(
@@ -154,8 +156,6 @@ def judge_outside(report, port, folder):
         f"+ {total['quarantined']} quarantined",
         f"{total}, and {rows.num_rows} rows",
     )
-    quarantined = sum(tables["quarantine"]["readings"].to_pylist())
-    report.check(quarantined == total["quarantined"], f"{folder}: as many in silver.quarantine", f"{quarantined}")
 
 
 def judge_refusal(report, program, arguments, env, parts, what):
@@ -186,10 +186,61 @@ def judge_refusals(report, program, port):
     report.check(run.returncode == 0, "SeaweedFS is accepted", run.stdout)
 
 
+def judge_program(report, arguments, port, folder):
+    """A fleet's readings through broker and program, which is killed once, on a line with faults; then its ledger."""
+    readings = 60_000
+    with Faulty(port, SHARE, seed=3) as line, contextlib.ExitStack() as stack:
+        mqtt, sql, http = free_ports(3)
+        broker = folder / "mosquitto.conf"
+        limits = "max_inflight_messages 0\nmax_queued_messages 0\nmessage_size_limit 0"
+        broker.write_text(f"listener {mqtt} 127.0.0.1\nallow_anonymous true\n{limits}\n")
+        server = stack.enter_context(running(["mosquitto", "-c", broker], folder / "mosquitto.log"))
+        if not wait_for_port(mqtt, 30, server):
+            sys.exit("mosquitto did not start")
+        more = {
+            "MQTT__URL": f"mqtt://127.0.0.1:{mqtt}",
+            "SERVE__PG_PORT": str(sql),
+            "SERVE__HTTP_PORT": str(http),
+            "GOLD__INTERVAL": "1s",
+            # Two tries of a request are not enough for a start that makes 16 tables.
+            "STORE__RETRY_FOR": "10s",
+        }
+        env = environment(line.port, "program", **more)
+        log = folder / "cloud-ingest.log"
+        fleet = [arguments.firmware_sim, "fleet", "--url", f"mqtt://127.0.0.1:{mqtt}", "--gateways", "2", "--devices", "8"]
+        fleet += ["--readings", str(readings), "--batch", "100", "--rate", "6000"]
+
+        def ready(process):
+            report.check(wait_for_port(http, 120, process), "the program starts", log.read_text()[-2000:])
+
+        with running([arguments.cloud_ingest, "run"], log, env=env) as first:
+            ready(first)
+            load = stack.enter_context(running(fleet, folder / "fleet.log"))
+            time.sleep(4)
+            first.kill()
+        with running([arguments.cloud_ingest, "run"], log, env=env) as second:
+            ready(second)
+            report.check(load.wait(300) == 0, "every message was acknowledged", (folder / "fleet.log").read_text())
+            second.terminate()
+            report.check(second.wait(120) == 0, "the program ends cleanly", log.read_text()[-2000:])
+        report.check(sum(line.counts[fault] for fault in FAULTS) > 20, f"through faults: {dict(line.counts)}")
+        text = log.read_text()
+        report.check(SECRET not in text, "the secret is not in its log")
+    audit = subprocess.run([arguments.cloud_ingest, "audit"], env=environment(port, "program"), stdout=subprocess.PIPE,
+                           stderr=subprocess.STDOUT, text=True)  # fmt: skip
+    verdict = audit.stdout.strip().rpartition("\n")[2]
+    report.check(audit.returncode == 0 and f"stored {readings}" in verdict, f"audit: {verdict}", audit.stdout)
+    judge_outside(report, port, "program")
+    hours = read(port, "program/gold/hourly_aggregates")
+    counted = sum(hours["count"].to_pylist())
+    report.check(counted == readings, f"gold.hourly_aggregates counts {counted} readings")
+
+
 def main():
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("weed")
     arguments.add_argument("cloud_ingest")
+    arguments.add_argument("firmware_sim")
     arguments.add_argument("--data-dir", type=Path, required=True)
     arguments.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
     arguments = arguments.parse_args()
@@ -211,6 +262,7 @@ def main():
             print(f"        {dict(line.counts)}")
             missing = [fault for fault in FAULTS if seed and not line.counts[fault]]
             report.none(missing, f"seed {seed}: every fault occurred")
+        judge_program(report, arguments, port, folder)
     sys.exit(report.finish())
 
 

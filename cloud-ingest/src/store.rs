@@ -199,9 +199,12 @@ mod tests {
         assert_eq!(objects.get(&b).await.unwrap().bytes().await.unwrap(), "four");
 
         let mut upload = objects.put_multipart(&Path::from("silver/t/part")).await.unwrap();
-        upload.put_part("fi".into()).await.unwrap();
-        upload.put_part("ve".into()).await.unwrap();
+        // S3 takes no parts below 5 MiB but the last.
+        upload.put_part(vec![7; 5 << 20].into()).await.unwrap();
+        upload.put_part("five".into()).await.unwrap();
         upload.complete().await.unwrap();
+        let part = objects.get(&Path::from("silver/t/part")).await.unwrap();
+        assert_eq!(part.bytes().await.unwrap().slice(5 << 20..), "five");
         let found: Vec<ObjectMeta> = objects.list(None).try_collect().await.unwrap();
         let mut names: Vec<String> = found.iter().map(|o| o.location.to_string()).collect();
         names.sort();

@@ -257,7 +257,9 @@ def main():
             with Faulty(port, share, seed) as line:
                 print(f"seed {seed}: faults for {share:.0%} of the requests", flush=True)
                 for test, lane in (("one_of_each_on_s3", "one"), ("two_of_each_on_s3", "two")):
-                    judge_test(report, lake, f"on_s3::{test}", environment(line.port, f"seed-{seed}"))
+                    env = environment(line.port, f"seed-{seed}")
+                    env["TAILRACE_S3_WITHOUT_FAULTS"] = f"http://127.0.0.1:{port}"
+                    judge_test(report, lake, f"on_s3::{test}", env)
                     judge_outside(report, port, f"seed-{seed}/{lane}")
             print(f"        {dict(line.counts)}")
             missing = [fault for fault in FAULTS if seed and not line.counts[fault]]

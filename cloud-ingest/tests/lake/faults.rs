@@ -202,8 +202,8 @@ async fn at_any_call(fault: Fault, stride: u64) {
         assert_eq!(silver, straight, "{fault:?} at call {at}");
         at += stride;
     }
-    // Two plans, and for each of nine tables a creation, a file and a commit.
-    assert!(at > 30, "only {at} calls could fail");
+    // Two plans, and for most tables a creation, files and commits.
+    assert!(at > 20, "only {at} calls could fail");
 }
 
 #[tokio::test]

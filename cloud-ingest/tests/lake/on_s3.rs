@@ -15,6 +15,14 @@ fn open(folder: &str) -> Store {
     Store::configured(&settings).unwrap()
 }
 
+/// The same lake by a line without faults, to see what stands in it.
+async fn look(folder: &str) -> Tables {
+    let mut settings = Settings::load(None).unwrap().store;
+    settings.url = format!("{}/{folder}", settings.url);
+    settings.s3.endpoint = std::env::var("TAILRACE_S3_WITHOUT_FAULTS").unwrap();
+    Tables::open(&Store::configured(&settings).unwrap()).await.unwrap()
+}
+
 /// Repeats `$call` until it succeeds.
 macro_rules! insist {
     ($call:expr) => {{
@@ -43,7 +51,7 @@ async fn one_of_each_on_s3() {
         insist!(try_put(&store, 1, number, &messages).await);
     }
     insist_on_refining(&mut refiner(&store, &tables)).await;
-    assert_eq!(everything(&tables).await, straight().await);
+    assert_eq!(everything(&look("one").await).await, straight().await);
 }
 
 /// The messages of segment `number` of either of two writers, to which the broker has delivered much the same.
@@ -102,10 +110,11 @@ async fn two_of_each_on_s3() {
     }
     let memory = Tables::open(&alone).await.unwrap();
     refine_all(&mut refiner(&alone, &memory)).await;
-    let tables = insist!(Tables::open(&open("two")).await);
+    let tables = look("two").await;
     // Which delivery is the first is for the plans to say; what is stored, and how often, is not.
     for sql in [
-        "select site, device_id, ts, value, unit, quality, epoch, seq from silver.sensor_readings order by all",
+        "select site, device_id, ts, value, unit, quality, epoch, seq from silver.sensor_readings \
+         order by site, device_id, ts",
         "select count(*) n, sum(readings) r, sum(stored) s, sum(duplicates) d, sum(quarantined) q, \
          sum(cast(redelivered as bigint)) again from silver.messages",
     ] {

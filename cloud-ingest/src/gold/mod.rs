@@ -37,6 +37,8 @@ use crate::tables::Tables;
 /// A step is followed by a rest of so many times its length: however much comes into the open hours, which are read
 /// again at each step, gold takes no more than a fifth of the time.
 const REST: u32 = 4;
+/// Of the last step, a second apart.
+const LAST_TRIES: u32 = 5;
 
 /// How gold is made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -88,32 +90,44 @@ pub async fn step(tables: &Tables, settings: &GoldSettings, now: Timestamp) -> a
 }
 
 /// Makes gold until silver ends: one step after each change of `silver` (its newest plan), at most one in
-/// `settings.interval` and after a rest, and a last one when the sender is gone.
+/// `settings.interval` and after a rest, and a last one when the sender is gone. A step that fails is taken again
+/// after that, also when nothing more comes.
 ///
 /// # Errors
-/// When the last step fails. Earlier failures are logged and made good by the next step.
+/// When the last step fails, time and again.
 pub async fn run(
     tables: Tables,
     settings: GoldSettings,
     clock: Arc<dyn Clock>,
     mut silver: watch::Receiver<u64>,
 ) -> anyhow::Result<()> {
+    let (mut behind, mut last_tries) = (false, 0);
     loop {
-        let open = silver.changed().await.is_ok();
+        let open = if behind {
+            silver.borrow_and_update();
+            silver.has_changed().is_ok()
+        } else {
+            silver.changed().await.is_ok()
+        };
+        last_tries += u32::from(!open);
         let began = tokio::time::Instant::now();
         let done = step(&tables, &settings, clock.now()).await;
+        behind = done.is_err();
         match done {
             Ok(done) => tracing::debug!(?done, "gold is up to date"),
-            Err(error) if open => {
+            Err(error) if last_tries < LAST_TRIES => {
                 tracing::warn!(error = format!("{error:#}"), "gold stays behind; trying again");
             }
             Err(error) => return Err(error.context("last step of gold")),
         }
-        if !open {
+        if open {
+            // Ends early when the sender is gone.
+            let pause = settings.interval.max(began.elapsed() * REST);
+            let _ = tokio::time::timeout(pause, silver.wait_for(|_| false)).await;
+        } else if behind {
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        } else {
             return Ok(());
         }
-        // Ends early when the sender is gone.
-        let pause = settings.interval.max(began.elapsed() * REST);
-        let _ = tokio::time::timeout(pause, silver.wait_for(|_| false)).await;
     }
 }

@@ -4,7 +4,7 @@
 //! |---|---|
 //! | `topic` | its topic is none of ours and matches no configured JSON source |
 //! | `version` | its wire version is newer than this build's |
-//! | `identity` | it is of a lane and does not name itself, or its payload contradicts its user properties or its topic: lane, epoch, seq, rows, version, site or gateway |
+//! | `identity` | it is of a lane and does not name itself, or its payload contradicts its properties or its topic |
 //! | `payload` | its bytes are not what its stream carries |
 //! | `rows` | it holds another number of rows than it says |
 //! | `clock` | it holds aggregates or anomalies of a gateway whose clock was never set |

@@ -263,7 +263,8 @@ def judge_replicas(report, shipped, programs, folder):
             judge_restarts(report, replicas, lambda: fleet.poll() is None)
             report.check(devices.finish(), f"{devices.sent} JSON messages are taken by the broker")
             ended = fleet.wait(240)
-        report.check(ended == 0, "the fleet is acknowledged to its end", (home / "fleet.log").read_text()[-2000:])
+        if not report.check(ended == 0, "the fleet is acknowledged to its end", (home / "fleet.log").read_text()[-2000:]):
+            return
         # What a session still holds comes to its replica, which is there until nothing came for a while.
         quiet(replicas, lake)
         for name in list(replicas.processes):

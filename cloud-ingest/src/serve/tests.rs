@@ -2,12 +2,12 @@
 
 use std::sync::atomic::{AtomicI64, Ordering};
 
-use arrow::array::{ArrayRef, RecordBatch, StringArray, TimestampMicrosecondArray, new_null_array};
+use arrow::array::{ArrayRef, AsArray, RecordBatch, StringArray, TimestampMicrosecondArray, new_null_array};
 use bytes::Bytes;
 use common::{
     documents::{LaneStatus, Status},
     time::{Pacer, SystemClock},
-    wire::{Lane, Stream, Topic},
+    wire::{self, Identity, Lane, Stream, Topic},
 };
 use datafusion::common::ParamValues;
 use futures::TryStreamExt;
@@ -229,6 +229,64 @@ fn a_silent_gateway_is_unknown_since_it_was_last_heard() {
     let readings = Topic { stream: Stream::Lane(Lane::Readings), ..topic.clone() };
     live.push(&readings, &Bytes::from_static(b"poison"), 1, false);
     assert_eq!(live.readings().unwrap().num_rows(), 0);
+}
+
+#[test]
+fn readings_wait_for_whoever_looks_and_each_gateway_keeps_its_share() {
+    const MILLION: u64 = 1_000_000;
+    let clock = Arc::new(Still::default());
+    let live = Live::new(Keep::default(), Arc::clone(&clock) as Arc<dyn Clock>);
+    let push = |gateway: &str, ts: i64, claimed: u64| {
+        clock.0.store(ts, Ordering::SeqCst);
+        let topic = Topic { site: "s".into(), gateway: gateway.into(), stream: Stream::Lane(Lane::Readings) };
+        let text = |word: &str| -> ArrayRef {
+            Arc::new(
+                [word].into_iter().collect::<arrow::array::DictionaryArray<arrow::datatypes::Int32Type>>(),
+            )
+        };
+        let columns: Vec<ArrayRef> = vec![
+            Arc::new(TimestampMicrosecondArray::from(vec![ts]).with_timezone("UTC")),
+            text(gateway),
+            text("flow"),
+            text("pump"),
+            text("L/min"),
+            text("gauge"),
+            Arc::new(arrow::array::Float64Array::from(vec![ts as f64])),
+            Arc::new(arrow::array::UInt8Array::from(vec![0])),
+        ];
+        let batch = RecordBatch::try_new(wire::schema(Lane::Readings), columns).unwrap();
+        let identity = Identity {
+            v: 1,
+            epoch: uuid::Uuid::nil(),
+            lane: Lane::Readings,
+            seq: 0,
+            rows: 1,
+            rows_before: 0,
+            oldest: 0,
+            sealed_at: Timestamp::from_micros(ts),
+            clock: wire::ClockState::Synced,
+        };
+        live.push(&topic, &wire::encode(&batch, &identity).unwrap().into(), claimed, false);
+    };
+    let seen = || -> Vec<(String, i64)> {
+        let rows = live.readings().unwrap();
+        let (ts, device) = (rows.column(0), rows.column(2));
+        let ts = ts.as_primitive::<arrow::datatypes::TimestampMicrosecondType>();
+        (0..rows.num_rows()).map(|i| (device.as_string::<i32>().value(i).to_owned(), ts.value(i))).collect()
+    };
+    push("quiet", 10, 1);
+    // What a gateway claims beyond its share displaces its own oldest, and nobody else's.
+    for ts in [20, 30, 40] {
+        push("loud", ts, MILLION / 3);
+    }
+    let expected = |all: &[(&str, i64)]| all.iter().map(|(d, ts)| ((*d).to_owned(), *ts)).collect::<Vec<_>>();
+    assert_eq!(seen(), expected(&[("loud", 40), ("quiet", 10)]));
+    push("loud", 50, 1);
+    assert_eq!(seen(), expected(&[("loud", 40), ("loud", 50), ("quiet", 10)]));
+    // Nothing older than what is kept.
+    push("quiet", 60, 1);
+    push("quiet", 60 + 901 * 1_000_000, 1);
+    assert_eq!(seen().len(), 3, "{:?}", seen());
 }
 
 /// Sends one request and returns the status and the whole answer.

@@ -266,3 +266,84 @@ fn limits(data_type: &DataType, groups: &[&Statistics]) -> Option<(Value, Value)
         _ => None,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use arrow::array::{
+        DictionaryArray, Float64Array, Int64Array, TimestampMicrosecondArray, new_null_array,
+    };
+    use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
+
+    use super::*;
+
+    const TABLE: Table = Table::SensorReadings;
+
+    /// Rows of (device type, device, ts in µs, value), everything else the same.
+    fn rows(rows: &[(&str, &str, i64, Option<f64>)]) -> RecordBatch {
+        let schema = TABLE.schema();
+        let text = |of: &dyn Fn(usize) -> String| -> ArrayRef {
+            let words: Vec<String> = (0..rows.len()).map(of).collect();
+            Arc::new(words.iter().map(String::as_str).collect::<DictionaryArray<Int32Type>>())
+        };
+        let columns: Vec<ArrayRef> = schema
+            .fields()
+            .iter()
+            .map(|field| -> ArrayRef {
+                match (field.name().as_str(), field.data_type()) {
+                    ("ts", _) => Arc::new(
+                        TimestampMicrosecondArray::from_iter_values(rows.iter().map(|r| r.2))
+                            .with_timezone("UTC"),
+                    ),
+                    ("value", _) => Arc::new(rows.iter().map(|r| r.3).collect::<Float64Array>()),
+                    ("device_id", _) => text(&|i| rows[i].1.to_owned()),
+                    ("device_type", _) => text(&|i| rows[i].0.to_owned()),
+                    ("year", _) => Arc::new(Int64Array::from(vec![2026; rows.len()])),
+                    ("month", _) => Arc::new(Int64Array::from(vec![3; rows.len()])),
+                    ("asset_id" | "epoch", _) => new_null_array(&DataType::Utf8, rows.len()),
+                    (_, DataType::Utf8) => text(&|_| "x".to_owned()),
+                    (_, DataType::Int64) => Arc::new(Int64Array::from(vec![7; rows.len()])),
+                    _ => Arc::new(TimestampMicrosecondArray::from(vec![0; rows.len()]).with_timezone("UTC")),
+                }
+            })
+            .collect();
+        let fields = schema.fields().iter().zip(&columns);
+        let fields: Vec<Field> =
+            fields.map(|(f, c)| f.as_ref().clone().with_data_type(c.data_type().clone())).collect();
+        RecordBatch::try_new(Arc::new(Schema::new(fields)), columns).unwrap()
+    }
+
+    #[test]
+    fn a_batch_of_two_partitions_becomes_two_files() {
+        let mixed =
+            rows(&[("flow", "a", 1, None), ("level", "b", 2, Some(1.5)), ("flow", "c", 3, Some(2.5))]);
+        let parts = by_partition(TABLE, vec![mixed, rows(&[("flow", "d", 4, None)])]).unwrap();
+        let sizes: Vec<(String, usize)> =
+            parts.iter().map(|(p, b)| (p.join("/"), b.iter().map(RecordBatch::num_rows).sum())).collect();
+        assert_eq!(sizes, [("flow/2026/3".to_owned(), 3), ("level/2026/3".to_owned(), 1)]);
+        let parted = by_partition(TABLE, vec![rows(&[("a/../b", "a", 1, None)])]).unwrap_err().to_string();
+        assert_eq!(parted, "device_type = \"a/../b\" cannot name a partition");
+    }
+
+    #[test]
+    fn a_file_is_plain_parquet_and_the_log_has_its_limits() {
+        let parts = by_partition(
+            TABLE,
+            vec![rows(&[("flow", "b", 1_500, None), ("flow", "a", 2_345_678, Some(0.5))])],
+        );
+        let (bytes, stats) =
+            encode(TABLE, &parts.unwrap()[&["flow", "2026", "3"].map(str::to_owned).to_vec()]).unwrap();
+        assert_eq!(stats["numRecords"], 2);
+        assert_eq!(stats["minValues"]["ts"], "1970-01-01T00:00:00.001500Z");
+        assert_eq!(stats["maxValues"]["ts"], "1970-01-01T00:00:02.345678Z");
+        assert_eq!(
+            (&stats["minValues"]["device_id"], &stats["maxValues"]["device_id"]),
+            (&json!("a"), &json!("b"))
+        );
+        assert_eq!((&stats["minValues"]["value"], &stats["nullCount"]["value"]), (&json!(0.5), &json!(1)));
+        assert!(stats["minValues"].get("segment").is_none());
+        let reader = ParquetRecordBatchReaderBuilder::try_new(bytes::Bytes::from(bytes)).unwrap();
+        let device = reader.schema().field_with_name("device_id").unwrap();
+        assert_eq!(device.data_type(), &DataType::Utf8, "no reader hears of dictionaries");
+        assert!(reader.schema().field_with_name("device_type").is_err(), "it stands in the path");
+    }
+}

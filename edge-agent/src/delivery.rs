@@ -314,7 +314,9 @@ impl Delivery {
     /// When [`Self::next`] may have something though nothing else happened.
     pub fn next_deadline(&self, now: Duration) -> Option<Duration> {
         let (due, _) = self.due.first()?;
-        (self.connected && self.cloud_is_there(now)).then_some(*due)
+        // Without room in the window it is the broker's acknowledgement that is waited for.
+        let can_go = self.connected && self.flight.len() < self.window && self.cloud_is_there(now);
+        can_go.then_some(*due)
     }
 
     /// Whether nothing is left to publish and no publish lacks its PUBACK.
@@ -521,6 +523,7 @@ mod tests {
         assert_eq!(pump(&mut d, seconds(0)).len(), WINDOW);
         d.heartbeat(true, seconds(80));
         assert_eq!(d.next(seconds(80)), None, "it is due and the window is full");
+        assert_eq!(d.next_deadline(seconds(80)), None, "so there is nothing to wake up for");
         d.heartbeat(false, seconds(80));
         (2..=5).for_each(|n| d.sent((n - 1) % WINDOW as u16 + 1));
         (2..=5).for_each(|n| assert_eq!(d.acked((n - 1) % WINDOW as u16 + 1, seconds(80)), None));

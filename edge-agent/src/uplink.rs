@@ -352,7 +352,9 @@ impl Uplink {
         let now = self.now();
         let dial = self.connection.is_none().then_some(self.dial_at);
         let bucket = self.bucket.as_ref().and_then(|bucket| bucket.ready_at(now));
-        [dial, bucket, self.delivery.next_deadline(now)].into_iter().flatten().min()
+        // What is due while the bucket is closed waits for it.
+        let due = self.delivery.next_deadline(now).map(|due| bucket.map_or(due, |open| due.max(open)));
+        [dial, bucket, due].into_iter().flatten().min()
     }
 
     /// Everything has been delivered; in cloud mode also acknowledged, if there is a cloud that could.

@@ -8,7 +8,7 @@
 //! * `live.status`: per gateway when it was last heard. A gateway that was not heard for three heartbeats, or
 //!   whose last will was published, is `unknown since` the time it was last heard; never "0".
 //! * Readings are decoded when somebody looks: what has come since waits as it came, of each gateway the newest messages
-//!   of the last `keep` and up to its share of [`MAX_ROWS`].
+//!   of the last `keep` and up to its share of [`MAX_ROWS`], where [`ROW_BYTES`] count as a row at least.
 //! * Open anomalies: raised and not cleared, by event id; the newest [`MAX_EVENTS`].
 
 use std::{
@@ -46,6 +46,8 @@ use tracing::{debug, info, warn};
 
 /// Readings held in memory, of all devices: about 80 MB.
 const MAX_ROWS: usize = 1_000_000;
+/// What one of them takes, so that messages of few rows, or that claim few, are bounded like their readings.
+const ROW_BYTES: usize = 80;
 /// Devices and gateways that are told apart; further ones are ignored until a restart.
 const MAX_NAMES: usize = 50_000;
 /// Anomalies held in memory.
@@ -170,14 +172,23 @@ pub struct EventView {
 #[derive(Debug)]
 struct Unread {
     payload: Bytes,
+    /// Or as many as its bytes are worth.
     rows: usize,
     received_at: Timestamp,
 }
 
+/// Those of a gateway, in the order of arrival.
+#[derive(Debug, Default)]
+struct Queue {
+    messages: VecDeque<Unread>,
+    /// Of all of them.
+    rows: usize,
+}
+
 #[derive(Debug, Default)]
 struct State {
-    /// By site and gateway, in the order of arrival.
-    unread: BTreeMap<(String, String), VecDeque<Unread>>,
+    /// By site and gateway.
+    unread: BTreeMap<(String, String), Queue>,
     devices: BTreeMap<(String, String), Ring>,
     gateways: BTreeMap<(String, String), Gateway>,
     events: BTreeMap<String, EventView>,
@@ -247,7 +258,9 @@ impl Live {
                 }
             }
             Stream::Lane(Lane::Readings) => {
-                let rows = usize::try_from(rows).unwrap_or(usize::MAX).max(1);
+                // A claim beyond all rows displaces no more than all rows do.
+                let rows = usize::try_from(rows).unwrap_or(MAX_ROWS).min(MAX_ROWS);
+                let rows = rows.max(payload.len().div_ceil(ROW_BYTES)).max(1);
                 let mut state = self.lock();
                 state.heard(topic, now);
                 state.wait(
@@ -270,7 +283,7 @@ impl Live {
     fn read(&self) -> MutexGuard<'_, State> {
         let _reading = self.reading.lock().unwrap_or_else(PoisonError::into_inner);
         let unread = std::mem::take(&mut self.lock().unread);
-        for ((site, _), messages) in unread {
+        for ((site, _), Queue { messages, .. }) in unread {
             for Unread { payload, received_at, .. } in messages {
                 if let Ok(batch) = wire::decode(Lane::Readings, &payload) {
                     self.lock().readings(&site, &batch, received_at, self.keep.keep);
@@ -444,15 +457,15 @@ impl State {
             return;
         }
         let since = message.received_at - keep;
-        let unread = self.unread.entry(key).or_default();
-        unread.push_back(message);
-        let mut rows: usize = unread.iter().map(|message| message.rows).sum();
-        while let Some(oldest) = unread.front()
-            && unread.len() > 1
-            && (rows > share || oldest.received_at < since)
+        let Queue { messages, rows } = self.unread.entry(key).or_default();
+        *rows += message.rows;
+        messages.push_back(message);
+        while let Some(oldest) = messages.front()
+            && messages.len() > 1
+            && (*rows > share || oldest.received_at < since)
         {
-            rows -= oldest.rows;
-            unread.pop_front();
+            *rows -= oldest.rows;
+            messages.pop_front();
         }
     }
 

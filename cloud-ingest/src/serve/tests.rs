@@ -283,6 +283,11 @@ fn readings_wait_for_whoever_looks_and_each_gateway_keeps_its_share() {
     assert_eq!(seen(), expected(&[("loud", 40), ("quiet", 10)]));
     push("loud", 50, 1);
     assert_eq!(seen(), expected(&[("loud", 40), ("loud", 50), ("quiet", 10)]));
+    // A message that claims one row weighs what its bytes do.
+    push("loud", 55, 1);
+    let large = Topic { site: "s".into(), gateway: "loud".into(), stream: Stream::Lane(Lane::Readings) };
+    live.push(&large, &vec![0; 41_000_000].into(), 1, false);
+    assert_eq!(seen().len(), 3, "{:?}", seen());
     // Nothing older than what is kept.
     push("quiet", 60, 1);
     push("quiet", 60 + 901 * 1_000_000, 1);

@@ -189,6 +189,11 @@ impl Settings {
         self.roles.contains(&role)
     }
 
+    /// Topics of devices that are not ours.
+    pub fn json_filters(&self) -> Vec<String> {
+        self.json.iter().map(|source| source.filter.clone()).collect()
+    }
+
     fn check(&self, m: &mut Mistakes) {
         m.require(!self.roles.is_empty(), "roles", "empty", "write ingest, refine, serve or some of them");
         store::check(&self.store, m);
@@ -258,6 +263,12 @@ impl Settings {
             );
         }
         m.require(
+            self.serve.pg_port != self.serve.http_port,
+            "serve.http_port",
+            format!("{} is serve.pg_port, too", self.serve.http_port),
+            "give one of them another port",
+        );
+        m.require(
             self.serve.listen.is_loopback() || !self.serve.users.is_empty(),
             "serve.listen",
             format!("{} can be reached from other machines, and nobody needs a password", self.serve.listen),
@@ -294,7 +305,7 @@ mod tests {
     #[test]
     fn mistakes_come_together() {
         let text = load(
-            "[mqtt]\nurl = \"http://x\"\nkeep_alive = \"1s\"\nshare = \"a/b\"\n[serve]\nlisten = \"0.0.0.0\"\n\
+            "[mqtt]\nurl = \"http://x\"\nkeep_alive = \"1s\"\nshare = \"a/b\"\n[serve]\nlisten = \"0.0.0.0\"\npg_port = 8080\nhttp_port = 8080\n\
              [[json]]\nfilter = \"$share/g/x\"\nsite = \"s\"\ngateway = \"g\"\n\
              [quality.devices]\nx = [2, 1]\n[quality.types.smell]\nunit = \"ou\"\nrange = [0, 1]\n",
         )
@@ -306,6 +317,7 @@ mod tests {
             "mqtt.share",
             "json.filter",
             "serve.listen",
+            "serve.http_port: 8080",
             "[2, 1]",
             "quality.types.smell",
         ] {

@@ -140,12 +140,16 @@ impl Child {
     }
 }
 
-/// What ended how, with the end of its log.
+/// What ended how, with the end of its log: from the last error on, which others may follow on the way out.
 pub(crate) fn obituary(name: &str, log: &Path, status: ExitStatus) -> String {
     let text = std::fs::read_to_string(log).unwrap_or_default();
     let lines: Vec<&str> = text.lines().collect();
-    let tail = lines[lines.len().saturating_sub(8)..].join("\n  ");
-    format!("{name} ended with {status}; the end of {}:\n  {tail}", log.display())
+    let tail = lines.len().saturating_sub(40);
+    let cause =
+        lines[tail..].iter().rposition(|line| line.starts_with("error: ") || line.contains("panicked at"));
+    let from = cause.map_or(lines.len().saturating_sub(8), |at| tail + at);
+    let said = lines[from..].iter().take(8).copied().collect::<Vec<_>>().join("\n  ");
+    format!("{name} ended with {status}; the end of {}:\n  {said}", log.display())
 }
 
 /// The child's side of its standard input. The process exits when the input ends.

@@ -19,7 +19,7 @@ pub(crate) mod configs;
 mod screen;
 
 use std::{
-    fs,
+    fs, io,
     net::{Ipv4Addr, SocketAddr, TcpListener},
     path::PathBuf,
     process::ExitCode,
@@ -185,14 +185,21 @@ impl Demo {
             .with_context(|| format!("cannot write to {}; give another with --data-dir", logs.display()))?;
         let lock = lock(&options)?;
         let memory = remember(&options)?;
+        // Each is held until all have been found free: no two of them may be the same.
+        let mut held = Vec::new();
         for (port, flag) in [
             (options.mqtt_port, "--mqtt-port"),
             (options.pg_port, "--pg-port"),
             (options.http_port, "--http-port"),
         ] {
-            TcpListener::bind(loopback(port))
-                .with_context(|| format!("port {port} of 127.0.0.1 is in use; give another with {flag}"))?;
+            held.push(
+                TcpListener::bind(loopback(port)).with_context(|| {
+                    format!("port {port} of 127.0.0.1 is in use; give another with {flag}")
+                })?,
+            );
         }
+        let agent_metrics = free_ports(memory.gateways as usize)?;
+        drop(held);
         let (event_sender, events) = mpsc::channel(256);
         let gateways = memory.gateways as usize;
         let mut demo = Demo {
@@ -203,7 +210,7 @@ impl Demo {
             broker: None,
             cables: Vec::with_capacity(gateways),
             agents: (0..gateways).map(|_| None).collect(),
-            agent_metrics: Vec::with_capacity(gateways),
+            agent_metrics,
             cloud: None,
             broken: false,
             events,
@@ -212,7 +219,6 @@ impl Demo {
         };
         for _ in 0..gateways {
             demo.cables.push(Cable::lay(loopback(demo.options.mqtt_port)).await?);
-            demo.agent_metrics.push(free_port()?);
         }
         demo.start_broker()?;
         demo.start_cloud().await?;
@@ -457,9 +463,11 @@ pub(crate) fn loopback(port: u16) -> SocketAddr {
     (Ipv4Addr::LOCALHOST, port).into()
 }
 
-/// A port that is free now.
-fn free_port() -> anyhow::Result<SocketAddr> {
-    TcpListener::bind(loopback(0)).and_then(|l| l.local_addr()).context("finding a free port")
+/// Addresses that are free now, all different.
+fn free_ports(n: usize) -> anyhow::Result<Vec<SocketAddr>> {
+    let held: io::Result<Vec<_>> = (0..n).map(|_| TcpListener::bind(loopback(0))).collect();
+    let addresses = held.and_then(|held| held.iter().map(TcpListener::local_addr).collect());
+    addresses.context("finding free ports")
 }
 
 fn far_future() -> Instant {

@@ -62,7 +62,7 @@ pub async fn doctor(settings: &Settings, options: &Options) -> Report {
     let _ = rustls::crypto::ring::default_provider().install_default();
     let id = format!("{:08x}", Uuid::now_v7().as_u128() as u32);
     let mqtt = settings.mqtt.clone();
-    let json: Vec<String> = settings.json.iter().map(|source| source.filter.clone()).collect();
+    let json = settings.json_filters();
     let mut doctor = Doctor {
         scratch: format!("{}/_cloud/doctor/{id}", mqtt.root),
         subscriptions: [data_filters(&mqtt, &json), document_filters(&mqtt)].concat(),

@@ -64,8 +64,7 @@ pub async fn drain(settings: &Settings, clock: Arc<dyn Clock>) -> anyhow::Result
     let writer = Uuid::now_v7();
     let (stop, stopped) = watch::channel(false);
     let (told, mut emptying) = watch::channel(Emptying::UnderWay);
-    let filters: Vec<String> = settings.json.iter().map(|source| source.filter.clone()).collect();
-    let subscription = Subscription::emptying(&settings.mqtt, &filters, writer, told)?;
+    let subscription = Subscription::emptying(&settings.mqtt, &settings.json_filters(), writer, told)?;
     let mut stages = JoinSet::new();
     pipeline::start_ingest(&mut stages, settings, subscription, &clock, &store, &metrics, &stopped);
     let state = *emptying.wait_for(|state| *state != Emptying::UnderWay).await?;

@@ -20,7 +20,10 @@ use std::sync::Arc;
 
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 use chrono::{Datelike, Timelike};
-use common::{time::Timestamp, wire::instant};
+use common::{
+    time::Timestamp,
+    wire::{dict, instant},
+};
 use uuid::Uuid;
 
 /// A Delta table of the lake.
@@ -243,6 +246,15 @@ impl Table {
         };
         columns.schema()
     }
+}
+
+/// The same columns, with dictionaries for text: how rows go in and out of data files, which do not know of it.
+pub fn with_dictionaries(schema: &Schema) -> SchemaRef {
+    let fields = schema.fields().iter().map(|field| match field.data_type() {
+        DataType::Utf8 => Arc::new(field.as_ref().clone().with_data_type(dict())),
+        _ => Arc::clone(field),
+    });
+    Arc::new(Schema::new(fields.collect::<Vec<_>>()))
 }
 
 /// One row a message: what was received, and the identity that travelled outside of the payload.

@@ -68,8 +68,7 @@ pub async fn run(
     let mut stages = JoinSet::new();
 
     let (inbox, progress) = if settings.has(Role::Ingest) {
-        let filters: Vec<String> = settings.json.iter().map(|source| source.filter.clone()).collect();
-        let subscription = Subscription::new(&settings.mqtt, &filters, Uuid::now_v7())?;
+        let subscription = Subscription::new(&settings.mqtt, &settings.json_filters(), Uuid::now_v7())?;
         let (inbox, progress) =
             start_ingest(&mut stages, &settings, subscription, &clock, &store, &metrics, &stop);
         (Some(inbox), progress)

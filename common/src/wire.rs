@@ -380,8 +380,8 @@ pub fn instant() -> DataType {
     DataType::Timestamp(TimeUnit::Microsecond, Some("UTC".into()))
 }
 
-/// Text that repeats.
-fn dict() -> DataType {
+/// The type of text that repeats, on the wire and on its way through the lake.
+pub fn dict() -> DataType {
     DataType::Dictionary(Box::new(DataType::Int32), Box::new(DataType::Utf8))
 }
 

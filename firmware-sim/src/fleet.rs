@@ -334,7 +334,7 @@ impl Gateway {
             .set_outgoing_inflight_upper_limit(INFLIGHT as u16)
             .set_max_packet_size(Some(4 * 1024 * 1024));
         if let Some(password) = self.options.password.resolve().context("--password")? {
-            mqtt.set_credentials(format!("fleet/gw-{}", self.index), password);
+            mqtt.set_credentials(format!("{SITE}/gw-{}", self.index), password);
         }
         Ok(AsyncClient::new(mqtt, 2 * INFLIGHT))
     }

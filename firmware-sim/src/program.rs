@@ -7,20 +7,26 @@
 use std::{
     env,
     fs::OpenOptions,
-    net::TcpListener,
+    net::{SocketAddr, TcpListener},
     path::{Path, PathBuf},
     process::Stdio,
     time::Duration,
 };
 
-use anyhow::{Context as _, bail};
-use tokio::process::{Child, Command};
+use anyhow::{Context as _, bail, ensure};
+use tokio::{
+    net::TcpStream,
+    process::{Child, Command},
+    time::{Instant, sleep},
+};
 
 use crate::{
     demo::{child::obituary, loopback},
     noise::{bits, stream},
 };
 
+/// How often a program is asked whether it listens.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// Where Debian keeps daemons, which is not in everybody's PATH.
 const SBIN: [&str; 3] = ["/usr/sbin", "/usr/local/sbin", "/sbin"];
 
@@ -123,6 +129,17 @@ impl Program {
             bail!(obituary(self.name, &self.log, status));
         }
         Ok(true)
+    }
+
+    /// Waits until something accepts connections at `server`.
+    pub(crate) async fn listens(&mut self, server: SocketAddr, patience: Duration) -> anyhow::Result<()> {
+        let deadline = Instant::now() + patience;
+        while TcpStream::connect(server).await.is_err() {
+            self.check()?;
+            ensure!(Instant::now() < deadline, "{} does not listen after {patience:?}", self.name);
+            sleep(LOOK_EVERY).await;
+        }
+        Ok(())
     }
 
     /// Fails if it has ended though nobody killed it.

@@ -117,7 +117,7 @@ impl<'a> Walk<'a> {
         let mut changes = Changes { first_plan: self.first_plan, ..Changes::default() };
         for add in self.added {
             if self.removed.contains(&add.path) {
-                changes.gone.push(range(&add, self.time)?);
+                changes.gone.push(limits(add.stats.as_deref()?, self.time)?);
             } else {
                 changes.active.push(add.path);
             }
@@ -126,13 +126,8 @@ impl<'a> Walk<'a> {
     }
 }
 
-/// The time range of a file by its statistics; those of other writers are cut down to milliseconds, and no hour ends
-/// within one.
-fn range(add: &Add, time: &str) -> Option<(i64, i64)> {
-    limits(add.stats.as_deref()?, time)
-}
-
-/// The least and the greatest instant (µs) of a column in a file's statistics.
+/// The least and the greatest instant (µs) of a column in a file's statistics; those of other writers are cut down to
+/// milliseconds, and no hour ends within one.
 pub(super) fn limits(stats: &str, time: &str) -> Option<(i64, i64)> {
     let stats: serde_json::Value = serde_json::from_str(stats).ok()?;
     let at = |bound: &str| {

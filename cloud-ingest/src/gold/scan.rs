@@ -9,10 +9,10 @@ use std::{ops::Range, sync::Arc};
 use anyhow::Context;
 use arrow::{
     array::{ArrayRef, AsArray, BooleanArray, DictionaryArray, Int32Array, RecordBatch, StringArray},
-    datatypes::{DataType, Field, Int32Type, Schema, SchemaRef, TimestampMicrosecondType},
+    datatypes::{Field, Int32Type, Schema, TimestampMicrosecondType},
 };
 use bytes::Bytes;
-use common::time::Timestamp;
+use common::{time::Timestamp, wire::dict};
 use deltalake::DeltaTable;
 use futures::{FutureExt, TryFutureExt, TryStreamExt, future::BoxFuture};
 use object_store::{ObjectStore, ObjectStoreExt, path::Path};
@@ -27,6 +27,7 @@ use parquet::{
 };
 
 use super::changes::limits;
+use crate::lake::with_dictionaries;
 
 /// Rows decoded at a time.
 const BATCH: usize = 16 * 1024;
@@ -58,14 +59,11 @@ pub(super) async fn scan(
             continue;
         }
         let inside = known.is_some_and(|(from, to)| from >= span.start && to < span.end);
-        let partition: Vec<(String, String)> = scan
-            .columns
-            .iter()
-            .filter_map(|name| {
-                let values = file.partition_values()?;
-                let at = values.fields().iter().position(|field| field.name() == name)?;
-                Some(((*name).to_owned(), values.values()[at].to_string()))
-            })
+        let values = file.partition_values();
+        let named = values.iter().flat_map(|values| values.fields().iter().zip(values.values()));
+        let partition: Vec<(String, String)> = named
+            .filter(|(field, _)| scan.columns.contains(&field.name().as_str()))
+            .map(|(field, value)| (field.name().clone(), value.to_string()))
             .collect();
         let path = file.object_store_path();
         let size = u64::try_from(file.size()).unwrap_or(0);
@@ -140,19 +138,6 @@ async fn read(
     Ok(builder.build()?)
 }
 
-/// The same columns, with dictionaries for text.
-fn with_dictionaries(schema: &SchemaRef) -> SchemaRef {
-    let fields = schema.fields().iter().map(|field| match field.data_type() {
-        DataType::Utf8 => Arc::new(field.as_ref().clone().with_data_type(dictionary())),
-        _ => Arc::clone(field),
-    });
-    Arc::new(Schema::new(fields.collect::<Vec<_>>()))
-}
-
-fn dictionary() -> DataType {
-    DataType::Dictionary(Box::new(DataType::Int32), Box::new(DataType::Utf8))
-}
-
 /// Adds the partition's columns, which are not in the file, as text.
 fn with_partition(batch: RecordBatch, partition: &[(String, String)]) -> anyhow::Result<RecordBatch> {
     if partition.is_empty() {
@@ -163,7 +148,7 @@ fn with_partition(batch: RecordBatch, partition: &[(String, String)]) -> anyhow:
         (batch.schema().fields().to_vec(), batch.columns().to_vec());
     for (name, value) in partition {
         let words = Arc::new(StringArray::from(vec![value.as_str()]));
-        fields.push(Arc::new(Field::new(name, dictionary(), false)));
+        fields.push(Arc::new(Field::new(name, dict(), false)));
         columns
             .push(Arc::new(DictionaryArray::<Int32Type>::try_new(Int32Array::from(vec![0; rows]), words)?));
     }

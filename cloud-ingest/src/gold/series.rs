@@ -380,8 +380,7 @@ struct Words {
 impl Words {
     /// Whatever encoding the scan chose.
     fn of(batch: &RecordBatch, name: &str) -> anyhow::Result<Words> {
-        let dictionary = DataType::Dictionary(Box::new(DataType::Int32), Box::new(DataType::Utf8));
-        let column = cast(column(batch, name)?, &dictionary)?;
+        let column = cast(column(batch, name)?, &common::wire::dict())?;
         let column = column.as_dictionary::<Int32Type>();
         Ok(Words { keys: column.keys().clone(), values: column.values().as_string::<i32>().clone() })
     }

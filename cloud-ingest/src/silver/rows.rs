@@ -14,7 +14,7 @@ use arrow::{
         Array, ArrayRef, AsArray, BooleanArray, DictionaryArray, Float64Array, Int32Array, Int64Array,
         RecordBatch, StringArray, TimestampMicrosecondArray,
     },
-    datatypes::{DataType, Float64Type, Int32Type, Schema, SchemaRef, TimestampMicrosecondType, UInt8Type},
+    datatypes::{Float64Type, Int32Type, TimestampMicrosecondType, UInt8Type},
 };
 use common::{reading::Quality, time::Timestamp};
 
@@ -25,7 +25,7 @@ use super::{
 };
 use crate::{
     decode::{MaintenanceRecord, Sample},
-    lake::{Table, year_month},
+    lake::{Table, with_dictionaries, year_month},
     quality::{Profile, Reject, Rules},
 };
 
@@ -497,16 +497,6 @@ pub(super) fn sensor_readings(
         }
     }
     Ok(batches)
-}
-
-/// The same columns, with dictionaries for text.
-fn with_dictionaries(schema: &Schema) -> SchemaRef {
-    let text = || DataType::Dictionary(Box::new(DataType::Int32), Box::new(DataType::Utf8));
-    let fields = schema.fields().iter().map(|field| match field.data_type() {
-        DataType::Utf8 => Arc::new(field.as_ref().clone().with_data_type(text())),
-        _ => Arc::clone(field),
-    });
-    Arc::new(Schema::new(fields.collect::<Vec<_>>()))
 }
 
 /// Word of the device type, year, month.

@@ -5,10 +5,7 @@
 //! * The log has the minimum and maximum of the columns that queries filter by; instants to the microsecond, so that a
 //!   reader that takes them for exact is right, too.
 
-use std::{
-    collections::{BTreeMap, HashMap},
-    sync::Arc,
-};
+use std::{collections::BTreeMap, sync::Arc};
 
 use anyhow::Context;
 use arrow::{
@@ -59,27 +56,15 @@ pub(super) async fn files(store: &Store, table: Table, rows: Vec<RecordBatch>) -
             modification_time: SystemClock.now().as_micros() / 1000,
             data_change: true,
             stats: Some(stats.to_string()),
-            ..nothing_more()
+            // Nothing of what Delta calls features.
+            tags: None,
+            deletion_vector: None,
+            base_row_id: None,
+            default_row_commit_version: None,
+            clustering_provider: None,
         });
     }
     Ok(added)
-}
-
-/// An [`Add`] without any of what Delta calls features.
-fn nothing_more() -> Add {
-    Add {
-        path: String::new(),
-        partition_values: HashMap::new(),
-        size: 0,
-        modification_time: 0,
-        data_change: true,
-        stats: None,
-        tags: None,
-        deletion_vector: None,
-        base_row_id: None,
-        default_row_commit_version: None,
-        clustering_provider: None,
-    }
 }
 
 /// How the data files of a table are written.

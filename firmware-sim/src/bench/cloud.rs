@@ -36,7 +36,6 @@ use parquet::arrow::{ArrowWriter, arrow_reader::ParquetRecordBatchReaderBuilder}
 use serde::Serialize;
 use tempfile::TempDir;
 use tokio::{
-    net::TcpStream,
     task::spawn_blocking,
     time::{Instant, sleep},
 };
@@ -231,30 +230,26 @@ impl Bench {
             _scratch: scratch,
         };
         bench.broker.start()?;
-        bench
-            .until("mosquitto listens", async |bench| TcpStream::connect(loopback(bench.mqtt)).await.is_ok())
-            .await?;
+        bench.broker.listens(loopback(mqtt), PATIENCE).await?;
         bench.cloud.start()?;
-        bench
-            .until("cloud-ingest is connected", async |bench| {
-                let metrics = http::get(loopback(bench.http), "/metrics").await.unwrap_or_default();
-                http::metric(&metrics, "tailrace_cloud_mqtt_connected", "") > 0.0
-            })
-            .await?;
+        bench.connected().await?;
         // Its subscriptions follow the connection at once.
         sleep(Duration::from_secs(1)).await;
         Ok(bench)
     }
 
-    async fn until(&mut self, what: &str, is_so: impl AsyncFn(&Bench) -> bool) -> anyhow::Result<()> {
+    /// Waits until the cloud has its connection.
+    async fn connected(&mut self) -> anyhow::Result<()> {
         let deadline = Instant::now() + PATIENCE;
-        while !is_so(self).await {
-            self.broker.check()?;
+        loop {
+            let metrics = http::get(loopback(self.http), "/metrics").await.unwrap_or_default();
+            if http::metric(&metrics, "tailrace_cloud_mqtt_connected", "") > 0.0 {
+                return Ok(());
+            }
             self.cloud.check()?;
-            ensure!(Instant::now() < deadline, "not so after {PATIENCE:?}: {what}");
+            ensure!(Instant::now() < deadline, "cloud-ingest is not connected after {PATIENCE:?}");
             sleep(LOOK_EVERY).await;
         }
-        Ok(())
     }
 
     fn fleet(&self) -> fleet::Options {

@@ -144,12 +144,7 @@ async fn start_broker(bench: &Bench, plain: SocketAddr, encrypted: SocketAddr) -
     let log = bench.dir.join("log/mosquitto.log");
     let mut mosquitto = Program::new("mosquitto", theirs("mosquitto", "mosquitto")?, &args, log)?;
     mosquitto.start()?;
-    let deadline = Instant::now() + PATIENCE;
-    while TcpStream::connect(plain).await.is_err() {
-        mosquitto.check()?;
-        ensure!(Instant::now() < deadline, "mosquitto does not listen after {PATIENCE:?}");
-        sleep(LOOK_EVERY).await;
-    }
+    mosquitto.listens(plain, PATIENCE).await?;
     Ok(mosquitto)
 }
 

@@ -244,15 +244,19 @@ pub fn rows(messages: &[Message]) -> Result<RecordBatch, ArrowError> {
 /// # Errors
 /// When Parquet cannot be written, which the schema rules out.
 pub fn encode(rows: &RecordBatch) -> parquet::errors::Result<Vec<u8>> {
+    let mut writer = ArrowWriter::try_new(Vec::new(), rows.schema(), Some(writer_properties()?))?;
+    writer.write(rows)?;
+    writer.into_inner()
+}
+
+/// How bronze is written.
+pub(crate) fn writer_properties() -> parquet::errors::Result<WriterProperties> {
     let payload = ColumnPath::from("payload");
-    let properties = WriterProperties::builder()
+    Ok(WriterProperties::builder()
         .set_compression(Compression::ZSTD(ZstdLevel::try_new(1)?))
         .set_column_dictionary_enabled(payload.clone(), false)
         .set_column_statistics_enabled(payload, EnabledStatistics::None)
-        .build();
-    let mut writer = ArrowWriter::try_new(Vec::new(), rows.schema(), Some(properties))?;
-    writer.write(rows)?;
-    writer.into_inner()
+        .build())
 }
 
 /// Puts a segment unless it is there already with the same bytes.

@@ -7,17 +7,19 @@ use arrow::util::pretty::pretty_format_batches_with_schema;
 use clap::{Parser, Subcommand};
 use common::{
     telemetry,
-    time::{Clock, SystemClock},
+    time::{Clock, SystemClock, Timestamp},
 };
 use tokio::sync::watch;
 
 use crate::{
     doctor,
     drain::{self, Drained},
-    ledger, pipeline, serve,
+    gold::GoldSettings,
+    ledger, pipeline, rebuild, serve,
     settings::{Role, Settings},
     store::Store,
     tables::Tables,
+    upkeep,
 };
 
 /// What is logged unless `TAILRACE_LOG` says otherwise: the libraries below Delta tell of every snapshot at INFO.
@@ -76,6 +78,48 @@ enum Command {
         /// Such as "select count(*) from silver.sensor_readings".
         sql: String,
     },
+    /// Pack bronze, put small files together, and delete what nobody needs, as the role refine does now and then;
+    /// exit 1 when some of it could not be done.
+    ///
+    /// May run beside any number of others, and be killed at any time: the next run finishes.
+    #[command(
+        after_help = "Examples:\n  cloud-ingest maintain --config cloud-ingest.toml\n  cloud-ingest maintain --json"
+    )]
+    Maintain {
+        /// As one JSON object.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Make silver and gold from bronze once more, by the same plans and rules, and compare: exit 1 when anything
+    /// differs.
+    ///
+    /// --verify compares with what stands and lists what differs, and what bronze no longer holds. It may run beside
+    /// a lake that goes on: what came later is left out. gold/maintenance_schedule is not compared, since it hangs on
+    /// when it was computed. It needs disk for a second silver and gold, in --into or in the folder for temporary
+    /// files (TMPDIR).
+    ///
+    /// --into without --verify writes silver, gold and ops of a complete new lake: stop cloud-ingest, put these three
+    /// folders in the place of the lake's, and start it again. One that was interrupted goes on.
+    #[command(after_help = "Examples:\n  cloud-ingest rebuild --verify\n  \
+        cloud-ingest rebuild --verify --json --from 2026-03-01T00:00:00Z --to 2026-03-02T00:00:00Z\n  \
+        cloud-ingest rebuild --into file:///var/lib/tailrace/rebuilt")]
+    Rebuild {
+        /// Compare with what stands.
+        #[arg(long)]
+        verify: bool,
+        /// First hour of reception that is replayed; what came before is taken from silver as it stands.
+        #[arg(long, value_name = "TIME")]
+        from: Option<Timestamp>,
+        /// Hour of reception up to which is replayed.
+        #[arg(long, value_name = "TIME")]
+        to: Option<Timestamp>,
+        /// URL or path of the lake to write; it stays. Without it a temporary one is made and removed.
+        #[arg(long, value_name = "URL")]
+        into: Option<String>,
+        /// As one JSON object.
+        #[arg(long)]
+        json: bool,
+    },
     /// Account for every reading; exit 1 unless every lane balances.
     Audit {
         /// As one JSON object.
@@ -102,6 +146,10 @@ pub async fn main(cli: Cli) -> ExitCode {
         }
         Command::Check => check(&settings).await.map(|()| true),
         Command::Query { sql } => query(&settings, &sql).await.map(|()| true),
+        Command::Rebuild { verify, from, to, into, json } => {
+            rebuild(&settings, rebuild::Options { verify, from, to, into }, json).await
+        }
+        Command::Maintain { json } => maintain(&settings, json).await,
         Command::Audit { json } => audit(&settings, json).await,
     };
     match done {
@@ -167,6 +215,33 @@ async fn check(settings: &Settings) -> anyhow::Result<()> {
         pipeline::rules(settings).hash()
     ));
     Ok(())
+}
+
+/// Whether nothing differs.
+async fn rebuild(settings: &Settings, options: rebuild::Options, json: bool) -> anyhow::Result<bool> {
+    let store = Store::configured(&settings.store)?;
+    let gold = GoldSettings { interval: settings.gold.interval, hold: settings.gold.hold };
+    let progress = |text: &str| eprintln!("{text}");
+    let report = rebuild::rebuild(&store, &options, &gold, SystemClock.now(), progress).await?;
+    if json {
+        telemetry::print_line(serde_json::to_string(&report)?);
+    } else {
+        telemetry::print_line(&report);
+    }
+    Ok(report.identical != Some(false))
+}
+
+/// Whether everything was done.
+async fn maintain(settings: &Settings, json: bool) -> anyhow::Result<bool> {
+    let store = Store::configured(&settings.store)?;
+    let tables = Tables::open(&store).await.with_context(|| format!("opening the lake {}", store.url()))?;
+    let done = upkeep::maintain(&tables, &settings.upkeep, settings.gold.hold, SystemClock.now()).await;
+    if json {
+        telemetry::print_line(serde_json::to_string(&done)?);
+    } else {
+        telemetry::print_line(&done);
+    }
+    Ok(done.failed.is_empty())
 }
 
 /// Whether everything balances.

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! bronze/sensor_data/year=YYYY/month=MM/day=DD/hour=HH/{writer}-{segment}.parquet   one row a message
+//!                                                      pack-{sha-256}.parquet       segments of that hour, packed
 //! silver/{sensor_readings,quarantine,messages,aggregates,anomalies,control,status,registry,maintenance}  Delta
 //! gold/{hourly_aggregates,timeseries_1m,anomaly_events,assets,devices,maintenance_schedule}              Delta
 //! ops/plan/{n}.json     the numbered steps of refinement
@@ -305,21 +306,49 @@ impl SegmentName {
 
     /// Reads [`Self::path`]; `None` for any other object, such as the leavings of a crashed writer.
     pub fn parse(path: &str) -> Option<SegmentName> {
-        let (folder, file) = path.strip_prefix(BRONZE)?.strip_prefix('/')?.rsplit_once('/')?;
-        let mut parts = folder.split('/');
-        let mut part =
-            |key: &str| -> Option<u32> { parts.next()?.strip_prefix(key)?.strip_prefix('=')?.parse().ok() };
-        let (year, month, day, hour) = (part("year")?, part("month")?, part("day")?, part("hour")?);
-        let at = chrono::NaiveDate::from_ymd_opt(i32::try_from(year).ok()?, month, day)?
-            .and_hms_opt(hour, 0, 0)?;
+        let (hour, file) = hour_and_file(path)?;
         let (writer, number) = file.strip_suffix(".parquet")?.rsplit_once('-')?;
-        let name = SegmentName {
-            hour: Timestamp::from_micros(at.and_utc().timestamp_micros()),
-            writer: writer.parse().ok()?,
-            number: number.parse().ok()?,
-        };
+        let name = SegmentName { hour, writer: writer.parse().ok()?, number: number.parse().ok()? };
         (name.path() == path).then_some(name)
     }
+}
+
+/// A bronze object that holds segments of its hour; see [`crate::pack`].
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PackName {
+    /// The hour of its segments.
+    pub hour: Timestamp,
+    /// Of the names of its segments, as 32 hexadecimal digits.
+    pub digest: String,
+}
+
+impl PackName {
+    /// Path relative to the lake's root, which no segment can have.
+    pub fn path(&self) -> String {
+        format!("{}/pack-{}.parquet", bronze_hour(self.hour), self.digest)
+    }
+
+    /// Reads [`Self::path`]; `None` for any other object.
+    pub fn parse(path: &str) -> Option<PackName> {
+        let (hour, file) = hour_and_file(path)?;
+        let digest = file.strip_prefix("pack-")?.strip_suffix(".parquet")?;
+        let hexadecimal =
+            digest.len() == 32 && digest.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
+        let name = PackName { hour, digest: digest.to_owned() };
+        (hexadecimal && name.path() == path).then_some(name)
+    }
+}
+
+/// The hour of a bronze object's folder, and its name in it.
+fn hour_and_file(path: &str) -> Option<(Timestamp, &str)> {
+    let (folder, file) = path.strip_prefix(BRONZE)?.strip_prefix('/')?.rsplit_once('/')?;
+    let mut parts = folder.split('/');
+    let mut part =
+        |key: &str| -> Option<u32> { parts.next()?.strip_prefix(key)?.strip_prefix('=')?.parse().ok() };
+    let (year, month, day, hour) = (part("year")?, part("month")?, part("day")?, part("hour")?);
+    let at =
+        chrono::NaiveDate::from_ymd_opt(i32::try_from(year).ok()?, month, day)?.and_hms_opt(hour, 0, 0)?;
+    Some((Timestamp::from_micros(at.and_utc().timestamp_micros()), file))
 }
 
 /// The folder of one hour of bronze.
@@ -415,6 +444,9 @@ mod tests {
         ] {
             assert_eq!(SegmentName::parse(other), None, "{other}");
         }
+        let pack = PackName { hour: name.hour, digest: "0123456789abcdef".repeat(2) };
+        assert_eq!(PackName::parse(&pack.path()), Some(pack.clone()));
+        assert_eq!((SegmentName::parse(&pack.path()), PackName::parse(path)), (None, None));
     }
 
     #[test]

@@ -13,6 +13,8 @@
 //! | progress | the newest count | never | ingest, once it has flushed |
 //! | silver | the newest plan | never | refine, once all of bronze is in silver |
 //!
+//! Beside refine and gold, upkeep packs and tidies what they have written, until silver ends.
+//!
 //! Only subscribe and serve see the stop signal. Subscribe takes no more messages; ingest flushes; subscribe
 //! acknowledges what that made durable and says farewell; refine carries on until everything in bronze is in
 //! silver, and gold takes a last step. Without the role `ingest`, refine follows the stop signal itself.
@@ -41,6 +43,7 @@ use crate::{
     store::Store,
     subscribe::{self, Inbox, Subscription},
     tables::Tables,
+    upkeep,
 };
 
 /// Segments between bronze and the acknowledgements.
@@ -85,6 +88,13 @@ pub async fn run(
             Ok(())
         });
         let how = GoldSettings { interval: settings.gold.interval, hold: settings.gold.hold };
+        stages.spawn(upkeep::run(
+            tables.clone(),
+            settings.upkeep,
+            settings.gold.hold,
+            Arc::clone(&clock),
+            silver.clone(),
+        ));
         stages.spawn(gold::run(tables.clone(), how, Arc::clone(&clock), silver));
     }
     if settings.has(Role::Serve) {

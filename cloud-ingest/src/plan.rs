@@ -68,10 +68,13 @@ impl Planned {
             let numbers = self.writers.entry(*writer).or_insert_with(Ranges::exact);
             spans.iter().for_each(|(from, to)| numbers.insert(*from, *to));
         }
-        for name in plan.segments.iter().filter_map(|path| SegmentName::parse(path)) {
-            let numbers = self.writers.entry(name.writer).or_insert_with(Ranges::exact);
-            numbers.insert(number(name), number(name));
-        }
+        plan.segments.iter().filter_map(|path| SegmentName::parse(path)).for_each(|name| self.insert(name));
+    }
+
+    /// Notes one segment.
+    pub fn insert(&mut self, name: SegmentName) {
+        let numbers = self.writers.entry(name.writer).or_insert_with(Ranges::exact);
+        numbers.insert(number(name), number(name));
     }
 
     /// Whether a plan names this segment.

@@ -29,19 +29,19 @@ use datafusion::{
     scalar::ScalarValue,
 };
 use deltalake::DeltaTable;
-use futures::{StreamExt, TryStreamExt};
+use futures::TryStreamExt;
 use object_store::{ObjectStoreExt, PutMode, PutOptions, path::Path};
-use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use tokio::sync::watch;
 
 use crate::{
     lake::{self, SegmentName, Table},
     metrics::Metrics,
+    pack::Segments,
     plan::{Limits, Listed, Plan, Planned, REFINE},
     quality::Rules,
     silver::{Answers, Counts, Known, Name, Question, Segment, Step, names},
     store::Store,
-    tables::{Tables, TablesError},
+    tables::{SMALL_FILES, TIERS, Tables, TablesError},
 };
 
 /// Everything is listed at the start and then this often; between, the last two hours are.
@@ -50,8 +50,6 @@ const FULL_LISTING: Duration = Duration::from_secs(86_400);
 const COMPACT_EVERY: u64 = 16;
 /// Devices that are remembered as warned about.
 const WARNED: usize = 10_000;
-/// Segments read at the same time.
-const READ_AHEAD: usize = 4;
 
 /// What a step did.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,6 +66,7 @@ pub type BeforeCommit = Arc<dyn Fn(Table) -> anyhow::Result<()> + Send + Sync>;
 /// One refiner.
 pub struct Refiner {
     store: Store,
+    segments: Segments,
     tables: Tables,
     rules: Arc<Rules>,
     rules_hash: String,
@@ -97,6 +96,7 @@ impl Refiner {
     pub fn new(store: &Store, tables: &Tables, rules: Rules, limits: Limits, metrics: Metrics) -> Self {
         Self {
             store: store.clone(),
+            segments: Segments::new(store),
             tables: tables.clone(),
             rules_hash: rules.hash(),
             rules: Arc::new(rules),
@@ -111,6 +111,30 @@ impl Refiner {
     /// Has `hook` called before every commit.
     pub fn before_commit(&mut self, hook: BeforeCommit) {
         self.before_commit = Some(hook);
+    }
+
+    /// Reads segments there instead of in the lake that is written.
+    pub fn read_from(&mut self, segments: Segments) {
+        self.segments = segments;
+    }
+
+    /// Carries out a plan that is not to be put, with the rules that it names: a rebuild.
+    ///
+    /// # Errors
+    /// As [`Self::step`]; the same plan may be carried out again.
+    pub async fn replay(&mut self, plan: &Plan) -> anyhow::Result<Counts> {
+        let mut state = match self.state.take() {
+            Some(state) => state,
+            None => self.load().await.context("reading what was rebuilt before")?,
+        };
+        self.rules = self.rules(&plan.rules).await?;
+        self.rules_hash.clone_from(&plan.rules);
+        let counts = self.carry_out(&mut state, plan).await.with_context(|| format!("plan {}", plan.n))?;
+        if plan.n.is_multiple_of(COMPACT_EVERY) {
+            self.compact(&mut state).await;
+        }
+        self.state = Some(state);
+        Ok(counts)
     }
 
     /// Number of the newest plan that is known here; 0 for none.
@@ -317,24 +341,12 @@ impl Refiner {
     }
 
     async fn read(&self, paths: &[String]) -> anyhow::Result<Vec<Segment>> {
-        futures::stream::iter(paths.to_vec())
-            .map(|path| {
-                let objects = self.store.objects();
-                async move {
-                    let bytes = objects.get(&Path::from(path.as_str())).await?.bytes().await?;
-                    let read = tokio::task::spawn_blocking(move || {
-                        let reader = ParquetRecordBatchReaderBuilder::try_new(bytes)?;
-                        let schema = Arc::clone(reader.schema());
-                        let batches = reader.build()?.collect::<Result<Vec<RecordBatch>, _>>()?;
-                        anyhow::Ok(arrow::compute::concat_batches(&schema, &batches)?)
-                    });
-                    let rows = read.await?.with_context(|| format!("reading {path}"))?;
-                    anyhow::Ok(Segment { path, rows })
-                }
-            })
-            .buffered(READ_AHEAD)
-            .try_collect()
-            .await
+        let rows = self.segments.read(paths).await?;
+        let segments = paths.iter().zip(rows).map(|(path, rows)| {
+            let rows = rows.with_context(|| format!("bronze does not hold {path}, which the plan names"))?;
+            Ok(Segment { path: path.clone(), rows })
+        });
+        segments.collect()
     }
 
     /// Payload hashes of messages that plans before `n` have committed.
@@ -444,7 +456,7 @@ impl Refiner {
 
     async fn compact(&self, state: &mut State) {
         for table in crate::silver::COMMIT_ORDER {
-            match self.tables.compact(table).await {
+            match self.tables.compact(table, &TIERS, SMALL_FILES).await {
                 Ok(false) => {}
                 // The version has moved on; the progress is read again at the next commit.
                 Ok(true) => drop(state.progress.remove(&table)),

@@ -30,6 +30,7 @@ pub struct Settings {
     pub refine: RefineSettings,
     pub quality: QualitySettings,
     pub gold: GoldSettings,
+    pub upkeep: UpkeepSettings,
     pub serve: ServeSection,
 }
 
@@ -139,6 +140,24 @@ pub struct GoldSettings {
     pub interval: Duration,
     #[serde(with = "duration")]
     pub hold: Duration,
+}
+
+/// `[upkeep]`
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[expect(missing_docs, reason = "default.toml documents every key")]
+pub struct UpkeepSettings {
+    #[serde(with = "duration")]
+    pub interval: Duration,
+    #[serde(with = "duration")]
+    pub pack_after: Duration,
+    #[serde(with = "duration")]
+    pub keep_versions: Duration,
+    #[serde(with = "duration")]
+    pub keep_bronze: Duration,
+    #[serde(with = "duration")]
+    pub keep_silver: Duration,
+    #[serde(with = "duration")]
+    pub keep_gold: Duration,
 }
 
 /// `[serve]`
@@ -262,6 +281,7 @@ impl Settings {
                 "write [LOW, HIGH]",
             );
         }
+        self.check_upkeep(m);
         m.require(
             self.serve.pg_port != self.serve.http_port,
             "serve.http_port",
@@ -280,6 +300,42 @@ impl Settings {
             "of certificate and key only one is given",
             "give both or neither",
         );
+    }
+
+    fn check_upkeep(&self, m: &mut Mistakes) {
+        let upkeep = &self.upkeep;
+        let within = |m: &mut Mistakes, key: &str, value: Duration, hours: std::ops::RangeInclusive<u64>| {
+            let (least, most) = (hours.start(), hours.end());
+            m.require(
+                (Duration::from_secs(least * 3600)..=Duration::from_secs(most.saturating_mul(3600)))
+                    .contains(&value),
+                key,
+                format!("{} is out of range", duration::format(value)),
+                &format!("write {least}h to {most}h"),
+            );
+        };
+        m.require(
+            upkeep.interval >= Duration::from_secs(60),
+            "upkeep.interval",
+            "too short",
+            "write 1min or more",
+        );
+        // The refiner looks for new segments in the hour that it is and in the one before.
+        within(m, "upkeep.pack_after", upkeep.pack_after, 1..=24 * 365);
+        // Delta forgets after seven days which files were removed when.
+        within(m, "upkeep.keep_versions", upkeep.keep_versions, 1..=24 * 7);
+        for (key, keep) in [
+            ("upkeep.keep_bronze", upkeep.keep_bronze),
+            ("upkeep.keep_silver", upkeep.keep_silver),
+            ("upkeep.keep_gold", upkeep.keep_gold),
+        ] {
+            m.require(
+                keep.is_zero() || keep >= Duration::from_secs(86_400),
+                key,
+                format!("{} is too short", duration::format(keep)),
+                "write 1d or more, or 0s to keep everything",
+            );
+        }
     }
 }
 
@@ -307,6 +363,7 @@ mod tests {
         let text = load(
             "[mqtt]\nurl = \"http://x\"\nkeep_alive = \"1s\"\nshare = \"a/b\"\n[serve]\nlisten = \"0.0.0.0\"\npg_port = 8080\nhttp_port = 8080\n\
              [[json]]\nfilter = \"$share/g/x\"\nsite = \"s\"\ngateway = \"g\"\n\
+             [upkeep]\nkeep_versions = \"30d\"\nkeep_silver = \"1h\"\n\
              [quality.devices]\nx = [2, 1]\n[quality.types.smell]\nunit = \"ou\"\nrange = [0, 1]\n",
         )
         .unwrap_err()
@@ -320,6 +377,8 @@ mod tests {
             "serve.http_port: 8080",
             "[2, 1]",
             "quality.types.smell",
+            "upkeep.keep_versions",
+            "upkeep.keep_silver",
         ] {
             assert!(text.contains(part), "{part:?} not in {text}");
         }

@@ -9,13 +9,16 @@
 //! * Data files: see [`write`].
 //! * A checkpoint is written every 100 commits, which is Delta's default.
 //! * The cost of a commit grows with the number of active files, so whoever writes a table calls
-//!   [`Tables::compact`] now and then; it changes no row (`dataChange=false`).
+//!   [`Tables::compact`] now and then; it changes no row (`dataChange=false`). Commits that remove files are
+//!   fenced against each other (`rewrite.rs`).
+//! * No commit looks for old log entries, which would list the whole log; [`Tables::tidy_log`] does.
 
+mod rewrite;
 mod write;
 
 use std::{
     collections::BTreeMap,
-    num::NonZeroU64,
+    pin::pin,
     sync::{Arc, Mutex, PoisonError},
 };
 
@@ -39,16 +42,18 @@ use deltalake::{
     operations::create::CreateBuilder,
     protocol::{DeltaOperation, SaveMode},
 };
+use futures::{Stream, StreamExt};
 
-pub use self::write::writer_properties;
+pub(crate) use self::rewrite::{RETAIN, conform};
+pub use self::{rewrite::TIERS, write::writer_properties};
 use crate::{lake::Table, store::Store};
 
+/// Rows that go into files together.
+const FILE_ROWS: usize = 4_000_000;
 /// Name of the catalog, which is the database of the PostgreSQL wire.
 pub const CATALOG: &str = "tailrace";
-/// A partition with more small files than this is worth compacting.
-const SMALL_FILES: usize = 24;
-/// Files of at least this size are left alone.
-const COMPACTED_BYTES: u64 = 64 * 1024 * 1024;
+/// A writer packs a partition in which a tier has more small files than this.
+pub const SMALL_FILES: usize = 24;
 
 /// Why a commit did not happen; grouped by what the caller does next.
 #[derive(Debug, thiserror::Error)]
@@ -188,10 +193,38 @@ impl Tables {
         rows: Vec<RecordBatch>,
         txn: (&str, i64),
     ) -> Result<i64, TablesError> {
+        self.append_stream(table, base, futures::stream::iter(rows.into_iter().map(Ok)), txn).await
+    }
+
+    /// [`Self::append`] of more rows than memory may hold.
+    ///
+    /// # Errors
+    /// See [`TablesError`]; what `rows` says when it fails.
+    pub async fn append_stream(
+        &self,
+        table: Table,
+        base: Option<DeltaTable>,
+        rows: impl Stream<Item = anyhow::Result<RecordBatch>>,
+        txn: (&str, i64),
+    ) -> Result<i64, TablesError> {
         let failed = |e| TablesError::of(table, e);
         let mut base = self.base(table, base).await?;
-        let files =
-            write::files(&self.store, table, rows).await.map_err(|e| TablesError::failed(table, e))?;
+        let (mut rows, mut files) = (pin!(rows), Vec::new());
+        let (mut held, mut count) = (Vec::new(), 0);
+        loop {
+            let next = rows.next().await.transpose().map_err(|e| TablesError::failed(table, e))?;
+            let ended = next.is_none();
+            count += next.as_ref().map_or(0, RecordBatch::num_rows);
+            held.extend(next);
+            if ended || count >= FILE_ROWS {
+                count = 0;
+                let written = write::files(&self.store, table, std::mem::take(&mut held)).await;
+                files.extend(written.map_err(|e| TablesError::failed(table, e))?);
+            }
+            if ended {
+                break;
+            }
+        }
         let actions = files.into_iter().map(Action::Add).collect();
         let partitions = table.partitions().iter().map(|name| (*name).to_owned()).collect::<Vec<_>>();
         let operation = DeltaOperation::Write {
@@ -231,58 +264,19 @@ impl Tables {
         let one = [("datafusion.execution.target_partitions".to_owned(), "1".to_owned())].into();
         let session = DeltaSessionContext::new_with_session_overrides(&one).map_err(failed)?;
         base.update_datafusion_session(&session.state()).map_err(failed)?;
+        let commit = rewrite::fenced(properties(txn), &base);
         let mut write = base
             .write(rows)
             .with_session_state(Arc::new(session.state()))
             .with_save_mode(SaveMode::Overwrite)
             .with_writer_properties(writer_properties(table))
-            .with_commit_properties(properties(txn));
+            .with_commit_properties(commit);
         if let Some(predicate) = predicate {
             write = write.with_replace_where(predicate);
         }
         let written = write.await.map_err(failed)?;
         self.remember(table, &written);
         Ok(version(&written))
-    }
-
-    /// Packs small files when a partition has many. Only the table's own writer calls this, between two of
-    /// its commits. Returns whether there was something to do.
-    ///
-    /// # Errors
-    /// See [`TablesError`]; leaving it undone does no harm.
-    pub async fn compact(&self, table: Table) -> Result<bool, TablesError> {
-        let failed = |e| TablesError::of(table, e);
-        let Some(snapshot) = self.snapshot(table).await.map_err(|e| TablesError::failed(table, e))? else {
-            return Ok(false);
-        };
-        let mut small = BTreeMap::<String, usize>::new();
-        for file in snapshot.snapshot().map_err(failed)?.log_data().iter() {
-            if u64::try_from(file.size()).unwrap_or(0) < COMPACTED_BYTES {
-                let path = file.path().into_owned();
-                let partition = path.rsplit_once('/').map_or(String::new(), |(folder, _)| folder.to_owned());
-                *small.entry(partition).or_default() += 1;
-            }
-        }
-        if small.values().all(|files| *files <= SMALL_FILES) {
-            return Ok(false);
-        }
-        let session = DeltaSessionContext::default();
-        snapshot.update_datafusion_session(&session.state()).map_err(failed)?;
-        let (compacted, metrics) = snapshot
-            .optimize()
-            .with_session_state(Arc::new(session.state()))
-            .with_target_size(NonZeroU64::new(2 * COMPACTED_BYTES).expect("not zero"))
-            .with_writer_properties(writer_properties(table))
-            .await
-            .map_err(failed)?;
-        tracing::debug!(
-            table = table.path(),
-            removed = metrics.num_files_removed,
-            added = metrics.num_files_added,
-            "compacted"
-        );
-        self.remember(table, &compacted);
-        Ok(true)
     }
 
     /// A session with every table at its newest snapshot as `silver.x`, `gold.x`, `ops.x`; one that does not
@@ -387,7 +381,9 @@ fn version(table: &DeltaTable) -> i64 {
 }
 
 fn properties((app, version): (&str, i64)) -> CommitProperties {
-    CommitProperties::default().with_application_transaction(Transaction::new(app, version))
+    CommitProperties::default()
+        .with_application_transaction(Transaction::new(app, version))
+        .with_cleanup_expired_logs(Some(false))
 }
 
 #[cfg(test)]
@@ -452,8 +448,8 @@ mod tests {
             let base = tables.snapshot(TABLE).await.unwrap();
             tables.append(TABLE, base, rows(n, &["x"]), ("refine", n)).await.unwrap();
         }
-        assert!(tables.compact(TABLE).await.unwrap());
-        assert!(!tables.compact(TABLE).await.unwrap());
+        assert!(tables.compact(TABLE, &TIERS, SMALL_FILES).await.unwrap());
+        assert!(!tables.compact(TABLE, &TIERS, SMALL_FILES).await.unwrap());
         let compacted = tables.snapshot(TABLE).await.unwrap().unwrap();
         assert_eq!(compacted.snapshot().unwrap().log_data().num_files(), 1);
         assert_eq!(Tables::progress(&compacted, "refine").await.unwrap(), Some(39));

@@ -2,7 +2,7 @@
 //!
 //! The Delta log says which files came (`dataChange=true` only, so compaction touches nothing). Those that are
 //! still there are asked for their hours exactly; of those that were compacted away since, the statistics
-//! give the range. When rows were removed, when the log no longer reaches back, or when the table is another one
+//! give the range. What retention removed is gone for good and touches nothing. When other rows were removed, when the log no longer reaches back, or when the table is another one
 //! than before, everything counts as touched.
 
 use std::{collections::BTreeSet, time::Duration};
@@ -20,9 +20,10 @@ use super::{
     hourly,
     series::{ints, micros},
 };
-
-/// App id under which the refiner notes its plans.
-const REFINE: &str = "refine";
+use crate::{
+    plan::REFINE,
+    tables::{RETAIN, Tables},
+};
 
 /// Files that came.
 #[derive(Debug, Default, PartialEq)]
@@ -49,8 +50,19 @@ pub(super) async fn after(table: &DeltaTable, since: i64, time: &str) -> anyhow:
     Ok(walk.finish())
 }
 
+/// Whether rows came to `silver` that `gold` has not taken.
+pub(crate) async fn is_behind(gold: &DeltaTable, silver: &DeltaTable, time: &str) -> anyhow::Result<bool> {
+    let Some(known) = Tables::progress(gold, super::publish::SILVER).await? else { return Ok(true) };
+    let came = after(silver, known, time).await?;
+    Ok(came.is_none_or(|came| !came.active.is_empty() || !came.gone.is_empty()))
+}
+
 /// What came to `table` with plan `plan` and later ones.
 pub(super) async fn with_plan(table: &DeltaTable, plan: i64, time: &str) -> anyhow::Result<Option<Changes>> {
+    // Of a table that has been quiet for long the log may no longer tell.
+    if Tables::progress(table, REFINE).await?.is_none_or(|newest| newest < plan) {
+        return Ok(Some(Changes::default()));
+    }
     let mut commits = Vec::new();
     for at in (0..=version(table)).rev() {
         let Some(actions) = commit(table, at).await? else { return Ok(None) };
@@ -76,8 +88,12 @@ async fn commit(table: &DeltaTable, version: i64) -> anyhow::Result<Option<Vec<A
 }
 
 fn plan_of(actions: &[Action]) -> Option<i64> {
+    txn_of(actions, REFINE)
+}
+
+fn txn_of(actions: &[Action], app: &str) -> Option<i64> {
     actions.iter().find_map(|action| match action {
-        Action::Txn(txn) if txn.app_id == REFINE => Some(txn.version),
+        Action::Txn(txn) if txn.app_id == app => Some(txn.version),
         _ => None,
     })
 }
@@ -98,11 +114,12 @@ impl<'a> Walk<'a> {
 
     fn forwards(&mut self, actions: Vec<Action>) {
         self.first_plan = self.first_plan.or(plan_of(&actions));
+        let retention = txn_of(&actions, RETAIN).is_some();
         for action in actions {
             match action {
                 Action::Add(add) if add.data_change => self.added.push(add),
                 Action::Remove(remove) => {
-                    self.rows_removed |= remove.data_change;
+                    self.rows_removed |= remove.data_change && !retention;
                     self.removed.insert(remove.path);
                 }
                 _ => {}

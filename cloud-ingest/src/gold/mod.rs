@@ -23,7 +23,7 @@ mod scan;
 pub mod series;
 #[cfg(test)]
 mod tests;
-mod windows;
+pub(crate) mod windows;
 
 use std::{sync::Arc, time::Duration};
 

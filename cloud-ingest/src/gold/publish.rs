@@ -27,7 +27,10 @@ use super::{
     changes,
     series::{floor_hour, ints, micros},
 };
-use crate::{lake::Table, tables::Tables};
+use crate::{
+    lake::Table,
+    tables::{SMALL_FILES, TIERS, Tables},
+};
 
 /// App id of gold's progress: the version of the silver table that was read.
 pub(super) const SILVER: &str = "silver";
@@ -104,7 +107,7 @@ pub(super) async fn publish(
     }
     if !parts.appended.is_empty() {
         // A new hour begins: packing now leaves the hours that still change out of the big files.
-        if let Err(error) = tables.compact(keyed.table).await {
+        if let Err(error) = tables.compact(keyed.table, &TIERS, SMALL_FILES).await {
             tracing::warn!(table = keyed.table.path(), %error, "compaction is left for later");
         } else if base.is_some() {
             base = tables.snapshot(keyed.table).await?;

@@ -4,6 +4,9 @@
 //! that table last of a plan, so what the other tables hold of the plans named in its new commits is there.
 //! Many touched hours are taken in blocks of [`BLOCK_HOURS`]: each block is published by itself, the last one
 //! with the progress, so memory is bounded and a crash repeats work only.
+//!
+//! Hours of which retention has removed readings or rows are final: they are neither computed again nor missed
+//! ([`floor`]).
 
 use std::{collections::BTreeSet, ops::Range, time::Duration};
 
@@ -56,8 +59,7 @@ pub(super) async fn step(
     if known == Some(version) {
         return Ok(done);
     }
-    let touched = touched(tables, known, &readings, aggregates.as_ref(), settings.hold).await?;
-    let blocks = blocks(&touched);
+    let blocks = blocks(&due(tables, known, &readings, aggregates.as_ref(), settings.hold).await?);
     if blocks.is_empty() {
         let partial = Progress::Complete(version);
         for keyed in [HOURLY, MINUTES] {
@@ -82,6 +84,54 @@ pub(super) async fn step(
         done.minutes += publish::publish(tables, MINUTES, &spans, minutes, progress, now).await?;
     }
     Ok(done)
+}
+
+/// The first hour that is not final: of those before it, retention has removed what they were made of, or them.
+pub(crate) async fn floor(
+    tables: &Tables,
+    readings: &DeltaTable,
+    aggregates: Option<&DeltaTable>,
+    hold: Duration,
+) -> anyhow::Result<Option<Timestamp>> {
+    let mut floor = None;
+    for silver in [Some(readings), aggregates].into_iter().flatten() {
+        // The hour after holds values from before.
+        let first =
+            |cutoff: Timestamp| Timestamp::from_micros((cutoff + hold).as_micros() - 1 + HOUR_MICROS).hour();
+        floor = floor.max(Tables::retained(silver).await?.map(first));
+    }
+    for keyed in [HOURLY, MINUTES] {
+        if let Some(gold) = tables.snapshot(keyed.table).await? {
+            floor = floor.max(Tables::retained(&gold).await?);
+        }
+    }
+    Ok(floor)
+}
+
+/// The hours that gold has yet to compute; all of them when it cannot tell.
+pub(crate) async fn pending(tables: &Tables, hold: Duration) -> anyhow::Result<BTreeSet<Timestamp>> {
+    let known = progress(tables).await?;
+    let Some(readings) = tables.snapshot(Table::SensorReadings).await? else { return Ok(BTreeSet::new()) };
+    if known == Some(changes::version(&readings)) {
+        return Ok(BTreeSet::new());
+    }
+    let aggregates = tables.snapshot(Table::Aggregates).await?;
+    due(tables, known, &readings, aggregates.as_ref(), hold).await
+}
+
+/// The touched hours that are not final.
+async fn due(
+    tables: &Tables,
+    known: Option<i64>,
+    readings: &DeltaTable,
+    aggregates: Option<&DeltaTable>,
+    hold: Duration,
+) -> anyhow::Result<BTreeSet<Timestamp>> {
+    let mut touched = touched(tables, known, readings, aggregates, hold).await?;
+    Ok(match floor(tables, readings, aggregates, hold).await? {
+        Some(floor) => touched.split_off(&floor),
+        None => touched,
+    })
 }
 
 /// The version of silver that both tables have; the lower one, since computing again does no harm.

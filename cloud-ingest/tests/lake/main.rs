@@ -3,6 +3,8 @@
 
 mod faults;
 mod on_s3;
+mod rebuild;
+mod upkeep;
 
 use std::{
     collections::BTreeMap,

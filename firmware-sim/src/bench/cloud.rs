@@ -11,6 +11,10 @@
 //!
 //! The bare limit is silver's own data files, read back into batches and written once more, with the same writer
 //! properties, into memory by one thread of this program.
+//!
+//! JSON has no `ack`, and its limit is the broker. So that sending takes nothing from taking, the broker queues
+//! everything first, twice: for a subscriber that does nothing but acknowledge ([`Null`]), which goes first and
+//! measures what the broker delivers, and for the cloud, which then takes the same messages.
 
 use std::{
     collections::HashMap,
@@ -36,11 +40,14 @@ use parquet::arrow::{ArrowWriter, arrow_reader::ParquetRecordBatchReaderBuilder}
 use serde::Serialize;
 use tempfile::TempDir;
 use tokio::{
-    task::spawn_blocking,
+    task::{JoinHandle, spawn_blocking},
     time::{Instant, sleep},
 };
 
-use super::usage::{Usage, thread_cpu};
+use super::{
+    null::Null,
+    usage::{Usage, thread_cpu},
+};
 use crate::{
     chaos::configs::broker,
     demo::{configs::store_url, loopback},
@@ -102,6 +109,12 @@ struct Report {
     limit_readings_per_cpu_second: f64,
     /// The cloud's rate in parts of the limit.
     of_limit: f64,
+    /// Of JSON: messages a second that the broker delivers to whoever only acknowledges them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    broker_messages_per_second: Option<f64>,
+    /// Of JSON: the cloud's rate in parts of that.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    of_broker: Option<f64>,
     bronze_bytes_per_reading: f64,
     silver_bytes_per_reading: f64,
     plans: u64,
@@ -140,6 +153,8 @@ struct Bench {
     seen: Seen,
     to_silver: Duration,
     to_the_end: Duration,
+    /// How long the broker took to deliver everything to somebody who does nothing.
+    null: Option<Duration>,
     /// Removed when this is dropped.
     _scratch: Option<TempDir>,
 }
@@ -195,7 +210,12 @@ impl Bench {
             fs::write(&path, text).with_context(|| format!("writing {}", path.display()))?;
             anyhow::Ok(path)
         };
-        let broker_conf = write("mosquitto.conf", broker(&dir.join("broker"), loopback(mqtt)))?;
+        let mut broker = broker(&dir.join("broker"), loopback(mqtt));
+        if options.format == Format::Json {
+            // As shipped but for what may wait.
+            broker += "max_queued_messages 0\nmax_queued_bytes 0\n";
+        }
+        let broker_conf = write("mosquitto.conf", broker)?;
         // Everything that is not named here is as shipped.
         let config = format!(
             "[store]\nurl = \"{store}\"\n\n[mqtt]\nurl = \"mqtt://127.0.0.1:{mqtt}\"\n\n\
@@ -227,6 +247,7 @@ impl Bench {
             seen: Seen::default(),
             to_silver: Duration::ZERO,
             to_the_end: Duration::ZERO,
+            null: None,
             _scratch: scratch,
         };
         bench.broker.start()?;
@@ -272,11 +293,37 @@ impl Bench {
 
     /// Sends everything, and follows the cloud until it has ended.
     async fn load(&mut self) -> anyhow::Result<Sent> {
+        match self.options.format {
+            Format::Arrow => {
+                let fleet = tokio::spawn(fleet::send(self.fleet()));
+                self.begun = Instant::now();
+                self.follow(fleet).await
+            }
+            Format::Json => self.queued().await,
+        }
+    }
+
+    /// The same with a broker that holds everything before the cloud begins.
+    async fn queued(&mut self) -> anyhow::Result<Sent> {
+        let options = self.fleet();
+        let null = Null::subscribe(loopback(self.mqtt), &options.root).await?;
+        self.end_cloud().await?;
+        eprintln!("the broker takes {} readings", self.options.readings);
+        let sent = fleet::send(options).await?;
+        let took = null.take(sent.messages).await?;
+        eprintln!("it delivers them in {:.1} s to somebody who does nothing", took.as_secs_f64());
+        self.null = Some(took);
+        (self.usage, self.seen) = (Usage::default(), Seen::default());
+        self.begun = Instant::now();
+        self.cloud.start()?;
+        self.follow(tokio::spawn(async move { Ok(sent) })).await
+    }
+
+    /// Waits until silver has everything, and the cloud has ended.
+    async fn follow(&mut self, mut fleet: JoinHandle<anyhow::Result<Sent>>) -> anyhow::Result<Sent> {
         let readings = self.options.readings;
         let messages = readings.div_ceil(u64::from(self.options.batch));
         let deadline = Instant::now() + PATIENCE + Duration::from_secs(messages / SLOWEST);
-        let mut fleet = tokio::spawn(fleet::send(self.fleet()));
-        self.begun = Instant::now();
         let (mut sent, mut told) = (None, self.begun);
         while sent.is_none() || self.seen.all() < readings {
             tokio::select! {
@@ -293,6 +340,15 @@ impl Bench {
             );
         }
         self.to_silver = self.begun.elapsed();
+        self.end_cloud().await?;
+        self.to_the_end = self.begun.elapsed();
+        self.broker.terminate().await?;
+        ensure!(self.broker.ended_within(PATIENCE).await?, "mosquitto did not end within {PATIENCE:?}");
+        sent.context("the fleet has not sent")
+    }
+
+    /// Asks the cloud to end, and counts what it costs until it is gone.
+    async fn end_cloud(&mut self) -> anyhow::Result<()> {
         self.cloud.terminate().await?;
         let deadline = Instant::now() + PATIENCE;
         while !self.usage.ended {
@@ -300,11 +356,8 @@ impl Bench {
             self.usage.look(self.cloud.pid().context("the cloud has no pid")?, false)?;
             ensure!(Instant::now() < deadline, "cloud-ingest did not end within {PATIENCE:?}");
         }
-        self.to_the_end = self.begun.elapsed();
         ensure!(self.cloud.ended_within(LOOK_EVERY).await?, "a zombie does not end");
-        self.broker.terminate().await?;
-        ensure!(self.broker.ended_within(PATIENCE).await?, "mosquitto did not end within {PATIENCE:?}");
-        sent.context("the fleet has not sent")
+        Ok(())
     }
 
     async fn look(&mut self, told: &mut Instant) -> anyhow::Result<()> {
@@ -340,6 +393,8 @@ impl Bench {
             readings_per_cpu_second: readings / cpu,
             limit_readings_per_cpu_second: limit_rate,
             of_limit: readings / cpu / limit_rate,
+            broker_messages_per_second: self.null.map(|took| sent.messages as f64 / took.as_secs_f64()),
+            of_broker: self.null.map(|took| took.as_secs_f64() / self.to_silver.as_secs_f64()),
             bronze_bytes_per_reading: bronze as f64 / readings,
             silver_bytes_per_reading: limit.bytes as f64 / readings,
             plans: self.seen.plans,

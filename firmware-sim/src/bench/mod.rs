@@ -24,6 +24,7 @@ mod configs;
 mod counts;
 mod edge;
 mod live;
+mod null;
 mod table;
 mod usage;
 

@@ -41,7 +41,8 @@ TOLERANCE = 1e-4
 
 
 def build():
-    """The ONNX graph, for any number n of inputs; the state is [windows left of the hold, baseline of every input]."""
+    """The ONNX graph, for any number n of inputs and a row a machine; the state is [windows left of the hold, baseline
+    of every input]."""
     constant = lambda name, value, kind=np.float32: numpy_helper.from_array(np.asarray(value, kind), name)
     alpha = 1.0 - 0.5 ** (HOP_S / HALF_LIFE_S)
     node = helper.make_node
@@ -81,14 +82,18 @@ def build():
         nodes,
         "level-shift",
         [
-            tensor("features", 1, "n"),
-            tensor("location", 1, "n"),
-            tensor("scale", 1, "n"),
-            tensor("drift", 1, "n"),
-            tensor("threshold", 1, 1),
-            tensor("state", 1, "m"),
+            tensor("features", "machines", "n"),
+            tensor("location", "machines", "n"),
+            tensor("scale", "machines", "n"),
+            tensor("drift", "machines", "n"),
+            tensor("threshold", "machines", 1),
+            tensor("state", "machines", "m"),
         ],
-        [tensor("score", 1), tensor("contributions", 1, "n"), tensor("state_out", 1, "m")],
+        [
+            tensor("score", "machines"),
+            tensor("contributions", "machines", "n"),
+            tensor("state_out", "machines", "m"),
+        ],
         [
             constant("zero", [0], np.int64),
             constant("one", [1], np.int64),
@@ -155,7 +160,7 @@ def describe(model):
 
 schema = 2
 name = "level-shift"
-version = "1.0.0"
+version = "1.0.1"
 description = "Shift of the level of any input against a slow baseline, in units of its own spread"
 sha256 = "{hashlib.sha256(model).hexdigest()}"    # of model.onnx
 

@@ -24,7 +24,7 @@ use divan::{Bencher, counter::ItemsCount};
 use edge_agent::{
     census::Census,
     filter::Filter,
-    model::{bundle::Bundle, calibrate::Calibration},
+    model::{bundle::Bundle, calibrate::Calibration, infer::Window},
     seal::{Draft, Processed, Sealer},
     settings::{Checks, Deadband, OutboxSettings, ReplayForm, WindowSettings},
     source::{chip::ism330dhcx::Burst, replay},
@@ -186,22 +186,24 @@ fn windows(bencher: Bencher<'_, '_>) {
     });
 }
 
-/// One window of one machine: four inputs, a state of five.
-#[divan::bench]
-fn inference(bencher: Bencher<'_, '_>) {
+/// A window of each of so many machines, in one call: four inputs, a state of five.
+#[divan::bench(args = [1, 25])]
+fn inference(bencher: Bencher<'_, '_>, machines: usize) {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/models/level-shift");
-    let network = Bundle::load(&folder).unwrap().network;
+    let network = Bundle::load(&folder).unwrap().network.of_machines(machines);
     let calibration = Calibration {
         location: vec![0.2, 0.3, 3.8, 124.0],
         scale: vec![0.01, 0.01, 0.05, 0.6],
         drift: vec![0.01, 0.01, 0.05, 0.6],
         threshold: 3.0,
     };
-    let mut state = network.first_state();
-    bencher.counter(ItemsCount::new(1usize)).bench_local(|| {
-        let scored = network.score(&[0.201, 0.302, 3.81, 124.3], Some(&calibration), &state).unwrap();
-        state = scored.state;
-        scored.score
+    let mut states = vec![network.first_state(); machines];
+    bencher.counter(ItemsCount::new(machines)).bench_local(|| {
+        let of =
+            |state| Window { features: &[0.201, 0.302, 3.81, 124.3], calibration: Some(&calibration), state };
+        let windows: Vec<_> = states.iter().map(|state| of(state)).collect();
+        let scored = network.score_all(&windows);
+        states = scored.into_iter().map(|scored| scored.unwrap().state).collect();
     });
 }
 

@@ -16,16 +16,16 @@ STATISTICS = ("count", "min", "max", "mean", "stddev", "first", "last")
 
 
 def golden(job):
-    """Checks the runtime and both networks against the bundle's own vectors; returns how many."""
-    golden = json.loads(Path(job["shipped"]).with_name("golden.json").read_text())
+    """Checks runtime and network, with one and many machines a call, against the bundle's vectors; returns how many."""
+    golden = json.loads(Path(job["model"]).with_name("golden.json").read_text())
     vectors = golden["vectors"]
     fixed = {key: golden["calibration"][key] for key in ("location", "scale", "drift")}
     fixed["threshold"] = [golden["calibration"]["threshold"]]
     given = [fixed | {"features": vector["features"], "state": vector["state"]} for vector in vectors]
     many = {key: np.array([one[key] for one in given], np.float32) for key in given[0]}
     outputs = ["score", "contributions", "state_out"]
-    batched = _session(job["model"]).run(outputs, many)
-    session = _session(job["shipped"])
+    session = _session(job["model"])
+    batched = session.run(outputs, many)
     for at, vector in enumerate(vectors):
         single = session.run(outputs, {key: values[at:at + 1] for key, values in many.items()})
         for name, one, row in zip(outputs, single, batched):
@@ -78,7 +78,7 @@ def _scores(job, ts, good):
     seconds = ts // 1000
     whole = np.arange(-(-ts[0] // 1000), seconds[-1] + 1)
     ends = (whole[span - 1:] + 1) * 1000
-    session = _session(job["shipped"])
+    session = _session(job["model"])
     scores, raised = [], []
     for machine in job["machines"]:
         inputs = pd.DataFrame(good[:, machine["inputs"]]).groupby(seconds)

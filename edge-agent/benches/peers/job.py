@@ -7,7 +7,7 @@ A job is JSON:
 | `rows`, `time` | the table, and the name of its column of times |
 | `devices` | in the order of the columns: `id`, `low`, `high`, `deadband`, `heartbeat_ms`; null for none |
 | `window_ms` | width of the tumbling windows |
-| `shipped`, `model` | the network as it is, and for many machines at once |
+| `model` | the network, which takes a row a machine |
 | `state` | length of the state that it carries |
 | `span_s` | every second a score, of the means of the last so many seconds |
 | `machines` | `name`, `inputs` (numbers of devices), `location`, `scale`, `drift`, `threshold` |
@@ -25,16 +25,14 @@ would have to take apart in the cloud:
 
     [{"ts": 1767225600100, "values": {"m00/flow": 122.5, ...}, "bad": ["m00/flow"]}, ...]
 
-The shipped network takes one machine a call. For the peers its tensors are declared anew with any number of rows, so
-that they score all machines in one call; nothing else of it changes, and `expected.py` compares the two.
+The shipped network takes any number of machines a call. The tuned peers score all machines in one, as the agent does;
+`expected.py` compares that with a machine a call.
 """
 
 import fnmatch
 import re
 import tomllib
 from pathlib import Path
-
-import onnx
 
 UNITS_MS = {"ms": 1, "s": 1000, "min": 60_000, "h": 3_600_000, "d": 86_400_000}
 
@@ -63,7 +61,7 @@ def load(folder):
         "time": replay["time"],
         "devices": devices,
         "window_ms": milliseconds(config.get("window", {}).get("width", "60s")),
-        "shipped": str(bundle / "model.onnx"),
+        "model": str(bundle / "model.onnx"),
         "state": model["state"],
         "span_s": milliseconds(model["span"]) // 1000,
         "machines": [_machine(machine, model, ids) for machine in calibration["machine"]],
@@ -89,15 +87,6 @@ def _machine(machine, model, ids):
         "threshold": machine["threshold"],
         **{key: [fitted[key] for fitted in machine["input"]] for key in ("location", "scale", "drift")},
     }
-
-
-def for_many_machines(model, out):
-    """Writes the network `model` with any number of rows in each of its tensors to `out`."""
-    network = onnx.load(model)
-    for tensor in [*network.graph.input, *network.graph.output]:
-        tensor.type.tensor_type.shape.dim[0].dim_param = "machines"
-    onnx.checker.check_model(network)
-    onnx.save(network, out)
 
 
 def cut(rows, readings, devices, out):

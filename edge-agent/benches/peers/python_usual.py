@@ -73,7 +73,7 @@ class Scores(python_peer.Scores):
     """Scores machine by machine every second, of the means of the last `span` seconds."""
 
     def __init__(self, uplink, job):
-        super().__init__(uplink, job | {"model": job["shipped"]})
+        super().__init__(uplink, job)
         self.recent = deque(maxlen=self.span)
 
     def push(self, second, good):

@@ -120,7 +120,7 @@ def agent(job, folder, binary, data_dir):
     env = {
         "MQTT__URL": f"mqtt://127.0.0.1:{job['port']}",
         "DATA_DIR": str(folder / "data"),
-        "MODELS__DIR": str(Path(job["shipped"]).parents[1]),
+        "MODELS__DIR": str(Path(job["model"]).parents[1]),
         "METRICS__LISTEN": "",
         # Nobody acknowledges but the broker, and everything is to be sent before it ends.
         "UPLINK__MODE": "broker",
@@ -182,7 +182,7 @@ def main():
     in_venv()
 
     from expected import check_arrow, check_json, golden
-    from job import for_many_machines, load
+    from job import load
     from measure import Broker
 
     # So that whatever was started is ended.
@@ -193,8 +193,7 @@ def main():
         scratch = Path(scratch)
         broker = Broker(scratch)
         try:
-            job = load(data_dir) | {"port": broker.port, "model": str(scratch / "many-machines.onnx")}
-            for_many_machines(job["shipped"], job["model"])
+            job = load(data_dir) | {"port": broker.port}
             print(f"golden vectors: {golden(job)} reproduced by onnxruntime", file=sys.stderr)
             ours = lambda job, folder: agent(job, folder, options.agent.resolve(), data_dir)
             peers = {"agent": (ours, job, options.agent_readings, check_arrow)} if options.agent else {}

@@ -20,6 +20,7 @@ use super::{
     bundle::{Bound, Bundle},
     calibrate::{self, Calibration, Stretch},
     episode::{Ended, Episodes, Event, Open, Place, Score},
+    infer::{Scored, Window},
     window::Hops,
 };
 use crate::{metrics::Metrics, window::Missed};
@@ -39,6 +40,18 @@ pub struct Model {
     budget: Duration,
     /// Windows in a row that failed, and why the last one did.
     faults: (u32, String),
+    /// Windows that have closed and are not scored yet, and what they hold.
+    due: Vec<Due>,
+    means: Vec<f64>,
+}
+
+/// A window that has closed.
+#[derive(Clone, Copy, Debug)]
+struct Due {
+    end: Timestamp,
+    machine: usize,
+    /// Where its means begin.
+    at: usize,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -147,7 +160,9 @@ impl Model {
                 score: None,
             });
         }
-        Ok(Self { bundle, machines, routes, budget, faults: (0, String::new()) })
+        let bundle = Bundle { network: bundle.network.of_machines(machines.len()), ..bundle };
+        let faults = (0, String::new());
+        Ok(Self { bundle, machines, routes, budget, faults, due: Vec::new(), means: Vec::new() })
     }
 
     /// Takes in what was read by the gateway's time `now`, and scores the windows that close.
@@ -158,7 +173,6 @@ impl Model {
         missed: &mut Missed,
         metrics: &Metrics,
     ) -> Vec<Event> {
-        let mut events = Vec::new();
         for machine in &mut self.machines {
             machine.hops.begin(now);
         }
@@ -168,24 +182,23 @@ impl Model {
                 let Route { machine, column, above } = self.routes[reading.device.index()][at];
                 let value = above.map_or(reading.value, |above| f64::from(u8::from(reading.value > above)));
                 if !self.machines[machine].hops.fits(reading.ts) {
-                    self.close(machine, now, false, metrics, &mut events);
+                    self.close(machine, now, false);
                 }
                 self.machines[machine].hops.join(reading.ts, column, value, missed);
             }
         }
         for machine in 0..self.machines.len() {
-            self.close(machine, now, false, metrics, &mut events);
+            self.close(machine, now, false);
         }
-        events
+        self.judge(metrics)
     }
 
     /// Scores what has ended by `now`, at the end of the input.
     pub fn flush(&mut self, now: Timestamp, metrics: &Metrics) -> Vec<Event> {
-        let mut events = Vec::new();
         for machine in 0..self.machines.len() {
-            self.close(machine, now, true, metrics, &mut events);
+            self.close(machine, now, true);
         }
-        events
+        self.judge(metrics)
     }
 
     /// Why the model must be given up, if so.
@@ -240,32 +253,59 @@ impl Model {
         }
     }
 
-    fn close(
-        &mut self,
-        machine: usize,
-        now: Timestamp,
-        ends: bool,
-        metrics: &Metrics,
-        events: &mut Vec<Event>,
-    ) {
-        let machine = &mut self.machines[machine];
-        while let Some(end) = if ends { machine.hops.flush(now) } else { machine.hops.close(now) } {
+    fn close(&mut self, machine: usize, now: Timestamp, ends: bool) {
+        let hops = &mut self.machines[machine].hops;
+        while let Some(end) = if ends { hops.flush(now) } else { hops.close(now) } {
+            self.due.push(Due { end, machine, at: self.means.len() });
+            self.means.extend_from_slice(hops.means());
+        }
+    }
+
+    /// Scores what has closed: by time, and all machines' windows of a time together.
+    fn judge(&mut self, metrics: &Metrics) -> Vec<Event> {
+        let mut events = Vec::new();
+        self.due.sort_by_key(|due| due.end);
+        let mut ready = Vec::with_capacity(self.machines.len());
+        for together in self.due.chunk_by(|a, b| a.end == b.end) {
+            ready.clear();
+            for Due { end, machine, at } in together.iter().copied() {
+                match self.machines[machine].take(end, &self.means[at..], &self.bundle, metrics) {
+                    Taken::ToScore => ready.push(machine),
+                    Taken::Done(event) => events.extend(event),
+                }
+            }
+            let windows: Vec<Window<'_>> =
+                ready.iter().map(|machine| self.machines[*machine].as_given()).collect();
             let begun = Instant::now();
-            match machine.window(end, &self.bundle, metrics) {
-                Err(error) => self.faults = (self.faults.0 + 1, format!("{error:#}")),
-                Ok(event) => {
-                    events.extend(event);
-                    let took = begun.elapsed();
-                    if took > self.budget {
-                        let why = format!("a window took {took:.1?}, models.budget is {:?}", self.budget);
-                        self.faults = (self.faults.0 + 1, why);
-                    } else {
-                        self.faults.0 = 0;
+            let scored = self.bundle.network.score_all(&windows);
+            let took = begun.elapsed() / ready.len().max(1) as u32;
+            for (machine, scored) in ready.iter().zip(scored) {
+                match self.machines[*machine].judge(together[0].end, scored, &self.bundle, metrics) {
+                    Err(error) => self.faults = (self.faults.0 + 1, format!("{error:#}")),
+                    Ok(event) => {
+                        events.extend(event);
+                        if took > self.budget {
+                            let why = format!("a window took {took:.1?}, models.budget is {:?}", self.budget);
+                            self.faults = (self.faults.0 + 1, why);
+                        } else {
+                            self.faults.0 = 0;
+                        }
                     }
                 }
             }
         }
+        self.due.clear();
+        self.means.clear();
+        events
     }
+}
+
+/// What a window is for.
+enum Taken {
+    /// Its features lie ready for the network.
+    ToScore,
+    /// Nothing that the network is asked about.
+    Done(Option<Event>),
 }
 
 impl Machine {
@@ -294,35 +334,44 @@ impl Machine {
         }
     }
 
-    /// Takes in the window that closed last.
-    fn window(
-        &mut self,
-        end: Timestamp,
-        bundle: &Bundle,
-        metrics: &Metrics,
-    ) -> anyhow::Result<Option<Event>> {
-        let means = self.hops.means();
+    /// Takes in the means of a window, which `means` begins with.
+    fn take(&mut self, end: Timestamp, means: &[f64], bundle: &Bundle, metrics: &Metrics) -> Taken {
         let (inputs, gate) = means.split_at(self.places.len());
         // Of ones and zeros: 1 exactly when every reading was above.
-        if self.gated && gate != [1.0] {
+        if self.gated && gate[0] != 1.0 {
             self.score = None;
             self.standing += 1;
             metrics.window(&bundle.name, "standing");
             let rests = self.standing >= self.episodes.rules().clear_after;
-            return Ok(if rests { self.episodes.end(end, Ended::Standing) } else { None });
+            return Taken::Done(if rests { self.episodes.end(end, Ended::Standing) } else { None });
         }
         self.standing = 0;
         if inputs.iter().any(|mean| mean.is_nan()) {
             metrics.window(&bundle.name, "incomplete");
-            return Ok(None);
+            return Taken::Done(None);
         }
         self.features.clear();
         self.features.extend(inputs.iter().map(|mean| *mean as f32));
         if let Some(stretch) = &mut self.stretch {
             stretch.push(end, &self.features);
-            return Ok(None);
+            return Taken::Done(None);
         }
-        let scored = bundle.network.score(&self.features, self.calibration.as_ref(), &self.state);
+        Taken::ToScore
+    }
+
+    fn as_given(&self) -> Window<'_> {
+        let Self { features, calibration, state, .. } = self;
+        Window { features, calibration: calibration.as_ref(), state }
+    }
+
+    /// Takes in what the network made of the window that ended at `end`.
+    fn judge(
+        &mut self,
+        end: Timestamp,
+        scored: anyhow::Result<Scored>,
+        bundle: &Bundle,
+        metrics: &Metrics,
+    ) -> anyhow::Result<Option<Event>> {
         metrics.window(&bundle.name, if scored.is_ok() { "scored" } else { "failed" });
         let scored = scored?;
         metrics.score(&bundle.name, &self.name, scored.score);
@@ -351,7 +400,8 @@ impl Machine {
         let mut state = bundle.network.first_state();
         let mut scores = Vec::new();
         for window in stretch.settled(rules) {
-            let scored = bundle.network.score(window, Some(&calibration), &state)?;
+            let window = Window { features: window, calibration: Some(&calibration), state: &state };
+            let scored = bundle.network.score(&window)?;
             state = scored.state;
             scores.push(scored.score);
         }

@@ -1,6 +1,6 @@
 // Scores a machine, with the state that its last score left; so one after the other.
 const job = global.get("job");
-context.set("session", await global.get("ort").InferenceSession.create(job.shipped, { intraOpNumThreads: 1 }));
+context.set("session", await global.get("ort").InferenceSession.create(job.model, { intraOpNumThreads: 1 }));
 context.set("machines", Object.fromEntries(job.machines.map((machine) => [machine.name, machine])));
 context.set("states", Object.fromEntries(job.machines.map(({ name }) => [name, new Array(job.state).fill(0)])));
 context.set("after", Promise.resolve());

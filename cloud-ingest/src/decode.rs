@@ -14,7 +14,9 @@
 //! timestamp, a value (which may be null, too) and a quality. Other layouts are read through JSON pointers
 //! ([`JsonSource`]).
 
-use std::{borrow::Cow, collections::HashMap};
+mod plain;
+
+use std::{borrow::Cow, collections::HashMap, sync::LazyLock};
 
 use arrow::array::RecordBatch;
 use common::{
@@ -71,21 +73,28 @@ mod pointer {
     pointers!(device_id, timestamp, value, device_type, asset_id, unit, quality);
 }
 
+/// The layout that the `json` stream has.
+static STANDARD: LazyLock<JsonSource> = LazyLock::new(|| JsonSource {
+    filter: String::new(),
+    site: String::new(),
+    gateway: String::new(),
+    device_id: pointer::device_id(),
+    timestamp: pointer::timestamp(),
+    value: pointer::value(),
+    device_type: pointer::device_type(),
+    asset_id: pointer::asset_id(),
+    unit: pointer::unit(),
+    quality: pointer::quality(),
+});
+
 impl JsonSource {
-    /// The layout that the `json` stream has.
-    fn standard(site: String, gateway: String) -> Self {
-        Self {
-            filter: String::new(),
-            site,
-            gateway,
-            device_id: pointer::device_id(),
-            timestamp: pointer::timestamp(),
-            value: pointer::value(),
-            device_type: pointer::device_type(),
-            asset_id: pointer::asset_id(),
-            unit: pointer::unit(),
-            quality: pointer::quality(),
+    /// Whether it keeps everything where the `json` stream does.
+    fn is_standard(&self) -> bool {
+        fn layout(s: &JsonSource) -> [&str; 7] {
+            [&s.device_id, &s.timestamp, &s.value, &s.device_type, &s.asset_id, &s.unit, &s.quality]
+                .map(String::as_str)
         }
+        layout(self) == layout(&STANDARD)
     }
 }
 
@@ -133,9 +142,12 @@ pub struct MaintenanceRecord {
     pub note: Option<String>,
 }
 
+/// Topic of [`MaintenanceRecord`]s, under the root.
+const MAINTENANCE: &str = "/_cloud/maintenance";
+
 /// The topic of [`MaintenanceRecord`]s.
 pub fn maintenance_topic(root: &str) -> String {
-    format!("{root}/_cloud/maintenance")
+    format!("{root}{MAINTENANCE}")
 }
 
 /// What a message says.
@@ -195,7 +207,7 @@ pub fn decode(
     claim: Option<Claim>,
     payload: &[u8],
 ) -> (Sender, Result<Content, Reject>) {
-    if topic == maintenance_topic(root) {
+    if topic.strip_prefix(root) == Some(MAINTENANCE) {
         let record = serde_json::from_slice::<MaintenanceRecord>(payload).map_err(not_json);
         let site = record.as_ref().ok().map(|r| r.site.clone());
         return (Sender { site, ..Sender::default() }, record.map(Content::Maintenance));
@@ -212,7 +224,7 @@ pub fn decode(
         };
         let content = match topic.stream {
             Stream::Lane(lane) => read_lane(lane, &topic, claim, payload),
-            Stream::Json => samples(&JsonSource::standard(topic.site, topic.gateway), payload),
+            Stream::Json => samples(&STANDARD, payload),
             Stream::Status => of_sender(&topic, payload)
                 .and_then(|()| serde_json::from_slice(payload).map(Content::Status).map_err(not_json)),
             Stream::Devices => of_sender(&topic, payload).and_then(|()| registry(payload)),
@@ -326,6 +338,14 @@ fn registry(payload: &[u8]) -> Result<Content, Reject> {
 }
 
 fn samples(source: &JsonSource, payload: &[u8]) -> Result<Content, Reject> {
+    let plain = source.is_standard().then(|| plain::samples(payload)).flatten();
+    match plain {
+        Some(samples) => Ok(Content::Json { samples, bad: Vec::new() }),
+        None => by_pointer(source, payload),
+    }
+}
+
+fn by_pointer(source: &JsonSource, payload: &[u8]) -> Result<Content, Reject> {
     let document: Value = serde_json::from_slice(payload).map_err(not_json)?;
     let one = [document];
     let items = match &one[0] {
@@ -494,7 +514,60 @@ mod tests {
         assert_eq!(status("gw-9").unwrap_err().rule, "identity");
     }
 
+    /// Values of a field, likely and not.
+    fn stated() -> impl Strategy<Value = String> {
+        prop_oneof![
+            4 => Just("\"t1\"".to_owned()),
+            4 => (-1e12..1e12f64).prop_map(|n| n.to_string()),
+            2 => (0..2_000_000_000_000_000i64).prop_map(|n| n.to_string()),
+            2 => Just("\"2026-03-01T06:00:00.25+01:00\"".to_owned()),
+            4 => prop::sample::select(vec![
+                "null", "true", "\"\"", "\"21.5\"", "\"1772344800\"", "\"NaN\"", "\"BAD\"", "\"\\u00b5\\n\"", "0", "1",
+                "2", "3", "-0.0", "1e400", "18446744073709551616", "[1]", "{\"a\":1}", " 7 ",
+            ]).prop_map(str::to_owned),
+        ]
+    }
+
+    fn object() -> impl Strategy<Value = String> {
+        let names = ["device_id", "timestamp", "value", "device_type", "asset_id", "unit", "quality", "more"];
+        let usual = (stated(), (1_700_000_000..1_800_000_000i64).prop_map(|n| n.to_string()), stated())
+            .prop_map(|(id, ts, value)| {
+                vec![("device_id".to_owned(), id), ("timestamp".to_owned(), ts), ("value".to_owned(), value)]
+            });
+        let field = (prop::sample::select(names.to_vec()).prop_map(str::to_owned), stated());
+        (usual, prop::collection::vec(field, 0..4), any::<prop::sample::Index>()).prop_map(
+            |(mut fields, more, left)| {
+                fields.extend(more);
+                if left.index(4) == 0 {
+                    fields.remove(left.index(3));
+                }
+                let fields: Vec<String> =
+                    fields.iter().map(|(name, value)| format!("\"{name}\":{value}")).collect();
+                format!("{{{}}}", fields.join(","))
+            },
+        )
+    }
+
     proptest! {
+        /// The quick way reads no field otherwise than the general one.
+        #[test]
+        fn plain_documents_read_the_same(objects in prop::collection::vec(object(), 1..3), form in 0..4) {
+            let text = match form {
+                0 | 1 => objects[0].clone(),
+                2 => format!("[{}]", objects.join(", ")),
+                _ => "[[\"t1\", 1772344800, 1.5]]".to_owned(),
+            };
+            if let Some(quick) = plain::samples(text.as_bytes()) {
+                let Ok(Content::Json { samples, bad }) = by_pointer(&STANDARD, text.as_bytes()) else {
+                    // No double holds it, which matters to nobody where it stands.
+                    prop_assert!(text.contains("\"more\":1e400"), "{}", text);
+                    return Ok(());
+                };
+                prop_assert_eq!(bad, vec![]);
+                prop_assert_eq!(quick, samples);
+            }
+        }
+
         #[test]
         fn no_bytes_make_it_panic(topic in "(tailrace/v1/a/b/(readings|json|status|devices|control)|x)", payload in prop::collection::vec(any::<u8>(), 0..200)) {
             let claim = Claim { v: 1, epoch: Uuid::nil(), lane: Lane::Readings, seq: 0, rows: 1 };

@@ -68,7 +68,7 @@ impl Quarantined {
 }
 
 /// Words that stand for text; -1 for none.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 struct Words {
     list: Vec<String>,
     index: HashMap<String, i32>,
@@ -448,18 +448,17 @@ pub(super) fn sensor_readings(
     delivered: &[Delivered],
     places: &Places,
 ) -> anyhow::Result<Vec<RecordBatch>> {
-    let mut words = candidates.words.list.clone();
-    let mut word = |text: &str| {
-        words.push(text.to_owned());
-        i32::try_from(words.len() - 1).unwrap_or(i32::MAX)
-    };
-    let qualities = [0u8, 1, 2].map(|code| word(quality_word(code)));
-    let segments: Vec<i32> = places.segments.iter().map(|path| word(path)).collect();
+    let mut words = candidates.words.clone();
+    let qualities = [0u8, 1, 2].map(|code| words.intern(quality_word(code)));
+    let segments: Vec<i32> = places.segments.iter().map(|path| words.intern(path)).collect();
     let messages: Vec<(i32, i32)> = delivered
         .iter()
-        .map(|d| (word(d.gateway.as_deref().unwrap_or("")), d.name.as_ref().map_or(-1, |n| word(&n.epoch))))
+        .map(|d| {
+            let gateway = words.intern(d.gateway.as_deref().unwrap_or(""));
+            (gateway, d.name.as_ref().map_or(-1, |n| words.intern(&n.epoch)))
+        })
         .collect();
-    let words: ArrayRef = Arc::new(StringArray::from(words));
+    let words: ArrayRef = Arc::new(StringArray::from(words.list));
     let schema = with_dictionaries(&Table::SensorReadings.schema());
     let mut batches = Vec::new();
     for ((device_type, year, month), rows) in partitions(candidates, stored) {

@@ -9,10 +9,23 @@
 //! | `rows` | it holds another number of rows than it says |
 //! | `clock` | it holds aggregates or anomalies of a gateway whose clock was never set |
 //!
-//! **JSON readings** are an object or an array of objects: `device_id`, `timestamp`, `value`, and, where the
-//! sender knows them, `device_type`, `asset_id`, `unit`, `quality`. [`common::json`] says what is taken for a
-//! timestamp, a value (which may be null, too) and a quality. Other layouts are read through JSON pointers
-//! ([`JsonSource`]).
+//! **JSON readings** are an object or an array of objects. Other layouts are read through JSON pointers
+//! ([`JsonSource`]), and what nobody asks for stays in bronze. A field of another type than it should have is a fault
+//! of its sender, and no number is made of it: 1 that was `true`, or a boiler's state in the place of its temperature.
+//!
+//! | field | is |
+//! |---|---|
+//! | `device_id` | text |
+//! | `timestamp` | text in RFC 3339, or a number: s, ms or µs since 1970, by its size ([`common::json`]) |
+//! | `value` | a number; null with quality bad; `NaN` and `Infinity`, which are no JSON, make one reading bad and no message |
+//! | `device_type`, `asset_id`, `unit` | text, or not there |
+//! | `quality` | `good`, `uncertain`, `bad`, or 0, 1, 2; good when it is not there |
+//!
+//! | rule | a reading is quarantined when |
+//! |---|---|
+//! | `type` | it is no object, or a field has another JSON type than above ([`JsonSource::coerce`]) |
+//! | `timestamp` | its time is missing, or neither RFC 3339 nor s, ms or µs: among these are nanoseconds |
+//! | `value` | its value is missing |
 
 mod plain;
 
@@ -64,6 +77,9 @@ pub struct JsonSource {
     /// Optional.
     #[serde(default = "pointer::quality")]
     pub quality: String,
+    /// Take numbers that are written as text, true and false as 1 and 0, and a number as a device's name.
+    #[serde(default)]
+    pub coerce: bool,
 }
 
 mod pointer {
@@ -85,6 +101,7 @@ static STANDARD: LazyLock<JsonSource> = LazyLock::new(|| JsonSource {
     asset_id: pointer::asset_id(),
     unit: pointer::unit(),
     quality: pointer::quality(),
+    coerce: false,
 });
 
 impl JsonSource {
@@ -346,7 +363,13 @@ fn samples(source: &JsonSource, payload: &[u8]) -> Result<Content, Reject> {
 }
 
 fn by_pointer(source: &JsonSource, payload: &[u8]) -> Result<Content, Reject> {
-    let document: Value = serde_json::from_slice(payload).map_err(not_json)?;
+    let document: Value = match serde_json::from_slice(payload) {
+        Ok(document) => document,
+        Err(e) => {
+            let readable = quoted_non_finite(payload).and_then(|text| serde_json::from_slice(&text).ok());
+            readable.ok_or_else(|| not_json(e))?
+        }
+    };
     let one = [document];
     let items = match &one[0] {
         Value::Array(items) => items.as_slice(),
@@ -365,38 +388,102 @@ fn by_pointer(source: &JsonSource, payload: &[u8]) -> Result<Content, Reject> {
     Ok(Content::Json { samples, bad })
 }
 
+/// What several languages write for a number that is none; as text, [`common::json::number`] reads it.
+const NON_FINITE: [&str; 3] = ["NaN", "Infinity", "-Infinity"];
+
+/// The document with [`NON_FINITE`] in quotes; `None` when there are none.
+fn quoted_non_finite(payload: &[u8]) -> Option<Vec<u8>> {
+    let (mut text, mut found, mut in_text, mut at) = (Vec::new(), false, false, 0);
+    while let Some(byte) = payload.get(at) {
+        let word = NON_FINITE.iter().find(|word| !in_text && payload[at..].starts_with(word.as_bytes()));
+        let taken = match (word, byte) {
+            (Some(word), _) => {
+                found = true;
+                text.push(b'"');
+                text.extend_from_slice(word.as_bytes());
+                text.push(b'"');
+                at += word.len();
+                continue;
+            }
+            (None, b'\\') if in_text => 2,
+            (None, b'"') => {
+                in_text = !in_text;
+                1
+            }
+            (None, _) => 1,
+        };
+        let end = payload.len().min(at + taken);
+        text.extend_from_slice(&payload[at..end]);
+        at = end;
+    }
+    found.then_some(text)
+}
+
 fn sample(source: &JsonSource, item: &Value) -> Result<Sample, Reject> {
-    let shown = |value: &Value| value.to_string().chars().take(64).collect::<String>();
+    if !item.is_object() && !item.is_array() {
+        return Err(mistyped("the reading", item, "an object"));
+    }
     let text = |pointer: &str| match item.pointer(pointer) {
         Some(Value::String(text)) => Ok(text.clone()),
-        Some(Value::Number(number)) => Ok(number.to_string()),
+        Some(Value::Number(number)) if source.coerce => Ok(number.to_string()),
         None | Some(Value::Null) => Ok(String::new()),
-        Some(other) => Err(Reject::new("payload", format!("{pointer} = {} is not text", shown(other)))),
-    };
-    let stated = item.pointer(&source.timestamp).unwrap_or(&Value::Null);
-    let ts = json::instant(stated).ok_or_else(|| {
-        let reason = format!("{} = {} is not RFC 3339, nor s, ms or µs", source.timestamp, shown(stated));
-        Reject::new("timestamp", reason)
-    })?;
-    let value = match item.pointer(&source.value) {
-        None => return Err(Reject::new("value", format!("{} is missing", source.value))),
-        Some(Value::Null) => None,
-        Some(stated) => Some(json::number(stated).ok_or_else(|| {
-            let reason = format!("{} = {} is not a number", source.value, shown(stated));
-            Reject::new("value", reason)
-        })?),
+        Some(other) => Err(mistyped(pointer, other, "text")),
     };
     // What is no quality is left to the rule of that name.
-    let quality = json::quality(item.pointer(&source.quality).unwrap_or(&Value::Null));
+    let quality = match item.pointer(&source.quality).unwrap_or(&Value::Null) {
+        stated @ (Value::Null | Value::String(_) | Value::Number(_)) => json::quality(stated),
+        other => return Err(mistyped(&source.quality, other, "good, uncertain or bad")),
+    };
     Ok(Sample {
-        ts,
+        ts: time(source, item.pointer(&source.timestamp).unwrap_or(&Value::Null))?,
         device_id: text(&source.device_id)?,
         device_type: text(&source.device_type)?,
         asset_id: text(&source.asset_id)?,
         unit: text(&source.unit)?,
-        value,
+        value: value(source, item.pointer(&source.value))?,
         quality: quality.map_or(u8::MAX, Quality::code),
     })
+}
+
+fn time(source: &JsonSource, stated: &Value) -> Result<Timestamp, Reject> {
+    let ts = match stated {
+        Value::String(text) if !source.coerce => text.parse().ok(),
+        Value::Bool(_) | Value::Array(_) | Value::Object(_) => {
+            return Err(mistyped(&source.timestamp, stated, "RFC 3339 or a number"));
+        }
+        other => json::instant(other),
+    };
+    ts.ok_or_else(|| {
+        let stated = cut(&stated.to_string());
+        let reason = format!("{} = {stated} is not RFC 3339, nor s, ms or µs", source.timestamp);
+        Reject::new("timestamp", reason)
+    })
+}
+
+fn value(source: &JsonSource, stated: Option<&Value>) -> Result<Option<f64>, Reject> {
+    let number = match stated {
+        None => return Err(Reject::new("value", format!("{} is missing", source.value))),
+        Some(Value::Null) => return Ok(None),
+        Some(Value::String(text)) if !source.coerce && !NON_FINITE.contains(&text.as_str()) => None,
+        Some(Value::Bool(_)) if !source.coerce => None,
+        Some(other) => json::number(other),
+    };
+    match (number, stated) {
+        (None, Some(other)) => Err(mistyped(&source.value, other, "a number")),
+        _ => Ok(number),
+    }
+}
+
+fn mistyped(what: &str, found: &Value, expected: &str) -> Reject {
+    let kind = match found {
+        Value::Null => "null",
+        Value::Bool(_) => "a boolean",
+        Value::Number(_) => "a number",
+        Value::String(_) => "text",
+        Value::Array(_) => "an array",
+        Value::Object(_) => "an object",
+    };
+    Reject::new("type", format!("{what} = {} is {kind}, not {expected}", cut(&found.to_string())))
 }
 
 fn not_json(error: serde_json::Error) -> Reject {
@@ -419,26 +506,36 @@ mod tests {
                 Ok((1_772_344_800_000_000, Some(21.5), 0)),
             ),
             (
-                r#"{"device_id":"t1","timestamp":1772344800,"value":"21.5","quality":"bad"}"#,
+                r#"{"device_id":"t1","timestamp":1772344800,"value":21.5,"quality":"bad"}"#,
                 Ok((1_772_344_800_000_000, Some(21.5), 2)),
             ),
             (
-                r#"{"device_id":"t1","timestamp":1772344800.25,"value":true}"#,
+                r#"{"device_id":"t1","timestamp":1772344800.25,"value":1}"#,
                 Ok((1_772_344_800_250_000, Some(1.0), 0)),
             ),
             (
-                r#"{"device_id":7,"timestamp":1772344800123,"value":null,"quality":2}"#,
+                r#"{"device_id":"7","timestamp":1772344800123,"value":null,"quality":2}"#,
                 Ok((1_772_344_800_123_000, None, 2)),
             ),
             (
-                r#"{"device_id":"t1","timestamp":"1772344800123456","value":-1e3}"#,
+                r#"{"device_id":"t1","timestamp":1772344800123456,"value":-1e3,"more":{"x":[1]}}"#,
                 Ok((1_772_344_800_123_456, Some(-1000.0), 0)),
             ),
             (r#"{"device_id":"t1","timestamp":"yesterday","value":1}"#, Err("timestamp")),
-            (r#"{"device_id":"t1","timestamp":1,"value":"warm"}"#, Err("value")),
+            (r#"{"device_id":"t1","timestamp":"1772344800123456","value":1}"#, Err("timestamp")),
+            (r#"{"device_id":"t1","timestamp":1772344800123456789,"value":1}"#, Err("timestamp")),
+            (r#"{"device_id":"t1","value":1}"#, Err("timestamp")),
+            (r#"{"device_id":"t1","timestamp":true,"value":1}"#, Err("type")),
+            (r#"{"device_id":"t1","timestamp":1,"value":"warm"}"#, Err("type")),
+            (r#"{"device_id":"t1","timestamp":1,"value":"21.5"}"#, Err("type")),
+            (r#"{"device_id":"t1","timestamp":1,"value":true}"#, Err("type")),
+            (r#"{"device_id":"t1","timestamp":1,"value":{"c":21}}"#, Err("type")),
             (r#"{"device_id":"t1","timestamp":1}"#, Err("value")),
-            (r#"{"device_id":["t1"],"timestamp":1,"value":1}"#, Err("payload")),
-            ("7", Err("timestamp")),
+            (r#"{"device_id":7,"timestamp":1,"value":1}"#, Err("type")),
+            (r#"{"device_id":["t1"],"timestamp":1,"value":1}"#, Err("type")),
+            (r#"{"device_id":"t1","timestamp":1,"value":1,"unit":1}"#, Err("type")),
+            (r#"{"device_id":"t1","timestamp":1,"value":1,"quality":{}}"#, Err("type")),
+            ("7", Err("type")),
         ] {
             let (sender, content) = decode(ROOT, &[], "tailrace/v1/a/b/json", None, text.as_bytes());
             assert_eq!(sender.gateway.as_deref(), Some("b"));
@@ -468,6 +565,37 @@ mod tests {
         let Ok(Content::Json { samples, bad }) = content else { panic!("{content:?}") };
         assert_eq!((samples[0].1.device_id.as_str(), samples[0].1.value), ("x", Some(4.0)));
         assert_eq!(bad[0].row, 1);
+    }
+
+    /// One reading of an array that is no number, as Python and JavaScript write it, takes no other with it.
+    #[test]
+    fn what_is_no_json_number_is_one_bad_reading() {
+        let read = |text: &str| decode(ROOT, &[], "tailrace/v1/a/b/json", None, text.as_bytes()).1;
+        let text = r#"[{"device_id":"NaN \" Infinity","timestamp":1,"value":NaN},
+                       {"device_id":"b","timestamp":1,"value":-Infinity}, {"device_id":"c","timestamp":1,"value":2}]"#;
+        let Ok(Content::Json { samples, bad }) = read(text) else { panic!() };
+        assert_eq!((samples.len(), bad.len()), (3, 0));
+        assert_eq!(samples[0].1.device_id, "NaN \" Infinity");
+        assert!(samples[0].1.value.is_some_and(f64::is_nan));
+        assert_eq!((samples[1].1.value, samples[2].1.value), (Some(f64::NEG_INFINITY), Some(2.0)));
+        for broken in ["[{\"value\":NaN]", "{\"value\":nan}", "\"NaN", "NaNa"] {
+            assert_eq!(read(broken).unwrap_err().rule, "payload", "{broken}");
+        }
+    }
+
+    #[test]
+    fn a_source_may_take_text_for_numbers() {
+        let source: JsonSource = serde_json::from_value(
+            serde_json::json!({ "filter": "x", "site": "s", "gateway": "g", "coerce": true }),
+        )
+        .unwrap();
+        let text =
+            br#"[{"device_id":7,"timestamp":"1772344800","value":" 21.5"}, {"timestamp":1,"value":true},
+                        {"timestamp":1,"value":"warm"}]"#;
+        let Ok(Content::Json { samples, bad }) = decode(ROOT, &[source], "x", None, text).1 else { panic!() };
+        let values: Vec<_> = samples.iter().map(|(_, s)| (s.device_id.as_str(), s.value)).collect();
+        assert_eq!(values, [("7", Some(21.5)), ("", Some(1.0))]);
+        assert_eq!((samples[0].1.ts.as_micros(), bad[0].reject.rule), (1_772_344_800_000_000, "type"));
     }
 
     /// A true message of `plant/gw`, and what becomes of it when one thing about it is not.

@@ -3,12 +3,13 @@
 //! | | taken | read as |
 //! |---|---|---|
 //! | instant | text | RFC 3339, or one of the numbers below as text |
-//! | | number | since 1970: below 10¹¹ seconds, below 10¹⁴ milliseconds, above that microseconds |
+//! | | number | since 1970: below 10¹¹ seconds, below 10¹⁴ milliseconds, below 10¹⁷ microseconds |
 //! | number | number, number as text, boolean | itself, false as 0, true as 1 |
 //! | quality | `good`, `uncertain`, `bad` in any case, or 0, 1, 2 | the severity of that name or code |
 //! | | null | good: nothing was said against it |
 //!
-//! Ten digits are seconds until the year 5138 and thirteen are milliseconds until then, so the three do not meet.
+//! Ten digits are seconds until the year 5138, thirteen are milliseconds and sixteen microseconds until then, so the
+//! three do not meet; nanoseconds, with nineteen, are none of them.
 
 use serde_json::Value;
 
@@ -36,7 +37,8 @@ fn whole(number: i64) -> Option<Timestamp> {
     let scale = match number.unsigned_abs() {
         0..100_000_000_000 => 1_000_000,
         100_000_000_000..100_000_000_000_000 => 1_000,
-        _ => 1,
+        100_000_000_000_000..100_000_000_000_000_000 => 1,
+        _ => return None,
     };
     number.checked_mul(scale).map(Timestamp::from_micros)
 }
@@ -45,10 +47,11 @@ fn fractional(number: f64) -> Option<Timestamp> {
     let scale = match number.abs() {
         size if size < 1e11 => 1e6,
         size if size < 1e14 => 1e3,
-        _ => 1.0,
+        size if size < 1e17 => 1.0,
+        // Not a number is among them.
+        _ => return None,
     };
-    let micros = (number * scale).round();
-    (micros.abs() < 9e18).then_some(Timestamp::from_micros(micros as i64))
+    Some(Timestamp::from_micros((number * scale).round() as i64))
 }
 
 /// A number; none for anything else. Text may say `NaN` or `inf`: the caller judges that.
@@ -93,6 +96,8 @@ mod tests {
             (json!(-1), Some(-1_000_000)),
             (json!(99_999_999_999i64), Some(99_999_999_999_000_000)),
             (json!(100_000_000_000i64), Some(100_000_000_000_000)),
+            (json!(99_999_999_999_999_999i64), Some(99_999_999_999_999_999)),
+            (json!(1_772_344_800_123_456_789i64), None),
             (json!(u64::MAX), None),
             (json!(1e300), None),
             (json!("NaN"), None),

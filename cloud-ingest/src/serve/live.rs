@@ -476,7 +476,11 @@ impl State {
         let quality = batch.column(7).as_primitive::<UInt8Type>();
         let per_device = (MAX_ROWS / self.devices.len().max(1)).max(1);
         for row in 0..batch.num_rows() {
-            let key = (site.to_owned(), text(batch.column(1), row).to_owned());
+            let device = text(batch.column(1), row);
+            if device.is_empty() {
+                continue;
+            }
+            let key = (site.to_owned(), device.to_owned());
             if self.devices.len() >= MAX_NAMES && !self.devices.contains_key(&key) {
                 continue;
             }

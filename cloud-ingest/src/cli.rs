@@ -15,7 +15,13 @@ use crate::{
     doctor,
     drain::{self, Drained},
     gold::GoldSettings,
-    ledger, pipeline, rebuild, serve,
+    ledger,
+    metrics::Metrics,
+    pipeline,
+    plan::Selection,
+    quarantine, rebuild,
+    refine::Refiner,
+    serve,
     settings::{Role, Settings},
     store::Store,
     tables::Tables,
@@ -120,12 +126,64 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// See what is in quarantine and why, and judge it again once a rule was changed.
+    #[command(subcommand)]
+    Quarantine(Quarantine),
     /// Account for every reading; exit 1 unless every lane balances.
     Audit {
         /// As one JSON object.
         #[arg(long)]
         json: bool,
     },
+}
+
+#[derive(Debug, Subcommand)]
+enum Quarantine {
+    /// What is held: readings by rule and device, a sample, and the line of configuration that lets it pass.
+    #[command(
+        after_help = "Examples:\n  cloud-ingest quarantine ls\n  cloud-ingest quarantine ls --rule range --json"
+    )]
+    Ls {
+        #[command(flatten)]
+        of: Selected,
+        /// As one JSON object.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Judge what is held again, by the rules of this configuration.
+    ///
+    /// Readings that pass now go to silver, and gold is corrected; their rows in quarantine stay, marked as resolved. It
+    /// may run beside any number of refiners, and be killed at any time: what it has begun they
+    /// finish. Give their configuration the same rules and restart them, else what comes next is judged by the old ones.
+    #[command(after_help = "Examples:\n  cloud-ingest quarantine replay --config cloud-ingest.toml\n  \
+        cloud-ingest quarantine replay --rule range --device kiln-1/wall")]
+    Replay {
+        #[command(flatten)]
+        of: Selected,
+        /// As one JSON object.
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+/// Which rows of quarantine.
+#[derive(Debug, clap::Args)]
+struct Selected {
+    /// Held by this rule only.
+    #[arg(long, value_name = "NAME")]
+    rule: Option<String>,
+    /// Of this plant only.
+    #[arg(long, value_name = "NAME")]
+    site: Option<String>,
+    /// Of this device only.
+    #[arg(long, value_name = "ID")]
+    device: Option<String>,
+}
+
+impl From<Selected> for Selection {
+    fn from(Selected { rule, site, device }: Selected) -> Selection {
+        Selection { rule, site, device }
+    }
 }
 
 /// Runs a command line.
@@ -150,6 +208,12 @@ pub async fn main(cli: Cli) -> ExitCode {
             rebuild(&settings, rebuild::Options { verify, from, to, into }, json).await
         }
         Command::Maintain { json } => maintain(&settings, json).await,
+        Command::Quarantine(Quarantine::Ls { of, json }) => {
+            held(&settings, of.into(), json).await.map(|()| true)
+        }
+        Command::Quarantine(Quarantine::Replay { of, json }) => {
+            replay(&settings, of.into(), json).await.map(|()| true)
+        }
         Command::Audit { json } => audit(&settings, json).await,
     };
     match done {
@@ -242,6 +306,33 @@ async fn maintain(settings: &Settings, json: bool) -> anyhow::Result<bool> {
         telemetry::print_line(&done);
     }
     Ok(done.failed.is_empty())
+}
+
+async fn held(settings: &Settings, of: Selection, json: bool) -> anyhow::Result<()> {
+    let store = Store::configured(&settings.store)?;
+    let held = quarantine::held(&Tables::open(&store).await?, &of).await?;
+    if json {
+        telemetry::print_line(serde_json::to_string(&held)?);
+    } else {
+        telemetry::print_line(&held);
+    }
+    Ok(())
+}
+
+async fn replay(settings: &Settings, of: Selection, json: bool) -> anyhow::Result<()> {
+    let store = Store::configured(&settings.store)?;
+    let tables = Tables::open(&store).await.with_context(|| format!("opening the lake {}", store.url()))?;
+    store.prove_put_if_absent().await?;
+    let (rules, limits) = (pipeline::rules(settings), pipeline::limits(settings));
+    let mut refiner = Refiner::new(&store, &tables, rules, limits, Metrics::default());
+    let gold = GoldSettings { interval: settings.gold.interval, hold: settings.gold.hold };
+    let done = quarantine::replay(&mut refiner, &tables, &of, &gold, SystemClock.now()).await?;
+    if json {
+        telemetry::print_line(serde_json::to_string(&done)?);
+    } else {
+        telemetry::print_line(&done);
+    }
+    Ok(())
 }
 
 /// Whether everything balances.

@@ -13,7 +13,8 @@
 //! Columns hold only types that Delta, Parquet readers and the PostgreSQL wire share: timestamp(µs, UTC),
 //! float64, int64, utf8, boolean, date32; bronze also has one binary column, the payload.
 //!
-//! Bronze and silver are appended to; the refiner alone writes silver, the gold step alone writes gold.
+//! Bronze and silver are appended to; the refiner alone writes silver, the gold step alone writes gold. Of quarantine
+//! that is judged again, rows of `silver/quarantine` and `silver/messages` are replaced by what became of them.
 //! `silver/status`, `silver/registry` and `silver/maintenance` are what the gateways said of themselves and
 //! what people recorded; they enter by bronze like everything else, so the whole of silver can be rebuilt.
 

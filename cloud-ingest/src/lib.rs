@@ -14,6 +14,7 @@ pub mod pack;
 pub mod pipeline;
 pub mod plan;
 pub mod quality;
+pub mod quarantine;
 pub mod ranges;
 pub mod rebuild;
 pub mod refine;

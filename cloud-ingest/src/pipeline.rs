@@ -117,16 +117,18 @@ pub async fn run(
 /// The quality rules that new plans are made with.
 pub fn rules(settings: &Settings) -> Rules {
     let quality = &settings.quality;
-    Rules::new(
+    let hard = Rules::new(
         &settings.mqtt.root,
         &settings.json,
         quality.future_tolerance,
         &quality.types,
         &quality.devices,
-    )
+    );
+    Rules { soft: quality.soft.clone(), ..hard }
 }
 
-fn limits(settings: &Settings) -> plan::Limits {
+/// How much goes into one plan.
+pub fn limits(settings: &Settings) -> plan::Limits {
     plan::Limits { segments: settings.refine.plan_segments, bytes: settings.refine.plan_bytes }
 }
 

@@ -9,9 +9,17 @@
 //! Every hundredth plan also says in `covered` which segments all plans before it named, so that a start
 //! reads at most a hundred plans. Plan n + 1 is put only after `silver/sensor_readings` has
 //! `txn("refine", n)`. A segment that is listed and in no plan is new.
+//!
+//! A plan may also look again at what earlier plans put into quarantine, by the rules that it names ([`Replay`]); then
+//! it names no segments of its own:
+//!
+//! ```json
+//! {"n":8,"rules":"<sha-256>","segments":[],"replay":{"at":"2026-03-01T06:30:00Z","segments":["bronze/…"],"rule":"range"}}
+//! ```
 
 use std::collections::BTreeMap;
 
+use common::time::Timestamp;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
@@ -22,8 +30,9 @@ pub const REFINE: &str = "refine";
 /// Every so many plans one sums up those before it.
 const SUMMARY: u64 = 100;
 
-/// One step.
+/// One step. A refiner that does not know all that a plan says must not carry it out.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Plan {
     /// Number of the step, from 1.
     pub n: u64,
@@ -34,6 +43,43 @@ pub struct Plan {
     /// Segment numbers by writer that all plans before this one named.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub covered: Option<BTreeMap<Uuid, Vec<(i64, i64)>>>,
+    /// What of quarantine to look at again.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub replay: Option<Replay>,
+}
+
+impl Plan {
+    /// The segments that it reads.
+    pub fn reads(&self) -> impl Iterator<Item = SegmentName> + '_ {
+        let again = self.replay.iter().flat_map(|replay| &replay.segments);
+        self.segments.iter().chain(again).filter_map(|path| SegmentName::parse(path))
+    }
+}
+
+/// Rows of `silver/quarantine` to be judged again.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Replay {
+    /// Stands as `resolved_at` in the rows that this plan takes out of quarantine, and in those of no other.
+    pub at: Timestamp,
+    /// The segments that they are of.
+    pub segments: Vec<String>,
+    /// Which of them.
+    #[serde(flatten)]
+    pub of: Selection,
+}
+
+/// Rows of `silver/quarantine` that are not resolved; what is `None` does not matter.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Selection {
+    /// Of this rule.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rule: Option<String>,
+    /// Of this plant.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub site: Option<String>,
+    /// Of this device.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device: Option<String>,
 }
 
 /// A segment that a listing found.
@@ -99,11 +145,19 @@ impl Planned {
         if segments.is_empty() {
             return None;
         }
-        let covered = n.is_multiple_of(SUMMARY).then(|| {
-            let spans = |numbers: &Ranges| numbers.iter().collect::<Vec<_>>();
-            self.writers.iter().map(|(writer, numbers)| (*writer, spans(numbers))).collect()
-        });
-        Some(Plan { n, rules: rules.to_owned(), segments, covered })
+        Some(Plan { n, rules: rules.to_owned(), segments, covered: self.covered(n), replay: None })
+    }
+
+    /// The plan that looks at quarantine again.
+    pub fn replay(&self, n: u64, rules: &str, replay: Replay) -> Plan {
+        let covered = self.covered(n);
+        Plan { n, rules: rules.to_owned(), segments: Vec::new(), covered, replay: Some(replay) }
+    }
+
+    fn covered(&self, n: u64) -> Option<BTreeMap<Uuid, Vec<(i64, i64)>>> {
+        let spans = |numbers: &Ranges| numbers.iter().collect::<Vec<_>>();
+        let all = || self.writers.iter().map(|(writer, numbers)| (*writer, spans(numbers))).collect();
+        n.is_multiple_of(SUMMARY).then(all)
     }
 }
 
@@ -148,6 +202,28 @@ mod tests {
             }
         }
         assert_eq!(resumed, planned);
+    }
+
+    #[test]
+    fn a_replay_names_no_segment_of_its_own_and_sums_up_too() {
+        let mut planned = Planned::default();
+        planned.insert(segment(1, 0, 1).name);
+        let of = Selection { rule: Some("range".into()), ..Selection::default() };
+        let replay =
+            Replay { at: Timestamp::from_micros(7), segments: vec![segment(1, 0, 1).name.path()], of };
+        let plan = planned.replay(SUMMARY, "r", replay);
+        assert_eq!(plan.reads().collect::<Vec<_>>(), [segment(1, 0, 1).name]);
+        let mut resumed = Planned::default();
+        resumed.note(&plan);
+        assert_eq!(resumed, planned);
+        let text = serde_json::to_string(&plan).unwrap();
+        assert!(
+            text.contains(r#""replay":{"at":"1970-01-01T00:00:00.000007Z","segments":["bronze/"#),
+            "{text}"
+        );
+        assert_eq!(serde_json::from_str::<Plan>(&text).unwrap(), plan);
+        let newer = text.replacen("\"n\"", "\"erase\":1,\"n\"", 1);
+        assert!(serde_json::from_str::<Plan>(&newer).is_err(), "what it does not know it does not carry out");
     }
 
     #[test]

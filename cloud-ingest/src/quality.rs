@@ -13,6 +13,11 @@
 //! | `past` | its time lies before 2015: among them are those of a gateway whose clock was never set |
 //! | `conflict` | the same device has another value, quality or unit at the same time already |
 //!
+//! [`crate::decode`] has the rules by which messages and readings cannot even be read.
+//!
+//! [`SoftRule`]s keep a reading out of nothing: what breaks them is counted. The results of both kinds are in
+//! `ops/quality_results`, those of soft rules as `soft_range`, `soft_rate` and `soft_interval`.
+//!
 //! Rules are data: a plan names them by the SHA-256 of their TOML, which is kept in `ops/rules`, so a plan
 //! that is carried out again, or by another refiner, gives the same rows.
 
@@ -20,7 +25,7 @@ use std::{collections::BTreeMap, time::Duration};
 
 use common::{
     reading::Kind,
-    time::{EARLIEST, Timestamp},
+    time::{EARLIEST, Timestamp, duration},
     units::{DEVICE_TYPES, UNKNOWN_RANGE, Unit},
 };
 use serde::{Deserialize, Serialize};
@@ -46,6 +51,9 @@ pub struct Rules {
     pub devices: BTreeMap<String, [f64; 2]>,
     /// Other people's topics, first match first.
     pub json: Vec<JsonSource>,
+    /// What is counted only, by device type.
+    #[serde(default)]
+    pub soft: BTreeMap<String, SoftRule>,
 }
 
 /// What is expected of a device type.
@@ -55,6 +63,29 @@ pub struct TypeRule {
     pub unit: String,
     /// Inclusive limits in it.
     pub range: [f64; 2],
+}
+
+/// What is expected of a device type, and counted: readings that break it are stored all the same. Bad readings are
+/// not judged, but they have come.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SoftRule {
+    /// Inclusive limits in the canonical unit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub range: Option<[f64; 2]>,
+    /// Most change per second from one reading of a device to its next.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rate: Option<f64>,
+    /// Longest time from one reading of a device to its next; zero for any.
+    #[serde(default, with = "duration", skip_serializing_if = "Duration::is_zero")]
+    pub interval: Duration,
+}
+
+impl SoftRule {
+    /// Whether a reading is judged by the one before it.
+    pub fn looks_back(&self) -> bool {
+        self.rate.is_some() || !self.interval.is_zero()
+    }
 }
 
 /// How the readings of a device are brought into canonical form.
@@ -70,6 +101,8 @@ pub struct Profile {
     pub shift: f64,
     /// Inclusive limits of the canonical value.
     pub range: [f64; 2],
+    /// What is counted only.
+    pub soft: Option<SoftRule>,
 }
 
 /// Why something is quarantined.
@@ -110,6 +143,7 @@ impl Rules {
             future_tolerance_s: future_tolerance.as_secs(),
             types: all,
             devices: devices.clone(),
+            soft: BTreeMap::new(),
         }
     }
 
@@ -161,12 +195,14 @@ impl Rules {
             return Err(Reject::new("device_type", reason));
         }
         let own = self.devices.get(device_id).copied();
+        let soft = self.soft.get(&device_type).copied();
         let any = [f64::NEG_INFINITY, f64::INFINITY];
         let Some(rule) = self.types.get(&device_type) else {
             let nothing_known = device_type == UNKNOWN_TYPE && unit.is_empty();
             let range = if nothing_known { [*UNKNOWN_RANGE.start(), *UNKNOWN_RANGE.end()] } else { any };
             let unit = unit.to_owned();
-            return Ok(Profile { device_type, unit, scale: 1.0, shift: 0.0, range: own.unwrap_or(range) });
+            let range = own.unwrap_or(range);
+            return Ok(Profile { device_type, unit, scale: 1.0, shift: 0.0, range, soft });
         };
         let (scale, shift) = if unit.is_empty() || unit == rule.unit {
             (1.0, 0.0)
@@ -177,7 +213,8 @@ impl Rules {
                 Reject::new("unit", reason)
             })?
         };
-        Ok(Profile { device_type, unit: rule.unit.clone(), scale, shift, range: own.unwrap_or(rule.range) })
+        let (unit, range) = (rule.unit.clone(), own.unwrap_or(rule.range));
+        Ok(Profile { device_type, unit, scale, shift, range, soft })
     }
 
     /// Checks one reading and returns its value in canonical units; NaN stands for "no value".
@@ -223,11 +260,14 @@ impl Rules {
 }
 
 /// The line of configuration that would let a reject pass, where there is one.
-pub fn mend(reject: &Reject, device_id: &str, device_type: &str) -> Option<String> {
-    match reject.rule {
+pub fn mend(rule: &str, device_id: &str, device_type: &str) -> Option<String> {
+    match rule {
         "range" => Some(format!("[quality.devices] {device_id:?} = [LOW, HIGH]")),
         "unit" => Some(format!("[quality.types.{device_type}] unit = \"UCUM\", range = [LOW, HIGH]")),
         "future" => Some("[quality] future_tolerance = \"…\", or set the sender's clock".to_owned()),
+        "type" | "timestamp" => Some("[[json]] coerce = true, or pointers to other fields".to_owned()),
+        "value" => Some("[[json]] value = \"/…\"".to_owned()),
+        "topic" => Some("[[json]] filter = \"…\", site, gateway".to_owned()),
         _ => None,
     }
 }
@@ -304,7 +344,10 @@ mod tests {
 
     #[test]
     fn rules_and_back() {
-        let rules = rules();
+        let mut rules = rules();
+        let text = "[t]\nrange = [0, 1]\ninterval = \"10s\"\n[u]\nrate = 0.5\n";
+        rules.soft = toml::from_str(text).unwrap();
+        assert_eq!(rules.soft["t"].interval, Duration::from_secs(10));
         let again = Rules::from_toml(&rules.to_toml()).unwrap();
         assert_eq!(again, rules);
         assert_eq!(again.hash(), rules.hash());

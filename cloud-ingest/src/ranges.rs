@@ -48,6 +48,11 @@ impl Ranges {
         self.spans.range(..=n).next_back().is_some_and(|(_, end)| n <= *end)
     }
 
+    /// The greatest that was put in, exactly.
+    pub fn last(&self) -> Option<i64> {
+        self.spans.values().next_back().copied()
+    }
+
     /// The spans, in order.
     pub fn iter(&self) -> impl Iterator<Item = (i64, i64)> + '_ {
         self.spans.iter().map(|(from, to)| (*from, *to))
@@ -88,6 +93,7 @@ mod tests {
             prop_assert!(coarse.iter().count() <= 4);
             let exact: Vec<_> = exact.iter().collect();
             prop_assert!(exact.windows(2).all(|w| w[0].1 + 1 < w[1].0), "{:?}", exact);
+            prop_assert_eq!(coarse.last(), truth.last().copied());
             let last = truth.last().copied().unwrap_or(0);
             prop_assert!(!coarse.contains(last + 1), "what follows in order needs no look-up");
         }

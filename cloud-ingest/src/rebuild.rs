@@ -9,6 +9,8 @@
 //! * Up to the newest plan that is done when it begins, or to the last one before `to`: rows of later plans are left
 //!   out of the comparison, and so are the hours of gold that they touch or that gold has yet to compute. So it may
 //!   run beside a refiner.
+//! * Plans that judge quarantine again are replayed in their turn. Of what was taken over nothing is judged again: its
+//!   rows stand as they came out in the end.
 //! * Rows and hours from before retention's cutoff are left out; a new lake takes gold's over as they stand.
 //! * `gold/maintenance_schedule` is not compared: it says what was due at the hour in which it was computed, and is
 //!   computed anew every hour from tables that are compared.
@@ -28,7 +30,7 @@ use std::{
 use anyhow::Context;
 use arrow::{
     array::{Array, ArrayRef, AsArray, BooleanArray, RecordBatch},
-    compute::{filter_record_batch, not},
+    compute::{filter_record_batch, not, or},
     datatypes::Int64Type,
 };
 use common::time::Timestamp;
@@ -262,6 +264,12 @@ fn of_segment(batch: &RecordBatch, wanted: impl Fn(SegmentName) -> bool) -> anyh
     Ok(mask.collect())
 }
 
+/// Which rows are of soft rules that judge a reading by the one before it.
+fn looks_back(batch: &RecordBatch) -> anyhow::Result<BooleanArray> {
+    let rules = batch.column_by_name("rule").context("no column rule")?.as_string::<i32>();
+    Ok(rules.iter().map(|rule| Some(matches!(rule, Some("soft_rate" | "soft_interval")))).collect())
+}
+
 /// Which rows are of plans of a kind.
 fn of_plan(batch: &RecordBatch, wanted: impl Fn(i64) -> bool) -> anyhow::Result<BooleanArray> {
     let plans: &ArrayRef = batch.column_by_name("plan").context("no column plan")?;
@@ -312,7 +320,10 @@ async fn replay(
                 &mut rules.insert((plan.rules.clone(), refiner)).1
             }
         };
-        plan.segments.retain(|path| SegmentName::parse(path).is_none_or(|name| !chosen.taken.contains(name)));
+        let replayed =
+            |path: &String| SegmentName::parse(path).is_none_or(|name| !chosen.taken.contains(name));
+        plan.segments.retain(replayed);
+        plan.replay.iter_mut().for_each(|replay| replay.segments.retain(replayed));
         let counts = refiner.replay(&plan).await?;
         report.replayed += 1;
         report.readings += counts.readings;
@@ -391,7 +402,12 @@ async fn verify(
             let of_later = match table {
                 Table::QualityResults => {
                     let last = i64::try_from(chosen.last)?;
-                    of_plan(batch, |n| n > last || chosen.touched.contains(n))?
+                    let left_out = of_plan(batch, |n| n > last || chosen.touched.contains(n))?;
+                    // What was taken over counts as a device's last reading before its time.
+                    match chosen.touched.iter().next() {
+                        Some(_) => or(&left_out, &looks_back(batch)?)?,
+                        None => left_out,
+                    }
                 }
                 _ if table.layer() == "silver" => of_segment(batch, |name| chosen.later.contains(name))?,
                 _ => BooleanArray::from(vec![false; batch.num_rows()]),

@@ -9,6 +9,10 @@
 //! Carrying out commits table by table ([`COMMIT_ORDER`](crate::silver::COMMIT_ORDER)); a table that has n
 //! skips it. What is read of silver to decide is what the plans before n committed: `sensor_readings` cannot
 //! hold rows of n yet, and of `messages` those of n are left out. So a second try gives the same rows.
+//!
+//! [`replay`] carries out plans that judge quarantine again.
+
+pub(crate) mod replay;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
@@ -180,6 +184,11 @@ impl Refiner {
             state.newest = Some(plan);
             state.done = false;
         }
+        self.complete(state).await
+    }
+
+    /// Carries out the newest plan, if there is one.
+    async fn complete(&mut self, state: &mut State) -> anyhow::Result<Outcome> {
         let Some(plan) = state.newest.clone() else { return Ok(Outcome::Idle) };
         let counts = self.carry_out(state, &plan).await.with_context(|| format!("plan {}", plan.n))?;
         state.done = true;
@@ -310,6 +319,9 @@ impl Refiner {
     }
 
     async fn carry_out(&mut self, state: &mut State, plan: &Plan) -> anyhow::Result<Counts> {
+        if let Some(replay) = &plan.replay {
+            return self.judge_again(state, plan, replay).await;
+        }
         let n = i64::try_from(plan.n)?;
         let rules = self.rules(&plan.rules).await?;
         let segments = self.read(&plan.segments).await?;
@@ -321,7 +333,7 @@ impl Refiner {
         // Decoding is work for the processor; the other tasks of this thread go on meanwhile.
         let known = std::mem::take(&mut state.known);
         let read = tokio::task::spawn_blocking(move || {
-            let step = Step::read(&rules, n, &segments, &committed)?;
+            let mut step = Step::read(&rules, n, &segments, &committed)?;
             let questions = step.questions(&known);
             anyhow::Ok((step, known, questions))
         });
@@ -439,15 +451,8 @@ impl Refiner {
             hook(table)?;
         }
         let base = self.tables.snapshot(table).await?;
-        if let Some(base) = &base {
-            let progress = match state.progress.get(&table) {
-                Some((version, progress)) if *version == base.version() => *progress,
-                _ => Tables::progress(base, REFINE).await?.unwrap_or(0),
-            };
-            if progress >= n {
-                state.progress.insert(table, (base.version(), progress));
-                return Ok(());
-            }
+        if has_step(state, table, base.as_ref(), n).await? {
+            return Ok(());
         }
         let version = self.tables.append(table, base, rows, (REFINE, n)).await?;
         state.progress.insert(table, (u64::try_from(version).ok(), n));
@@ -475,6 +480,24 @@ impl Refiner {
             }
         }
     }
+}
+
+/// Whether a table has step `n`.
+async fn has_step(
+    state: &mut State,
+    table: Table,
+    base: Option<&DeltaTable>,
+    n: i64,
+) -> anyhow::Result<bool> {
+    let Some(base) = base else { return Ok(false) };
+    let progress = match state.progress.get(&table) {
+        Some((version, progress)) if *version == base.version() => *progress,
+        _ => Tables::progress(base, REFINE).await?.unwrap_or(0),
+    };
+    if progress >= n {
+        state.progress.insert(table, (base.version(), progress));
+    }
+    Ok(progress >= n)
 }
 
 /// Steps until `bronze` closes and everything in it is refined. `bronze` changes whenever a segment becomes
@@ -516,7 +539,7 @@ pub async fn run(
 }
 
 /// A column of instants in µs, whichever time zone it is labelled with.
-fn micros(batch: &RecordBatch, column: usize) -> anyhow::Result<Vec<i64>> {
+pub(crate) fn micros(batch: &RecordBatch, column: usize) -> anyhow::Result<Vec<i64>> {
     let column = arrow::compute::cast(batch.column(column), &common::wire::instant())?;
     Ok(column.as_primitive::<TimestampMicrosecondType>().values().to_vec())
 }

@@ -6,12 +6,16 @@ use common::{
     config::{self, Layers, Mistakes, SecretRef},
     time::duration,
     topic_filter,
-    units::Unit,
+    units::{DEVICE_TYPES, Unit},
 };
 use serde::Deserialize;
 use url::Url;
 
-use crate::{decode::JsonSource, quality::TypeRule, store};
+use crate::{
+    decode::JsonSource,
+    quality::{SoftRule, TypeRule},
+    store,
+};
 
 /// The documented defaults.
 pub const DEFAULTS: &str = include_str!("../default.toml");
@@ -130,6 +134,34 @@ pub struct QualitySettings {
     pub future_tolerance: Duration,
     pub types: BTreeMap<String, TypeRule>,
     pub devices: BTreeMap<String, [f64; 2]>,
+    pub soft: BTreeMap<String, SoftRule>,
+}
+
+impl QualitySettings {
+    /// The hard limits of a device type, where it has any.
+    fn range(&self, device_type: &str) -> Option<[f64; 2]> {
+        let shipped = DEVICE_TYPES.iter().find(|t| t.name == device_type);
+        let shipped = shipped.map(|t| [*t.range.start(), *t.range.end()]);
+        self.types.get(device_type).map(|rule| rule.range).or(shipped)
+    }
+
+    fn check_soft(&self, m: &mut Mistakes) {
+        for (name, soft) in &self.soft {
+            let key = |key: &str| format!("quality.soft.{name}.{key}");
+            if let Some([low, high]) = soft.range {
+                let [least, most] = self.range(name).unwrap_or([f64::NEG_INFINITY, f64::INFINITY]);
+                m.require(
+                    low < high && low >= least && high <= most,
+                    &key("range"),
+                    format!("[{low}, {high}]"),
+                    &format!("write [LOW, HIGH] within {least} … {most}, beyond which nothing is stored"),
+                );
+            }
+            if let Some(rate) = soft.rate {
+                m.require(rate > 0.0, &key("rate"), rate, "write a change per second above 0");
+            }
+        }
+    }
 }
 
 /// `[gold]`
@@ -281,6 +313,7 @@ impl Settings {
                 "write [LOW, HIGH]",
             );
         }
+        self.quality.check_soft(m);
         self.check_upkeep(m);
         m.require(
             self.serve.pg_port != self.serve.http_port,
@@ -364,7 +397,8 @@ mod tests {
             "[mqtt]\nurl = \"http://x\"\nkeep_alive = \"1s\"\nshare = \"a/b\"\n[serve]\nlisten = \"0.0.0.0\"\npg_port = 8080\nhttp_port = 8080\n\
              [[json]]\nfilter = \"$share/g/x\"\nsite = \"s\"\ngateway = \"g\"\n\
              [upkeep]\nkeep_versions = \"30d\"\nkeep_silver = \"1h\"\n\
-             [quality.devices]\nx = [2, 1]\n[quality.types.smell]\nunit = \"ou\"\nrange = [0, 1]\n",
+             [quality.devices]\nx = [2, 1]\n[quality.soft.temperature]\nrange = [-200, 10]\nrate = 0.0\n\
+             [quality.types.smell]\nunit = \"ou\"\nrange = [0, 1]\n",
         )
         .unwrap_err()
         .to_string();
@@ -377,6 +411,8 @@ mod tests {
             "serve.http_port: 8080",
             "[2, 1]",
             "quality.types.smell",
+            "quality.soft.temperature.range: [-200, 10]",
+            "quality.soft.temperature.rate",
             "upkeep.keep_versions",
             "upkeep.keep_silver",
         ] {
@@ -389,11 +425,13 @@ mod tests {
         let settings = load(
             "roles = [\"serve\"]\n[[json]]\nfilter = \"x/#\"\nsite = \"s\"\ngateway = \"g\"\n\
              [quality.types.smell]\nunit = \"1\"\nrange = [0, 1.5]\n\
+             [quality.soft.smell]\nrange = [0, 1]\ninterval = \"1min\"\n\
              [[serve.users]]\nname = \"grafana\"\npassword = \"env:PW\"\n",
         )
         .unwrap();
         assert_eq!((settings.roles.len(), settings.json.len()), (1, 1));
         assert_eq!(settings.quality.types["smell"].range, [0.0, 1.5]);
+        assert_eq!(settings.quality.soft["smell"].interval, Duration::from_secs(60));
         assert_eq!(settings.serve.users[0].name, "grafana");
     }
 }

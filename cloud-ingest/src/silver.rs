@@ -17,7 +17,9 @@
 //! and their place in the segment as seq, so that what was received from them can be counted too.
 
 mod messages;
+mod replay;
 mod rows;
+mod soft;
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -27,10 +29,14 @@ use std::{
 use arrow::array::RecordBatch;
 use common::time::Timestamp;
 
-pub use self::messages::{Name, Segment, names};
 use self::{
     messages::{Delivered, Places},
     rows::{Candidates, Quarantined},
+    soft::Soft,
+};
+pub use self::{
+    messages::{Name, Segment, names},
+    replay::{Again, Change, Held, Replayed},
 };
 use crate::{
     decode::MaintenanceRecord,
@@ -47,11 +53,20 @@ const SPANS: usize = 16;
 /// A reading that is committed: value (`None` for null), quality and unit.
 pub type Committed = (Option<f64>, String, String);
 
+/// What is known of a device's committed readings.
+#[derive(Clone, Debug)]
+struct Device {
+    /// Event times in µs.
+    spans: Ranges,
+    /// Value of the last of them, NaN when it is bad; `None` until somebody has looked.
+    value: Option<f64>,
+}
+
 /// What is committed, as coarsely as memory allows; never narrower than the truth.
 #[derive(Clone, Debug, Default)]
 pub struct Known {
-    /// Event times in µs by (site, device).
-    readings: HashMap<(String, String), Ranges>,
+    /// By (site, device).
+    readings: HashMap<(String, String), Device>,
     /// Seqs by (site, gateway, epoch, lane).
     messages: HashMap<(String, String, String, String), Ranges>,
 }
@@ -59,8 +74,12 @@ pub struct Known {
 impl Known {
     /// Notes that readings of a device are committed within `from..=to`.
     pub fn readings(&mut self, site: String, device: String, from: i64, to: i64) {
-        let spans = self.readings.entry((site, device));
-        spans.or_insert_with(|| Ranges::coarse(TIME_SLACK, SPANS)).insert(from, to);
+        let new = || Device { spans: Ranges::coarse(TIME_SLACK, SPANS), value: None };
+        let device = self.readings.entry((site, device)).or_insert_with(new);
+        if device.spans.last() < Some(to) {
+            device.value = None;
+        }
+        device.spans.insert(from, to);
     }
 
     /// Notes that messages of a lane are committed within `from..=to`.
@@ -80,6 +99,13 @@ impl Known {
         for (site, device, from, to) in news.readings {
             self.readings(site, device, from, to);
         }
+        for (device, ts, value) in news.values {
+            if let Some(device) = self.readings.get_mut(&device)
+                && device.spans.last() == Some(ts)
+            {
+                device.value = Some(value);
+            }
+        }
         for name in news.messages {
             self.messages(name.site, name.gateway, name.epoch, name.lane, (name.seq, name.seq));
         }
@@ -91,6 +117,8 @@ impl Known {
 pub struct News {
     /// Site, device, first and last event time in µs.
     readings: Vec<(String, String, i64, i64)>,
+    /// Last event time and value of devices to which soft rules apply; NaN for a bad one.
+    values: Vec<((String, String), i64, f64)>,
     messages: Vec<Name>,
 }
 
@@ -159,7 +187,16 @@ impl Step {
         segments: &[Segment],
         committed: &HashMap<Name, String>,
     ) -> anyhow::Result<Step> {
-        let mut step = Step {
+        let mut step = Step::new(rules, plan);
+        let mut seen = committed.clone();
+        for segment in segments {
+            step.read_segment(segment, &mut seen)?;
+        }
+        Ok(step)
+    }
+
+    fn new(rules: &Arc<Rules>, plan: i64) -> Step {
+        Step {
             rules: Arc::clone(rules),
             plan,
             places: Places::default(),
@@ -168,16 +205,11 @@ impl Step {
             delivered: Vec::new(),
             batches: BTreeMap::new(),
             maintenance: Vec::new(),
-        };
-        let mut seen = committed.clone();
-        for segment in segments {
-            step.read_segment(segment, &mut seen)?;
         }
-        Ok(step)
     }
 
     /// What must be looked up, given what may be committed.
-    pub fn questions(&self, known: &Known) -> Vec<Question> {
+    pub fn questions(&mut self, known: &Known) -> Vec<Question> {
         self.candidates.questions(known)
     }
 
@@ -186,7 +218,9 @@ impl Step {
     /// # Errors
     /// When rows do not fit the lake's schemas, which is a fault of this program.
     pub fn settle(mut self, answers: &Answers) -> anyhow::Result<Refined> {
-        let (readings, mut news) = self.candidates.settle(answers, &mut self.delivered, &mut self.quarantine);
+        let mut soft = Soft::default();
+        let (readings, mut news) =
+            self.candidates.settle(answers, &mut self.delivered, &mut self.quarantine, &mut soft);
         let sensor_readings =
             rows::sensor_readings(&self.candidates, &readings, &self.delivered, &self.places)?;
         // Candidates are settled by device; quarantine is kept in the order of arrival.
@@ -194,10 +228,22 @@ impl Step {
         news.messages = self.delivered.iter().filter_map(|d| d.name.clone()).collect();
         let counts = self.counts();
         let offenders = self.offenders();
-        let results = rows::quality_results(self.plan, counts, &self.quarantine, &self.delivered)?;
+        let quarantine = rows::quarantine(&self.quarantine, &self.delivered, &self.places)?;
+        self.batches.insert(Table::Quarantine, quarantine);
+        self.batches.insert(Table::Messages, rows::messages(self.plan, &self.delivered, &self.places)?);
+        let tables = self.lay_out(counts, &soft, sensor_readings)?;
+        Ok(Refined { tables, news, counts, offenders })
+    }
+
+    /// All tables, in the order of commits; `sensor_readings` is last and always there.
+    fn lay_out(
+        &mut self,
+        counts: Counts,
+        soft: &Soft,
+        sensor_readings: Vec<RecordBatch>,
+    ) -> anyhow::Result<Vec<(Table, Vec<RecordBatch>)>> {
         let mut batches = std::mem::take(&mut self.batches);
-        batches.insert(Table::Quarantine, rows::quarantine(&self.quarantine, &self.delivered, &self.places)?);
-        batches.insert(Table::Messages, rows::messages(self.plan, &self.delivered, &self.places)?);
+        let results = rows::quality_results(self.plan, counts, &self.quarantine, soft, &self.delivered)?;
         batches
             .insert(Table::Maintenance, rows::maintenance(&self.maintenance, &self.delivered, &self.places)?);
         batches.insert(Table::QualityResults, results);
@@ -207,7 +253,7 @@ impl Step {
             .filter(|(_, rows)| rows.iter().any(|batch| batch.num_rows() > 0))
             .collect();
         tables.push((Table::SensorReadings, sensor_readings));
-        Ok(Refined { tables, news, counts, offenders })
+        Ok(tables)
     }
 
     fn counts(&self) -> Counts {
@@ -229,7 +275,7 @@ impl Step {
             if let (Some(site), Some(device)) = (site, &q.device_id) {
                 let device_type = q.device_type.as_deref().unwrap_or("");
                 let fix =
-                    mend(&q.reject, device, device_type).map_or(String::new(), |fix| format!("; {fix}"));
+                    mend(q.reject.rule, device, device_type).map_or(String::new(), |fix| format!("; {fix}"));
                 offenders
                     .entry((site, device.clone()))
                     .or_insert_with(|| format!("{}: {}{fix}", q.reject.rule, q.reject.reason));

@@ -193,10 +193,13 @@ async fn bronze(tables: &Tables, settings: &UpkeepSettings, now: Timestamp, done
         let refined = refined(tables).await.context("reading the plans that are done")?;
         anyhow::Ok((refined, hours(store).await.context("listing bronze")?))
     };
-    let Some((refined, hours)) = done.of("bronze", hours.await) else { return };
+    let Some(((refined, in_use), hours)) = done.of("bronze", hours.await) else { return };
     let cutoff = cutoff(settings.keep_bronze, now);
     for (hour, has_segments) in hours {
         let ended = hour + Duration::from_micros(HOUR_MICROS.unsigned_abs());
+        if in_use.contains(&hour) {
+            continue;
+        }
         if cutoff.is_some_and(|cutoff| ended <= cutoff) {
             let expired = expire_hour(store, hour, &refined).await;
             done.expired_objects += done.of("bronze", expired).unwrap_or(0);
@@ -209,10 +212,12 @@ async fn bronze(tables: &Tables, settings: &UpkeepSettings, now: Timestamp, done
     }
 }
 
-/// The segments of all plans that are done.
-async fn refined(tables: &Tables) -> anyhow::Result<Planned> {
+/// The segments of all plans that are done, and the hours of those that the plan after them reads again.
+async fn refined(tables: &Tables) -> anyhow::Result<(Planned, BTreeSet<Timestamp>)> {
     let mut planned = Planned::default();
-    let Some(readings) = tables.snapshot(Table::SensorReadings).await? else { return Ok(planned) };
+    let Some(readings) = tables.snapshot(Table::SensorReadings).await? else {
+        return Ok((planned, BTreeSet::new()));
+    };
     let last = Tables::progress(&readings, REFINE).await?.and_then(|n| u64::try_from(n).ok()).unwrap_or(0);
     for n in (1..=last).rev() {
         let plan = read_plan(tables.store(), n).await?;
@@ -221,7 +226,17 @@ async fn refined(tables: &Tables) -> anyhow::Result<Planned> {
             break;
         }
     }
-    Ok(planned)
+    let next = match read_plan(tables.store(), last + 1).await {
+        Ok(next) => Some(next),
+        Err(e) if is_not_found(&e) => None,
+        Err(e) => return Err(e),
+    };
+    let again = next.iter().filter(|next| next.replay.is_some()).flat_map(Plan::reads);
+    Ok((planned, again.map(|name| name.hour).collect()))
+}
+
+pub(crate) fn is_not_found(error: &anyhow::Error) -> bool {
+    matches!(error.downcast_ref(), Some(object_store::Error::NotFound { .. }))
 }
 
 /// Plan `n`.

@@ -19,7 +19,7 @@ use crate::{
     ranges::Ranges,
     store::Store,
     tables::{Tables, conform},
-    upkeep::read_plan,
+    upkeep::{is_not_found, read_plan},
 };
 
 /// Missing segments that are listed; all are counted.
@@ -125,7 +125,7 @@ impl Chosen {
         let mut before = options.from.is_some();
         let mut plans = std::pin::pin!(plans(lake, 1, standing.plan));
         while let Some(plan) = plans.try_next().await? {
-            let names: Vec<SegmentName> = names(&plan).collect();
+            let names: Vec<SegmentName> = plan.reads().collect();
             if chosen.last < plan.n
                 || options.to.is_some_and(|to| names.iter().any(|name| name.hour >= to.hour()))
             {
@@ -133,10 +133,15 @@ impl Chosen {
                 names.iter().for_each(|name| chosen.later.insert(*name));
                 continue;
             }
+            // What judges quarantine again reads nothing new: its rows are taken with those of their first plan.
+            if plan.replay.is_some() {
+                let taken = names.iter().filter(|name| chosen.taken.contains(**name)).count();
+                chosen.note(plan.n, taken, names.len())?;
+                continue;
+            }
             if before && options.from.is_some_and(|from| names.iter().any(|name| name.hour >= from.hour())) {
                 before = false;
             }
-            let n = i64::try_from(plan.n)?;
             let mut taken = 0;
             for name in &names {
                 let missing = !before && !present.contains(*name);
@@ -151,33 +156,32 @@ impl Chosen {
                     taken += 1;
                 }
             }
-            if taken > 0 {
-                chosen.touched.insert(n, n);
-            }
-            if taken == names.len() {
-                chosen.whole.insert(n, n);
-            }
+            chosen.note(plan.n, taken, names.len())?;
         }
         // A refiner may be in the midst of the next one.
         match read_plan(lake, standing.plan + 1).await {
-            Ok(next) => names(&next).for_each(|name| chosen.later.insert(name)),
+            Ok(next) => next.reads().for_each(|name| chosen.later.insert(name)),
             Err(e) if is_not_found(&e) => {}
             Err(e) => return Err(e),
         }
         Ok(chosen)
     }
 
+    /// Notes how many of a plan's segments are taken over.
+    fn note(&mut self, n: u64, taken: usize, of: usize) -> anyhow::Result<()> {
+        let n = i64::try_from(n)?;
+        if taken > 0 {
+            self.touched.insert(n, n);
+        }
+        if taken == of {
+            self.whole.insert(n, n);
+        }
+        Ok(())
+    }
+
     pub(super) fn is_taken(&self, n: u64) -> bool {
         i64::try_from(n).is_ok_and(|n| self.whole.contains(n))
     }
-}
-
-fn names(plan: &Plan) -> impl Iterator<Item = SegmentName> + '_ {
-    plan.segments.iter().filter_map(|path| SegmentName::parse(path))
-}
-
-fn is_not_found(error: &anyhow::Error) -> bool {
-    matches!(error.downcast_ref(), Some(object_store::Error::NotFound { .. }))
 }
 
 /// Plans `first` to `last`, in order.

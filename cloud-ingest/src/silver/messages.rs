@@ -1,6 +1,9 @@
 //! The messages of a segment, one by one: who sent it, was it here before, what is in it.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    sync::Arc,
+};
 
 use anyhow::Context;
 use arrow::{
@@ -77,6 +80,16 @@ pub(super) struct Delivered {
     pub(super) duplicates: i64,
     pub(super) quarantined: i64,
     pub(super) redelivered: bool,
+    /// The readings that count, by their place in the message; `None` for all.
+    pub(super) only: Option<HashSet<i64>>,
+}
+
+impl Delivered {
+    /// Whether this reading counts.
+    #[inline]
+    pub(super) fn counts(&self, row: i64) -> bool {
+        self.only.as_ref().is_none_or(|only| only.contains(&row))
+    }
 }
 
 /// Paths of the plan's segments.
@@ -125,6 +138,41 @@ impl Step {
             self.take(at, content, claim.is_some())?;
         }
         Ok(())
+    }
+
+    /// Reads these messages of a segment once more, by their place in it, whatever came under their names; of the
+    /// readings of each only some, or all. Returns which of [`Step::delivered`] stands for which; a message that
+    /// cannot be read at all any more stands for none, when it was read before.
+    pub(super) fn read_again(
+        &mut self,
+        segment: &Segment,
+        wanted: BTreeMap<i64, Option<HashSet<i64>>>,
+    ) -> anyhow::Result<Vec<(i64, usize)>> {
+        let columns = Columns::of(segment)?;
+        self.places.segments.push(segment.path.clone());
+        let mut read = Vec::with_capacity(wanted.len());
+        for (offset, only) in wanted {
+            let row = usize::try_from(offset)?;
+            let has = segment.rows.num_rows();
+            anyhow::ensure!(row < has, "{} has {has} messages, and none at {row}", segment.path);
+            let (payload, claim) = (columns.payload.value(row), columns.claim(row));
+            let topic = columns.topic.value(row);
+            let (sender, content) = decode(&self.rules.root, &self.rules.json, topic, claim, payload);
+            if content.is_err() && only.is_some() {
+                continue;
+            }
+            let mut message = columns.delivered(row, self.places.segments.len() - 1);
+            message.hash = hex(&Sha256::digest(payload));
+            message.site = sender.site;
+            message.gateway = sender.gateway;
+            message.recorded |= sender.nameless_readings;
+            message.only = only;
+            let at = self.delivered.len();
+            self.delivered.push(message);
+            self.take(at, content, claim.is_some())?;
+            read.push((offset, at));
+        }
+        Ok(read)
     }
 
     fn take(&mut self, at: usize, content: Result<Content, Reject>, named: bool) -> anyhow::Result<()> {
@@ -183,7 +231,9 @@ impl Step {
         let message = &mut self.delivered[at];
         message.readings = i64::try_from(samples.len() + bad.len()).unwrap_or(i64::MAX);
         message.rows = message.readings;
-        for bad in bad {
+        for bad in
+            bad.into_iter().filter(|bad| message.only.as_ref().is_none_or(|only| only.contains(&bad.row)))
+        {
             message.quarantined += 1;
             self.quarantine.push(Quarantined {
                 row: Some(bad.row),
@@ -409,6 +459,7 @@ impl<'a> Columns<'a> {
             duplicates: 0,
             quarantined: 0,
             redelivered: false,
+            only: None,
         }
     }
 }

@@ -22,6 +22,7 @@ use super::{
     Answers, Committed, Counts, Known, News, Question, TIME_SLACK,
     messages::{Delivered, Places},
     newest,
+    soft::{Last, Soft},
 };
 use crate::{
     decode::{MaintenanceRecord, Sample},
@@ -110,6 +111,8 @@ pub(super) struct Candidates {
     /// (site, device id) by index.
     devices: Vec<(String, String)>,
     device_index: HashMap<(String, String), u32>,
+    /// The last committed reading of each device, where soft rules apply; without a value that is not known yet.
+    last: Vec<Option<(i64, Option<f64>)>>,
     slots: Vec<Slot>,
     slot_index: HashMap<String, Result<u32, Reject>>,
     ts: Vec<i64>,
@@ -153,6 +156,9 @@ impl Candidates {
         // By the device's key in this message: the keys of its other words, and the slot they lead to.
         let mut cache: Vec<Option<Resolved>> = vec![None; values[0].len()];
         for row in 0..batch.num_rows() {
+            if !i64::try_from(row).is_ok_and(|row| message.counts(row)) {
+                continue;
+            }
             let keys = words.map(|column| column.keys().value(row));
             let cached = usize::try_from(keys[0]).ok().and_then(|key| cache.get_mut(key));
             let resolved;
@@ -219,6 +225,9 @@ impl Candidates {
     ) {
         let site = message.site.clone().unwrap_or_default();
         for (row, sample) in samples {
+            if !message.counts(*row) {
+                continue;
+            }
             let stated = Stated {
                 site: &site,
                 device_id: &sample.device_id,
@@ -297,15 +306,26 @@ impl Candidates {
         self.slots[self.slot[i] as usize].device
     }
 
-    /// Spans of event time of each device that may hold committed readings.
-    pub(super) fn questions(&self, known: &Known) -> Vec<Question> {
-        let spans: Vec<_> = self.devices.iter().map(|device| known.readings.get(device)).collect();
+    /// Spans of event time of each device that may hold committed readings, or its last one.
+    pub(super) fn questions(&mut self, known: &Known) -> Vec<Question> {
+        let devices: Vec<_> = self.devices.iter().map(|device| known.readings.get(device)).collect();
         let mut open = BTreeMap::<u32, (i64, i64)>::new();
+        let mut ask = |device: u32, ts: i64| {
+            let span = open.entry(device).or_insert((ts, ts));
+            *span = (span.0.min(ts), span.1.max(ts));
+        };
         for (i, ts) in self.ts.iter().enumerate() {
             let device = self.device(i);
-            if spans[device as usize].is_some_and(|spans| spans.contains(*ts)) {
-                let span = open.entry(device).or_insert((*ts, *ts));
-                *span = (span.0.min(*ts), span.1.max(*ts));
+            if devices[device as usize].is_some_and(|device| device.spans.contains(*ts)) {
+                ask(device, *ts);
+            }
+        }
+        self.last = vec![None; devices.len()];
+        for slot in self.slots.iter().filter(|slot| slot.profile.soft.is_some_and(|soft| soft.looks_back())) {
+            let Some(known) = devices[slot.device as usize] else { continue };
+            self.last[slot.device as usize] = known.spans.last().map(|ts| (ts, known.value));
+            if let (Some(ts), None) = (known.spans.last(), known.value) {
+                ask(slot.device, ts);
             }
         }
         open.into_iter()
@@ -323,14 +343,17 @@ impl Candidates {
         answers: &Answers,
         delivered: &mut [Delivered],
         quarantine: &mut Vec<Quarantined>,
+        soft: &mut Soft,
     ) -> (Vec<u32>, News) {
         let order = self.by_device_and_time();
         let mut stored = Vec::with_capacity(order.len());
         let mut news = News::default();
         let device_of = |i: &u32| self.device(*i as usize);
         for of_device in order.chunk_by(|a, b| device_of(a) == device_of(b)) {
-            let device = &self.devices[device_of(&of_device[0]) as usize];
+            let number = device_of(&of_device[0]) as usize;
+            let device = &self.devices[number];
             let committed = answers.get(device);
+            let mut before = Last::of(self.last.get(number).copied().flatten(), committed);
             let mut span: Option<(i64, i64)> = None;
             let mut last: Option<usize> = None;
             for i in of_device.iter().map(|i| *i as usize) {
@@ -345,6 +368,10 @@ impl Candidates {
                         message.stored += 1;
                         stored.push(i as u32);
                         last = Some(i);
+                        if let Some(rule) = &self.slots[self.slot[i] as usize].profile.soft {
+                            let value = if self.quality[i] == 2 { f64::NAN } else { self.value[i] };
+                            soft.judge(rule, &device.1, &mut before, ts, value);
+                        }
                         match &mut span {
                             Some((_, to)) if ts - *to <= TIME_SLACK => *to = ts,
                             _ => news.readings.extend(span.replace((ts, ts)).map(|span| named(device, span))),
@@ -361,6 +388,7 @@ impl Candidates {
                 }
             }
             news.readings.extend(span.map(|span| named(device, span)));
+            news.values.extend(before.newest().map(|(ts, value)| (device.clone(), ts, value)));
         }
         (stored, news)
     }
@@ -617,11 +645,13 @@ pub(super) fn maintenance(
     Ok(vec![RecordBatch::try_new(Table::Maintenance.schema(), columns)?])
 }
 
-/// One row for all rules together (`all`), and one for each that something broke.
+/// One row for all hard rules together (`all`), one for each that something broke, and one for each soft rule that
+/// something was judged by.
 pub(super) fn quality_results(
     plan: i64,
     counts: Counts,
     quarantine: &[Quarantined],
+    soft: &Soft,
     delivered: &[Delivered],
 ) -> anyhow::Result<Vec<RecordBatch>> {
     if delivered.is_empty() {
@@ -638,15 +668,17 @@ pub(super) fn quality_results(
         });
     }
     let all = i64::try_from(counts.quarantined).unwrap_or(i64::MAX);
-    let rows: Vec<(&str, (i64, Option<String>))> =
-        std::iter::once(("all", (all, None))).chain(failed).collect();
+    let hard = std::iter::once(("all", (all, None))).chain(failed);
+    let mut rows: Vec<(&str, i64, i64, Option<String>)> =
+        hard.map(|(rule, (failed, sample))| (rule, total - failed, failed, sample)).collect();
+    rows.extend(soft.results());
     let n = rows.len();
     let columns: Vec<ArrayRef> = vec![
         Arc::new(Int64Array::from(vec![plan; n])),
-        Arc::new(StringArray::from_iter_values(rows.iter().map(|(rule, _)| rule))),
-        Arc::new(Int64Array::from_iter_values(rows.iter().map(|(_, (failed, _))| total - failed))),
-        Arc::new(Int64Array::from_iter_values(rows.iter().map(|(_, (failed, _))| *failed))),
-        Arc::new(StringArray::from_iter(rows.iter().map(|(_, (_, sample))| sample.clone()))),
+        Arc::new(StringArray::from_iter_values(rows.iter().map(|(rule, ..)| rule))),
+        Arc::new(Int64Array::from_iter_values(rows.iter().map(|(_, passed, ..)| *passed))),
+        Arc::new(Int64Array::from_iter_values(rows.iter().map(|(.., failed, _)| *failed))),
+        Arc::new(StringArray::from_iter(rows.iter().map(|(.., sample)| sample.clone()))),
         Arc::new(instants(std::iter::repeat_n(newest(delivered), n))),
     ];
     Ok(vec![RecordBatch::try_new(Table::QualityResults.schema(), columns)?])

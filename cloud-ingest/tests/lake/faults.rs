@@ -16,7 +16,10 @@ use object_store::{
     PutMultipartOptions, PutOptions, PutPayload, PutResult, Result, memory::InMemory, path::Path,
 };
 
-use super::*;
+use super::{
+    quarantine::{ALL, held_lake, judge, judged_straight},
+    *,
+};
 
 /// What happens to one call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,8 +32,19 @@ enum Fault {
     Repeated,
     /// It is done, but just before it another refiner has done all there is to do.
     Overtaken,
+    /// The process ends before it: nothing after it is done either, and another process goes on.
+    Killed,
     /// Something cannot be read. The faults above befall what writes.
     Unread,
+}
+
+/// What fails on the way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Work {
+    /// From bronze to silver.
+    Refine,
+    /// Quarantine is judged again.
+    Judge,
 }
 
 /// Memory behind a line that fails at call `at` of those that can meet the fault.
@@ -59,7 +73,14 @@ impl Faulty {
 
     /// Counts a call that reads.
     fn read(&self) -> Result<()> {
+        if self.is_dead() {
+            return Err(error());
+        }
         if self.fault == Fault::Unread && self.is_next() { Err(error()) } else { Ok(()) }
+    }
+
+    fn is_dead(&self) -> bool {
+        self.fault == Fault::Killed && self.has_failed()
     }
 
     fn is_next(&self) -> bool {
@@ -89,6 +110,7 @@ impl ObjectStore for Faulty {
         let create = matches!(opts.mode, PutMode::Create);
         match fault {
             Some(Fault::Refused) => return Err(error()),
+            _ if self.is_dead() => return Err(error()),
             Some(Fault::Overtaken) => {
                 let store = self.behind();
                 let tables = Tables::open(&store).await.unwrap();
@@ -162,29 +184,35 @@ impl ObjectStore for Faulty {
 async fn through(faulty: &Arc<Faulty>) -> Option<String> {
     let root: Arc<dyn ObjectStore> = Arc::clone(faulty) as _;
     let store = Store::over(root, "memory:///".parse().unwrap()).unwrap();
-    if faulty.fault == Fault::Overtaken {
+    let whole = matches!(faulty.fault, Fault::Overtaken | Fault::Killed);
+    if whole {
         // All of it, so that both refiners make the same plans.
         fill(&faulty.behind()).await;
     }
-    for (number, messages) in (0..).zip(segments()).filter(|_| faulty.fault != Fault::Overtaken) {
+    for (number, messages) in (0..).zip(segments()).filter(|_| !whole) {
         if let Err(e) = try_put(&store, 1, number, &messages).await {
             assert!(faulty.has_failed(), "{e}");
             put(&store, number, &messages).await;
         }
     }
-    let tables = match Tables::open(&store).await {
-        Ok(tables) => tables,
-        Err(_) => Tables::open(&store).await.unwrap(),
-    };
-    let mut refiner = refiner(&store, &tables);
+    let mut lives = [store, faulty.behind()].into_iter();
     let mut errors = Vec::new();
-    loop {
-        match refiner.step(now(), true).await {
-            Ok(Outcome::Idle) => break,
-            Ok(Outcome::Refined(_)) => {}
-            Err(e) => errors.push(format!("{e:#}")),
+    'life: while let Some(store) = lives.next() {
+        let tables = match Tables::open(&store).await {
+            Ok(tables) => tables,
+            Err(_) if faulty.is_dead() => continue,
+            Err(_) => Tables::open(&store).await.unwrap(),
+        };
+        let mut refiner = refiner(&store, &tables);
+        loop {
+            match refiner.step(now(), true).await {
+                Ok(Outcome::Idle) => break 'life,
+                Ok(Outcome::Refined(_)) => {}
+                Err(_) if faulty.is_dead() => break,
+                Err(e) => errors.push(format!("{e:#}")),
+            }
+            assert!(errors.len() <= 1, "one fault, one error: {errors:#?}");
         }
-        assert!(errors.len() <= 1, "one fault, one error: {errors:#?}");
     }
     if !faulty.has_failed() {
         return None;
@@ -192,41 +220,105 @@ async fn through(faulty: &Arc<Faulty>) -> Option<String> {
     Some(everything(&Tables::open(&faulty.behind()).await.unwrap()).await)
 }
 
+/// The same of a lake whose quarantine is judged again.
+async fn judged(faulty: &Arc<Faulty>) -> Option<String> {
+    let behind = faulty.behind();
+    held_lake(&behind).await;
+    let root: Arc<dyn ObjectStore> = Arc::clone(faulty) as _;
+    let store = Store::over(root, "memory:///".parse().unwrap()).unwrap();
+    let mut opened = Tables::open(&store).await;
+    if opened.is_err() && !faulty.is_dead() {
+        opened = Tables::open(&store).await;
+    }
+    if let Ok(tables) = opened {
+        let mut judge = judge(&store, &tables);
+        let died = async {
+            while !faulty.is_dead() {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        };
+        tokio::select! {
+            done = judge.replay_quarantine(&ALL, now()) => drop(done.unwrap()),
+            () = died => {}
+        }
+    }
+    // A refiner with the old rules finishes what was put. If nothing was, it is judged now.
+    let tables = Tables::open(&behind).await.unwrap();
+    let mut old = refiner(&behind, &tables);
+    refine_all(&mut old).await;
+    if faulty.is_dead() && old.newest() == 3 {
+        judge(&behind, &tables).replay_quarantine(&ALL, now()).await.unwrap();
+    }
+    faulty.has_failed().then_some(())?;
+    Some(everything(&tables).await)
+}
+
 /// Every `stride`-th call of a run fails in turn.
-async fn at_any_call(fault: Fault, stride: u64) {
-    let straight = straight().await;
+async fn at_any_call(work: Work, fault: Fault, stride: u64) {
+    let straight = match work {
+        Work::Refine => straight().await,
+        Work::Judge => judged_straight().await,
+    };
     let mut at = 0;
     loop {
         let faulty = Arc::new(Faulty::new(at, fault));
-        let Some(silver) = through(&faulty).await else { break };
+        let silver = match work {
+            Work::Refine => through(&faulty).await,
+            Work::Judge => judged(&faulty).await,
+        };
+        let Some(silver) = silver else { break };
         assert_eq!(silver, straight, "{fault:?} at call {at}");
         at += stride;
     }
-    // Two plans, and for most tables a creation, files and commits.
-    assert!(at > 20, "only {at} calls could fail");
+    // Two plans, and for most tables a creation, files and commits; or one plan, and few tables.
+    let least = if work == Work::Refine { 20 } else { 6 };
+    assert!(at > least, "only {at} calls could fail");
 }
 
 #[tokio::test]
 async fn a_write_that_fails_changes_nothing() {
-    at_any_call(Fault::Refused, 1).await;
+    at_any_call(Work::Refine, Fault::Refused, 1).await;
 }
 
 #[tokio::test]
 async fn an_answer_that_is_lost_changes_nothing() {
-    at_any_call(Fault::Lost, 1).await;
+    at_any_call(Work::Refine, Fault::Lost, 1).await;
 }
 
 #[tokio::test]
 async fn a_put_that_finds_itself_done_changes_nothing() {
-    at_any_call(Fault::Repeated, 1).await;
+    at_any_call(Work::Refine, Fault::Repeated, 1).await;
 }
 
 #[tokio::test]
 async fn a_refiner_that_is_overtaken_changes_nothing() {
-    at_any_call(Fault::Overtaken, 1).await;
+    at_any_call(Work::Refine, Fault::Overtaken, 1).await;
 }
 
 #[tokio::test]
 async fn a_read_that_fails_changes_nothing() {
-    at_any_call(Fault::Unread, 11).await;
+    at_any_call(Work::Refine, Fault::Unread, 11).await;
+}
+
+#[tokio::test]
+async fn a_refiner_that_is_killed_changes_nothing() {
+    at_any_call(Work::Refine, Fault::Killed, 1).await;
+}
+
+#[tokio::test]
+async fn quarantine_is_judged_once_whatever_cannot_be_written() {
+    at_any_call(Work::Judge, Fault::Refused, 1).await;
+    at_any_call(Work::Judge, Fault::Repeated, 1).await;
+}
+
+#[tokio::test]
+async fn quarantine_is_judged_once_whatever_is_not_known() {
+    at_any_call(Work::Judge, Fault::Lost, 1).await;
+    at_any_call(Work::Judge, Fault::Overtaken, 1).await;
+}
+
+#[tokio::test]
+async fn quarantine_is_judged_once_by_whoever_lives() {
+    at_any_call(Work::Judge, Fault::Killed, 1).await;
+    at_any_call(Work::Judge, Fault::Unread, 7).await;
 }

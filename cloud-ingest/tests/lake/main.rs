@@ -1,8 +1,10 @@
 //! From messages to silver, in one process, without a broker: whatever happens on the way, the same rows.
 #![expect(clippy::unwrap_used, reason = "helpers of tests are tests too")]
 
+mod arrivals;
 mod faults;
 mod on_s3;
+mod quarantine;
 mod rebuild;
 mod upkeep;
 

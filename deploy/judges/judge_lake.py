@@ -139,7 +139,8 @@ def judge_account(report, db, duplicates_allowed):
         SELECT sum(readings)::BIGINT FROM (SELECT DISTINCT site, gateway_id, epoch, first_seq, last_seq, readings
         FROM silver_control WHERE record = 'gap' AND lane = 'readings')""")
     in_quarantine = number(db, """
-        SELECT sum(readings)::BIGINT FROM silver_quarantine WHERE epoch IS NOT NULL AND lane = 'readings'""")
+        SELECT sum(readings)::BIGINT FROM silver_quarantine
+        WHERE epoch IS NOT NULL AND lane = 'readings' AND resolved_at IS NULL""")
     report.check(polled > 0, f"{polled} readings were polled")
     report.check(
         polled == sealed + held + rejected + skipped,

@@ -106,14 +106,14 @@ def quantile(values, p):
 TEXTS = ["site", "gateway_id", "epoch", "lane", "reason", "record", "device_id", "segment", "model"]
 INTS = ["seq", "rows", "first_seq", "last_seq", "readings", "count", "bad_count", "year", "month"]
 FLOATS = ["value", "min", "max", "mean", "stddev", "first", "last", "p50", "p95"]
-TIMES = ["ts", "received_at", "sealed_at", "started_at", "ended_at", "hour", "time"]
+TIMES = ["ts", "received_at", "sealed_at", "started_at", "ended_at", "hour", "time", "resolved_at"]
 
 
 def write(lake, tables):
     types = dict.fromkeys(TEXTS, pa.string()) | dict.fromkeys(INTS, pa.int64()) | dict.fromkeys(FLOATS, pa.float64())
     types |= dict.fromkeys(TIMES, INSTANT)
     for path, rows in tables.items():
-        columns = list(rows[0]) if rows else ["epoch", "lane", "readings"]
+        columns = list(rows[0]) if rows else ["epoch", "lane", "readings", "resolved_at"]
         arrays = [pa.array([row[c] for row in rows], types.get(c)) for c in columns]
         table = pa.table(arrays, columns)
         if path == "bronze":

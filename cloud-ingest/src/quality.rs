@@ -265,7 +265,7 @@ pub fn mend(rule: &str, device_id: &str, device_type: &str) -> Option<String> {
         "range" => Some(format!("[quality.devices] {device_id:?} = [LOW, HIGH]")),
         "unit" => Some(format!("[quality.types.{device_type}] unit = \"UCUM\", range = [LOW, HIGH]")),
         "future" => Some("[quality] future_tolerance = \"…\", or set the sender's clock".to_owned()),
-        "type" | "timestamp" => Some("[[json]] coerce = true, or pointers to other fields".to_owned()),
+        "type" | "timestamp" => Some("[[json]] coerce = true, for a source of its own".to_owned()),
         "value" => Some("[[json]] value = \"/…\"".to_owned()),
         "topic" => Some("[[json]] filter = \"…\", site, gateway".to_owned()),
         _ => None,

@@ -6,7 +6,7 @@ use common::{
     config::{self, Layers, Mistakes, SecretRef},
     time::duration,
     topic_filter,
-    units::{DEVICE_TYPES, Unit},
+    units::Unit,
 };
 use serde::Deserialize;
 use url::Url;
@@ -138,24 +138,11 @@ pub struct QualitySettings {
 }
 
 impl QualitySettings {
-    /// The hard limits of a device type, where it has any.
-    fn range(&self, device_type: &str) -> Option<[f64; 2]> {
-        let shipped = DEVICE_TYPES.iter().find(|t| t.name == device_type);
-        let shipped = shipped.map(|t| [*t.range.start(), *t.range.end()]);
-        self.types.get(device_type).map(|rule| rule.range).or(shipped)
-    }
-
     fn check_soft(&self, m: &mut Mistakes) {
         for (name, soft) in &self.soft {
             let key = |key: &str| format!("quality.soft.{name}.{key}");
             if let Some([low, high]) = soft.range {
-                let [least, most] = self.range(name).unwrap_or([f64::NEG_INFINITY, f64::INFINITY]);
-                m.require(
-                    low < high && low >= least && high <= most,
-                    &key("range"),
-                    format!("[{low}, {high}]"),
-                    &format!("write [LOW, HIGH] within {least} … {most}, beyond which nothing is stored"),
-                );
+                m.require(low < high, &key("range"), format!("[{low}, {high}]"), "write [LOW, HIGH]");
             }
             if let Some(rate) = soft.rate {
                 m.require(rate > 0.0, &key("rate"), rate, "write a change per second above 0");
@@ -397,7 +384,7 @@ mod tests {
             "[mqtt]\nurl = \"http://x\"\nkeep_alive = \"1s\"\nshare = \"a/b\"\n[serve]\nlisten = \"0.0.0.0\"\npg_port = 8080\nhttp_port = 8080\n\
              [[json]]\nfilter = \"$share/g/x\"\nsite = \"s\"\ngateway = \"g\"\n\
              [upkeep]\nkeep_versions = \"30d\"\nkeep_silver = \"1h\"\n\
-             [quality.devices]\nx = [2, 1]\n[quality.soft.temperature]\nrange = [-200, 10]\nrate = 0.0\n\
+             [quality.devices]\nx = [2, 1]\n[quality.soft.temperature]\nrange = [20, 10]\nrate = 0.0\n\
              [quality.types.smell]\nunit = \"ou\"\nrange = [0, 1]\n",
         )
         .unwrap_err()
@@ -411,7 +398,7 @@ mod tests {
             "serve.http_port: 8080",
             "[2, 1]",
             "quality.types.smell",
-            "quality.soft.temperature.range: [-200, 10]",
+            "quality.soft.temperature.range: [20, 10]",
             "quality.soft.temperature.rate",
             "upkeep.keep_versions",
             "upkeep.keep_silver",

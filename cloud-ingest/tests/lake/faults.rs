@@ -322,3 +322,42 @@ async fn quarantine_is_judged_once_by_whoever_lives() {
     at_any_call(Work::Judge, Fault::Killed, 1).await;
     at_any_call(Work::Judge, Fault::Unread, 7).await;
 }
+
+/// The process ends between a put and its acknowledgements: the broker gives everything to another replica, which
+/// cuts it into other segments.
+#[tokio::test]
+async fn what_was_put_and_not_acknowledged_comes_again_and_changes_nothing() {
+    let readings = "select site, device_id, ts, value, unit, quality, segment from silver.sensor_readings \
+                    order by site, device_id, ts";
+    let mut silver = Vec::new();
+    for (again, refined_between) in [(false, false), (true, false), (true, true)] {
+        let store = Store::open("memory:///").unwrap();
+        let tables = Tables::open(&store).await.unwrap();
+        fill(&store).await;
+        if refined_between {
+            refine_all(&mut refiner(&store, &tables)).await;
+        }
+        let before = ask(&tables, "select 1 from silver.messages where not redelivered").await;
+        if again {
+            let all = segments().into_iter().flatten().map(|message| Message { dup: true, ..message });
+            let (first, second): (Vec<_>, Vec<_>) = all.enumerate().partition(|(n, _)| n % 2 == 0);
+            for (number, messages) in [(0, first), (1, second)] {
+                let messages: Vec<Message> = messages.into_iter().map(|(_, message)| message).collect();
+                try_put(&store, 2, number, &messages).await.unwrap();
+            }
+        }
+        let counts = refine_all(&mut refiner(&store, &tables)).await;
+        assert_eq!(counts.readings, counts.stored + counts.duplicates + counts.quarantined);
+        if refined_between {
+            assert_eq!(counts.stored, 0);
+            // The message of JSON has no name: it is another one, of duplicates.
+            let after = ask(&tables, "select 1 from silver.messages where not redelivered").await;
+            assert_eq!(after.lines().count(), before.lines().count() + 1);
+        }
+        silver.push(ask(&tables, readings).await);
+        let audit = cloud_ingest::ledger::audit(&tables, now()).await.unwrap();
+        assert!(audit.balances(), "{audit}");
+    }
+    assert_eq!(silver[1], silver[0]);
+    assert_eq!(silver[2], silver[0]);
+}

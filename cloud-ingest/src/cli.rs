@@ -14,7 +14,6 @@ use tokio::sync::watch;
 use crate::{
     doctor,
     drain::{self, Drained},
-    gold::GoldSettings,
     ledger,
     metrics::Metrics,
     pipeline,
@@ -284,7 +283,7 @@ async fn check(settings: &Settings) -> anyhow::Result<()> {
 /// Whether nothing differs.
 async fn rebuild(settings: &Settings, options: rebuild::Options, json: bool) -> anyhow::Result<bool> {
     let store = Store::configured(&settings.store)?;
-    let gold = GoldSettings { interval: settings.gold.interval, hold: settings.gold.hold };
+    let gold = pipeline::gold(settings);
     let progress = |text: &str| eprintln!("{text}");
     let report = rebuild::rebuild(&store, &options, &gold, SystemClock.now(), progress).await?;
     if json {
@@ -299,7 +298,8 @@ async fn rebuild(settings: &Settings, options: rebuild::Options, json: bool) -> 
 async fn maintain(settings: &Settings, json: bool) -> anyhow::Result<bool> {
     let store = Store::configured(&settings.store)?;
     let tables = Tables::open(&store).await.with_context(|| format!("opening the lake {}", store.url()))?;
-    let done = upkeep::maintain(&tables, &settings.upkeep, settings.gold.hold, SystemClock.now()).await;
+    let done =
+        upkeep::maintain(&tables, &settings.upkeep, &pipeline::gold(settings), SystemClock.now()).await;
     if json {
         telemetry::print_line(serde_json::to_string(&done)?);
     } else {
@@ -325,7 +325,7 @@ async fn replay(settings: &Settings, of: Selection, json: bool) -> anyhow::Resul
     store.prove_put_if_absent().await?;
     let (rules, limits) = (pipeline::rules(settings), pipeline::limits(settings));
     let mut refiner = Refiner::new(&store, &tables, rules, limits, Metrics::default());
-    let gold = GoldSettings { interval: settings.gold.interval, hold: settings.gold.hold };
+    let gold = pipeline::gold(settings);
     let done = quarantine::replay(&mut refiner, &tables, &of, &gold, SystemClock.now()).await?;
     if json {
         telemetry::print_line(serde_json::to_string(&done)?);

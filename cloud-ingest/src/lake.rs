@@ -4,7 +4,7 @@
 //! bronze/sensor_data/year=YYYY/month=MM/day=DD/hour=HH/{writer}-{segment}.parquet   one row a message
 //!                                                      pack-{sha-256}.parquet       segments of that hour, packed
 //! silver/{sensor_readings,quarantine,messages,aggregates,anomalies,control,status,registry,maintenance}  Delta
-//! gold/{hourly_aggregates,timeseries_1m,anomaly_events,assets,devices,maintenance_schedule}              Delta
+//! gold/{hourly_aggregates,timeseries_1m,daily_aggregates,anomaly_events,assets,devices,maintenance_schedule} Delta
 //! ops/plan/{n}.json     the numbered steps of refinement
 //! ops/rules/{hash}.toml the quality rules that a step was made with
 //! ops/quality_results   Delta: passed and failed per plan and rule
@@ -43,6 +43,7 @@ pub enum Table {
     Maintenance,
     HourlyAggregates,
     Timeseries1m,
+    DailyAggregates,
     AnomalyEvents,
     Assets,
     Devices,
@@ -52,7 +53,7 @@ pub enum Table {
 
 impl Table {
     /// Every table, silver first.
-    pub const ALL: [Table; 16] = [
+    pub const ALL: [Table; 17] = [
         Table::SensorReadings,
         Table::Quarantine,
         Table::Messages,
@@ -64,6 +65,7 @@ impl Table {
         Table::Maintenance,
         Table::HourlyAggregates,
         Table::Timeseries1m,
+        Table::DailyAggregates,
         Table::AnomalyEvents,
         Table::Assets,
         Table::Devices,
@@ -85,6 +87,7 @@ impl Table {
             | Table::Maintenance => "silver",
             Table::HourlyAggregates
             | Table::Timeseries1m
+            | Table::DailyAggregates
             | Table::AnomalyEvents
             | Table::Assets
             | Table::Devices
@@ -107,6 +110,7 @@ impl Table {
             Table::Maintenance => "maintenance",
             Table::HourlyAggregates => "hourly_aggregates",
             Table::Timeseries1m => "timeseries_1m",
+            Table::DailyAggregates => "daily_aggregates",
             Table::AnomalyEvents => "anomaly_events",
             Table::Assets => "assets",
             Table::Devices => "devices",
@@ -120,11 +124,11 @@ impl Table {
         format!("{}/{}", self.layer(), self.name())
     }
 
-    /// Hive partition columns; `year` and `month` are those of the table's own time, in UTC.
+    /// Hive partition columns; `year` and `month` are those of the table's own time, in UTC, or of its local day.
     pub const fn partitions(self) -> &'static [&'static str] {
         match self {
             Table::SensorReadings => &["device_type", "year", "month"],
-            Table::HourlyAggregates | Table::AnomalyEvents => &["year", "month"],
+            Table::HourlyAggregates | Table::DailyAggregates | Table::AnomalyEvents => &["year", "month"],
             _ => &[],
         }
     }
@@ -206,7 +210,7 @@ impl Table {
                 c.instants(&["hour"]).texts(&["device_id", "device_type"]).maybe_texts(&["asset_id"]);
                 c.texts(&["site", "unit"]).ints(&["count"]);
                 c.maybe_floats(&["min", "max", "mean", "time_weighted_mean", "stddev", "first", "last"]);
-                c.maybe_floats(&["p50", "p95"]).ints(&["bad_count"]).floats(&["good_ratio"]);
+                c.maybe_floats(&["p50", "p95"]).ints(&["bad_count"]).floats(&["good_ratio", "covered_ratio"]);
                 c.maybe_floats(&["delta"])
                     .maybe_ints(&["transitions"])
                     .texts(&["source"])
@@ -217,6 +221,16 @@ impl Table {
                 c.instants(&["time"]).texts(&["site", "device_id", "device_type"]).maybe_texts(&["asset_id"]);
                 c.texts(&["unit"]).ints(&["count"]).maybe_floats(&["min", "max", "mean", "last"]);
                 c.texts(&["source"])
+            }
+            // `shift` is null for the whole day.
+            Table::DailyAggregates => {
+                c.add(&["day"], DataType::Date32, false).maybe_texts(&["shift"]);
+                c.instants(&["starts_at", "ends_at"]).texts(&["device_id", "device_type"]);
+                c.maybe_texts(&["asset_id"]).texts(&["site", "unit"]).ints(&["count"]);
+                c.maybe_floats(&["min", "max", "mean", "time_weighted_mean", "stddev", "first", "last"]);
+                c.ints(&["bad_count"]).floats(&["good_ratio", "covered_ratio"]).maybe_floats(&["delta"]);
+                c.maybe_ints(&["transitions"]).texts(&["source"]).ints(&["revision"]);
+                c.instants(&["updated_at"]).ints(&["year", "month"])
             }
             Table::AnomalyEvents => {
                 c.texts(&["event_id"]).maybe_texts(&["asset_id", "device_id"]);

@@ -22,7 +22,7 @@
 use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, sync::Arc};
 
 use anyhow::Context;
-use common::{telemetry, time::Clock};
+use common::{config::Mistakes, telemetry, time::Clock};
 use tokio::{
     sync::{mpsc, watch},
     task::JoinSet,
@@ -32,7 +32,7 @@ use uuid::Uuid;
 use crate::{
     bronze::{self, Bronze},
     decode::maintenance_topic,
-    gold::{self, GoldSettings},
+    gold::{self, Calendars, GoldSettings},
     ingest,
     metrics::Metrics,
     plan,
@@ -87,11 +87,11 @@ pub async fn run(
             refine::run(refiner, of_refine, progress, interval, refined).await;
             Ok(())
         });
-        let how = GoldSettings { interval: settings.gold.interval, hold: settings.gold.hold };
+        let how = gold(&settings);
         stages.spawn(upkeep::run(
             tables.clone(),
             settings.upkeep,
-            settings.gold.hold,
+            how.clone(),
             Arc::clone(&clock),
             silver.clone(),
         ));
@@ -125,6 +125,16 @@ pub fn rules(settings: &Settings) -> Rules {
         &quality.devices,
     );
     Rules { soft: quality.soft.clone(), ..hard }
+}
+
+/// How gold is made, from the validated settings.
+pub fn gold(settings: &Settings) -> GoldSettings {
+    let calendars = Calendars::parse(&settings.gold.sites, &mut Mistakes::default());
+    GoldSettings {
+        interval: settings.gold.interval,
+        hold: settings.gold.hold,
+        calendars: Arc::new(calendars),
+    }
 }
 
 /// How much goes into one plan.

@@ -11,7 +11,7 @@
 //!   run beside a refiner.
 //! * Plans that judge quarantine again are replayed in their turn. Of what was taken over nothing is judged again: its
 //!   rows stand as they came out in the end.
-//! * Rows and hours from before retention's cutoff are left out; a new lake takes gold's over as they stand.
+//! * Rows, hours and days from before retention's cutoff are left out; a new lake takes gold's over as they stand.
 //! * `gold/maintenance_schedule` is not compared: it says what was due at the hour in which it was computed, and is
 //!   computed anew every hour from tables that are compared.
 //! * Values are compared as [`compare`] says; memory hangs on devices and days, not on readings.
@@ -45,7 +45,7 @@ use self::{
     standing::{Chosen, Standing, plans},
 };
 use crate::{
-    gold::{self, GoldSettings, changes, hourly, series::micros},
+    gold::{self, GoldSettings, changes, daily, hourly, series::micros},
     lake::{self, SegmentName, Table},
     metrics::Metrics,
     pack::Segments,
@@ -232,10 +232,14 @@ async fn take_over(standing: &Standing, chosen: &Chosen, tables: &Tables) -> any
     Ok(())
 }
 
-/// Gold's hours that are final are not computed: they are what stands.
+/// Gold's tables that are made by the hour, and the instant by which retention counts.
+const BY_HOUR: [(Table, &str); 3] =
+    [(Table::HourlyAggregates, "hour"), (Table::Timeseries1m, "time"), (Table::DailyAggregates, "starts_at")];
+
+/// Gold's hours and days that are final are not computed: they are what stands.
 async fn take_over_gold(standing: &Standing, tables: &Tables) -> anyhow::Result<()> {
     let Some(floor) = standing.floor else { return Ok(()) };
-    for (table, time) in [(Table::HourlyAggregates, "hour"), (Table::Timeseries1m, "time")] {
+    for (table, time) in BY_HOUR {
         let base = tables.snapshot(table).await?;
         let there = match &base {
             Some(base) => Tables::progress(base, TAKEN).await?.is_some(),
@@ -385,14 +389,15 @@ async fn verify(
             report.left_out.push(format!("{}, which hangs on when it was computed", table.path()));
             continue;
         };
-        if let Some(why) = why_not(standing, table, &later).await? {
+        if let Some(why) = why_not(standing, table, gold, &later).await? {
             report.left_out.push(format!("{}, {why}", table.path()));
             continue;
         }
         progress(&format!("comparing {}", table.path()));
+        let by_hour = BY_HOUR.iter().any(|(of, _)| *of == table);
         let retained = match table {
             Table::SensorReadings | Table::Aggregates => standing.retained(table).await?,
-            Table::HourlyAggregates | Table::Timeseries1m => standing.floor,
+            _ if by_hour => standing.floor,
             _ => None,
         };
         if let Some(cutoff) = retained {
@@ -423,11 +428,12 @@ async fn verify(
                 let touched = rows().filter(|(_, of_later)| *of_later).map(|(at, _)| *at);
                 later.hours.extend(hourly::touched(touched, gold.hold));
             }
-            let windows = matches!(table, Table::HourlyAggregates | Table::Timeseries1m);
-            let keep = rows().map(|(at, of_later)| {
+            let ends = if table == Table::DailyAggregates { Some(micros(batch, "ends_at")?) } else { None };
+            let keep = rows().enumerate().map(|(row, (at, of_later))| {
                 let at = Timestamp::from_micros(*at);
                 let expired = retained.is_some_and(|cutoff| at < cutoff);
-                let touched = windows && later.hours.contains(&at.hour());
+                let last = ends.as_ref().map_or(at, |ends| Timestamp::from_micros(ends.value(row) - 1));
+                let touched = by_hour && later.hours.range(at.hour()..=last).next().is_some();
                 Some(!(of_later || expired || touched))
             });
             Ok(keep.collect())
@@ -454,7 +460,12 @@ struct Later {
 }
 
 /// Why a table of gold cannot be compared now.
-async fn why_not(standing: &Standing, table: Table, later: &Mutex<Later>) -> anyhow::Result<Option<String>> {
+async fn why_not(
+    standing: &Standing,
+    table: Table,
+    settings: &GoldSettings,
+    later: &Mutex<Later>,
+) -> anyhow::Result<Option<String>> {
     if table.layer() != "gold" {
         return Ok(None);
     }
@@ -464,6 +475,9 @@ async fn why_not(standing: &Standing, table: Table, later: &Mutex<Later>) -> any
     let source = match table {
         Table::AnomalyEvents => Table::Anomalies,
         Table::Assets | Table::Devices => Table::Registry,
+        Table::DailyAggregates if !daily::made_by(gold, &settings.calendars).await? => {
+            return Ok(Some("which other time zones or shifts made".to_owned()));
+        }
         _ => return Ok(None),
     };
     let Some(silver) = standing.snapshots.get(&source) else { return Ok(None) };

@@ -13,6 +13,7 @@ use url::Url;
 
 use crate::{
     decode::JsonSource,
+    gold::calendar::{Calendars, SiteSettings},
     quality::{SoftRule, TypeRule},
     store,
 };
@@ -159,6 +160,7 @@ pub struct GoldSettings {
     pub interval: Duration,
     #[serde(with = "duration")]
     pub hold: Duration,
+    pub sites: BTreeMap<String, SiteSettings>,
 }
 
 /// `[upkeep]`
@@ -300,6 +302,7 @@ impl Settings {
                 "write [LOW, HIGH]",
             );
         }
+        Calendars::parse(&self.gold.sites, m);
         self.quality.check_soft(m);
         self.check_upkeep(m);
         m.require(
@@ -350,10 +353,11 @@ impl Settings {
             ("upkeep.keep_gold", upkeep.keep_gold),
         ] {
             m.require(
-                keep.is_zero() || keep >= Duration::from_secs(86_400),
+                // A day has up to 25 hours, and is open for all of them.
+                keep.is_zero() || keep >= Duration::from_secs(2 * 86_400),
                 key,
                 format!("{} is too short", duration::format(keep)),
-                "write 1d or more, or 0s to keep everything",
+                "write 2d or more, or 0s to keep everything",
             );
         }
     }
@@ -384,6 +388,7 @@ mod tests {
             "[mqtt]\nurl = \"http://x\"\nkeep_alive = \"1s\"\nshare = \"a/b\"\n[serve]\nlisten = \"0.0.0.0\"\npg_port = 8080\nhttp_port = 8080\n\
              [[json]]\nfilter = \"$share/g/x\"\nsite = \"s\"\ngateway = \"g\"\n\
              [upkeep]\nkeep_versions = \"30d\"\nkeep_silver = \"1h\"\n\
+             [gold.sites.plant]\ntime_zone = \"Mars\"\n\
              [quality.devices]\nx = [2, 1]\n[quality.soft.temperature]\nrange = [20, 10]\nrate = 0.0\n\
              [quality.types.smell]\nunit = \"ou\"\nrange = [0, 1]\n",
         )
@@ -402,6 +407,7 @@ mod tests {
             "quality.soft.temperature.rate",
             "upkeep.keep_versions",
             "upkeep.keep_silver",
+            "gold.sites.plant.time_zone: \"Mars\"",
         ] {
             assert!(text.contains(part), "{part:?} not in {text}");
         }

@@ -23,7 +23,7 @@
 //!   the cutoff again, not even when it computes everything.
 //! * Readings without a message name (JSON) that were removed and come again are stored again, and removed again by
 //!   the next run: their day is older than the cutoff.
-//! * Of gold, all but `hourly_aggregates` and `timeseries_1m`. The maintenance schedule counts running hours in what
+//! * Of gold, all but `hourly_aggregates` and `timeseries_1m`. Days whose hours are gone are final, too. The maintenance schedule counts running hours in what
 //!   is left of them.
 //! * Gold's files are put together by the gold step alone, when a new hour begins: an hour that still changes
 //!   must not stand in a large file.
@@ -43,7 +43,7 @@ use serde::Serialize;
 use tokio::sync::watch;
 
 use crate::{
-    gold::windows,
+    gold::{GoldSettings, windows},
     lake::{self, PackName, SegmentName, Table},
     pack::{self, Hour, Pack},
     plan::{Plan, Planned, REFINE},
@@ -138,7 +138,7 @@ impl Schedule {
 pub async fn run(
     tables: Tables,
     settings: UpkeepSettings,
-    hold: Duration,
+    gold: GoldSettings,
     clock: Arc<dyn Clock>,
     mut silver: watch::Receiver<u64>,
 ) -> anyhow::Result<()> {
@@ -146,7 +146,7 @@ pub async fn run(
         let mut schedule = Schedule::new(settings.interval, clock.now());
         loop {
             tokio::time::sleep(schedule.wait(clock.now())).await;
-            let done = maintain(&tables, &settings, hold, clock.now()).await;
+            let done = maintain(&tables, &settings, &gold, clock.now()).await;
             for failed in &done.failed {
                 tracing::warn!(failed, "upkeep is left for the next run");
             }
@@ -162,15 +162,20 @@ pub async fn run(
     Ok(())
 }
 
-/// Does everything that is due at `now`. `hold` is gold's.
-pub async fn maintain(tables: &Tables, settings: &UpkeepSettings, hold: Duration, now: Timestamp) -> Done {
+/// Does everything that is due at `now`.
+pub async fn maintain(
+    tables: &Tables,
+    settings: &UpkeepSettings,
+    gold: &GoldSettings,
+    now: Timestamp,
+) -> Done {
     let mut done = Done::default();
     bronze(tables, settings, now, &mut done).await;
     for table in COMMIT_ORDER {
         let compacted = tables.compact(table, &TIERS[TIERS.len() - 1..], SMALL_FILES).await;
         done.compacted_tables += usize::from(done.of("compaction", compacted) == Some(true));
     }
-    let expired = expire(tables, settings, hold, now, &mut done).await;
+    let expired = expire(tables, settings, gold, now, &mut done).await;
     done.of("retention", expired);
     for table in Table::ALL {
         let vacuumed = tables.vacuum(table, settings.keep_versions, now).await;
@@ -289,14 +294,14 @@ async fn delete(store: &Store, path: &str) -> anyhow::Result<bool> {
 async fn expire(
     tables: &Tables,
     settings: &UpkeepSettings,
-    hold: Duration,
+    gold: &GoldSettings,
     now: Timestamp,
     done: &mut Done,
 ) -> anyhow::Result<()> {
     if let Some(cutoff) = cutoff(settings.keep_silver, now) {
-        let pending: BTreeSet<Timestamp> = windows::pending(tables, hold).await?;
+        let pending: BTreeSet<Timestamp> = windows::pending(tables, &gold.calendars, gold.hold).await?;
         // An hour after the cutoff is made of readings before it, too.
-        let safe = cutoff + hold;
+        let safe = cutoff + gold.hold;
         if pending.first().is_none_or(|hour| *hour >= safe) {
             for (table, time) in SILVER {
                 let expired = tables.remove_before(table, time, cutoff).await;

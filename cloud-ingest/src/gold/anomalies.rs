@@ -21,8 +21,12 @@ use crate::{
     tables::Tables,
 };
 
-const EVENTS: Keyed =
-    Keyed { table: Table::AnomalyEvents, time: Some("started_at"), key: &["event_id", "started_at"] };
+const EVENTS: Keyed = Keyed {
+    table: Table::AnomalyEvents,
+    time: Some("started_at"),
+    closed: None,
+    key: &["event_id", "started_at"],
+};
 
 /// One record of silver/anomalies, and one row of gold when merged.
 #[derive(Clone, Debug, Default, PartialEq)]

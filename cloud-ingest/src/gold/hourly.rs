@@ -10,7 +10,8 @@
 //! * `time_weighted_mean` weighs each value by the time that it holds within the hour; time that nothing covers
 //!   does not weigh;
 //! * `good_ratio` is the part of the whole hour in which a value of good quality holds, so it also falls when
-//!   nothing comes; an hour that is still open has a low one;
+//!   nothing comes; an hour that is still open has a low one. `covered_ratio` is the part in which any value does: what
+//!   the time-weighted mean is over, so that hours add up to days;
 //! * `delta` of a counter adds up the rises from reading to reading, including the one from the last reading
 //!   before the hour if it is not older than `hold`, so hours add up to days. A fall is a reset: the counter
 //!   began again at zero. It is a roll-over when it falls from the last 64th of 16 or 32 bits into the first;
@@ -52,6 +53,7 @@ pub struct HourRow {
     pub p95: Option<f64>,
     pub bad_count: i64,
     pub good_ratio: f64,
+    pub covered_ratio: f64,
     pub delta: Option<f64>,
     pub transitions: Option<i64>,
     pub source: Source,
@@ -64,8 +66,7 @@ pub fn hours(series: &Series, within: &Range<Timestamp>, hold: Duration) -> Vec<
     let mut rows: Vec<HourRow> = Vec::new();
     for device in series.devices.values() {
         for hour in device.hours(within) {
-            let parts = device.hour(hour);
-            rows.extend(row(device, &parts, hour, hold, &series.metas));
+            rows.extend(row(device, &(hour..hour + HOUR_MICROS), hold, &series.metas));
         }
     }
     rows.sort_by(|a, b| {
@@ -78,13 +79,9 @@ pub fn hours(series: &Series, within: &Range<Timestamp>, hold: Duration) -> Vec<
     rows
 }
 
-fn row(
-    device: &DeviceSeries,
-    parts: &HourParts<'_>,
-    hour: i64,
-    hold: i64,
-    metas: &[Meta],
-) -> Option<HourRow> {
+/// What the row of one device says of `span` (µs), which is an hour or a part of one.
+pub(super) fn row(device: &DeviceSeries, span: &Range<i64>, hold: i64, metas: &[Meta]) -> Option<HourRow> {
+    let (parts, hour) = (&device.parts(span), span.start);
     let source = parts.source()?;
     let samples = &device.samples[parts.samples.clone()];
     let meta = samples.last().map_or_else(|| parts.windows.last().map(|w| w.meta), |s| Some(s.meta))?;
@@ -92,8 +89,9 @@ fn row(
     let kind = meta.kind;
     let mut values: Vec<f64> = samples.iter().filter(|s| s.usable()).map(|s| s.value).collect();
     let (first, last) = ends(samples, &parts.windows);
+    let whole = (span.end - span.start) as f64;
     let moments = Moments::of(&values, &parts.windows);
-    let held = Held::of(device, parts, hour, hold);
+    let held = Held::of(device, parts, span, hold);
     let (delta, transitions) = match (kind, source) {
         (Kind::Counter, Source::Readings) => (Some(rise(steps(device, parts, hour, hold))), None),
         (Kind::Counter, Source::Aggregates) => (Some(rise(window_steps(device, parts, hour, hold))), None),
@@ -120,7 +118,8 @@ fn row(
         p50,
         p95,
         bad_count: moments_bad(samples, &parts.windows),
-        good_ratio: held.good / HOUR_MICROS as f64,
+        good_ratio: held.good.min(whole) / whole,
+        covered_ratio: held.covered.min(whole) / whole,
         delta,
         transitions,
         source,
@@ -219,9 +218,9 @@ struct Held {
 }
 
 impl Held {
-    fn of(device: &DeviceSeries, parts: &HourParts<'_>, hour: i64, hold: i64) -> Held {
+    fn of(device: &DeviceSeries, parts: &HourParts<'_>, span: &Range<i64>, hold: i64) -> Held {
         let mut held = Held::default();
-        let end = hour + HOUR_MICROS;
+        let (hour, end) = (span.start, span.end);
         // The reading before the hour may still hold at its start, whatever the hour itself is made of.
         let from = parts.samples.start.saturating_sub(1);
         for ix in from..parts.samples.end {
@@ -244,7 +243,6 @@ impl Held {
                 held.good += time * usable;
             }
         }
-        held.good = held.good.min(HOUR_MICROS as f64);
         held
     }
 
@@ -333,6 +331,7 @@ pub fn batch(rows: &[HourRow], now: Timestamp) -> Result<RecordBatch, ArrowError
             floats(&|r| r.p95),
             ints(&|r| Some(r.bad_count)),
             floats(&|r| Some(r.good_ratio)),
+            floats(&|r| Some(r.covered_ratio)),
             floats(&|r| r.delta),
             ints(&|r| r.transitions),
             texts(&|r| Some(r.source.as_str().to_owned())),
@@ -416,6 +415,9 @@ mod tests {
                 (got, mean) => assert_eq!(got, mean, "{readings:?}"),
             }
             assert!((row.good_ratio - good as f64 / 60.0).abs() < 1e-12, "{readings:?}: {}", row.good_ratio);
+            let uncertain = if readings.iter().any(|r| r.2 == Uncertain) { 15 } else { 0 };
+            let covered = (good + uncertain) as f64 / 60.0;
+            assert!((row.covered_ratio - covered).abs() < 1e-12, "{readings:?}: {}", row.covered_ratio);
         }
     }
 

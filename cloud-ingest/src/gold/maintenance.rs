@@ -35,7 +35,8 @@ use crate::{lake::Table, tables::Tables};
 
 /// How far back the rate of running is measured.
 pub const RECENT: Duration = Duration::from_secs(30 * 86_400);
-const SCHEDULE: Keyed = Keyed { table: Table::MaintenanceSchedule, time: None, key: &["site", "asset_id"] };
+const SCHEDULE: Keyed =
+    Keyed { table: Table::MaintenanceSchedule, time: None, closed: None, key: &["site", "asset_id"] };
 
 /// One row.
 #[derive(Clone, Debug, PartialEq)]

@@ -8,12 +8,15 @@
 //! | table | made of | progress: version of |
 //! |---|---|---|
 //! | `hourly_aggregates`, `timeseries_1m` | `silver/sensor_readings`, `silver/aggregates` | `silver/sensor_readings` |
+//! | `daily_aggregates` | `hourly_aggregates`; what is less than an hour, as that | `silver/sensor_readings` |
 //! | `anomaly_events` | `silver/anomalies` | `silver/anomalies` |
 //! | `assets`, `devices` | `silver/registry` | `silver/registry` |
 //! | `maintenance_schedule` | `silver/registry`, `silver/maintenance`, gold's hours and minutes | – (the hour and what was said by then) |
 
 pub mod anomalies;
+pub mod calendar;
 pub(crate) mod changes;
+pub(crate) mod daily;
 pub mod hourly;
 pub mod maintenance;
 pub mod minutes;
@@ -31,7 +34,7 @@ use anyhow::Context;
 use common::time::{Clock, Timestamp};
 use tokio::sync::watch;
 
-pub use self::windows::WindowsDone;
+pub use self::{calendar::Calendars, windows::WindowsDone};
 use crate::tables::Tables;
 
 /// A step is followed by a rest of so many times its length: however much comes into the open hours, which are read
@@ -41,24 +44,30 @@ const REST: u32 = 4;
 const LAST_TRIES: u32 = 5;
 
 /// How gold is made.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct GoldSettings {
     /// Least time between two steps: a touched hour is computed at most once in it.
     pub interval: Duration,
     /// A value holds until the device's next reading, but not longer than this; at most one hour.
     pub hold: Duration,
+    /// The days and shifts of each site.
+    pub calendars: Arc<Calendars>,
 }
 
 impl Default for GoldSettings {
     fn default() -> Self {
-        Self { interval: Duration::from_secs(60), hold: Duration::from_secs(15 * 60) }
+        Self {
+            interval: Duration::from_secs(60),
+            hold: Duration::from_secs(15 * 60),
+            calendars: Arc::default(),
+        }
     }
 }
 
 /// What a step changed, in rows.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct StepDone {
-    /// Hours and minutes.
+    /// Hours, minutes and days.
     pub windows: WindowsDone,
     /// Rows of `gold/anomaly_events`.
     pub anomaly_events: usize,
@@ -72,7 +81,7 @@ impl StepDone {
     /// Whether every table stood as it should.
     pub fn is_nothing(&self) -> bool {
         let StepDone { windows, anomaly_events, registry, maintenance } = self;
-        windows.hourly + windows.minutes + anomaly_events + registry + maintenance == 0
+        windows.hourly + windows.minutes + windows.days + anomaly_events + registry + maintenance == 0
     }
 }
 
@@ -82,7 +91,7 @@ impl StepDone {
 /// When silver cannot be read or gold not be written. Nothing is half done: the next step goes on.
 pub async fn step(tables: &Tables, settings: &GoldSettings, now: Timestamp) -> anyhow::Result<StepDone> {
     Ok(StepDone {
-        windows: windows::step(tables, settings, now).await.context("hours and minutes")?,
+        windows: windows::step(tables, settings, now).await.context("hours, minutes and days")?,
         anomaly_events: anomalies::step(tables, now).await.context("anomaly events")?,
         registry: registry::step(tables, now).await.context("assets and devices")?,
         maintenance: maintenance::step(tables, now).await.context("maintenance schedule")?,

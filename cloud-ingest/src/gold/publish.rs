@@ -45,6 +45,8 @@ pub(super) struct Keyed {
     pub(super) table: Table,
     /// The instant that names a row's hour; `None` for a table that is replaced as a whole.
     pub(super) time: Option<&'static str>,
+    /// The instant from which on a row is closed, and a change of it a revision; an hour after `time` with `None`.
+    pub(super) closed: Option<&'static str>,
     /// Unique.
     pub(super) key: &'static [&'static str],
 }
@@ -257,9 +259,13 @@ fn stamp(
         columns[ix] = Arc::new(stamped.with_timezone("UTC"));
     }
     if let (Ok(ix), Some(time)) = (schema.index_of("revision"), keyed.time) {
-        let (old, times) = (ints(existing, "revision")?, micros(&computed, time)?);
+        let old = ints(existing, "revision")?;
+        let (ends, after) = match keyed.closed {
+            Some(end) => (micros(&computed, end)?, 0),
+            None => (micros(&computed, time)?, HOUR_MICROS),
+        };
         let revisions = before.iter().zip(differs).enumerate().map(|(row, (old_row, differs))| {
-            let closed = now.as_micros() >= times.value(row) + HOUR_MICROS;
+            let closed = now.as_micros() >= ends.value(row) + after;
             old_row.map_or(0, |old_row| old.value(old_row) + i64::from(*differs && closed))
         });
         columns[ix] = Arc::new(Int64Array::from_iter_values(revisions));

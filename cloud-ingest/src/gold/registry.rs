@@ -26,8 +26,8 @@ use super::{
 };
 use crate::{lake::Table, tables::Tables};
 
-const ASSETS: Keyed = Keyed { table: Table::Assets, time: None, key: &["site", "asset_id"] };
-const DEVICES: Keyed = Keyed { table: Table::Devices, time: None, key: &["site", "device_id"] };
+const ASSETS: Keyed = Keyed { table: Table::Assets, time: None, closed: None, key: &["site", "asset_id"] };
+const DEVICES: Keyed = Keyed { table: Table::Devices, time: None, closed: None, key: &["site", "device_id"] };
 
 /// What gateways say of themselves, by (site, id).
 #[derive(Clone, Debug, Default, PartialEq)]

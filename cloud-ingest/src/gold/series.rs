@@ -100,6 +100,15 @@ impl Source {
             Source::Mixed => "mixed",
         }
     }
+
+    /// What a word in gold says.
+    pub fn of(word: &str) -> Source {
+        match word {
+            "readings" => Source::Readings,
+            "aggregates" => Source::Aggregates,
+            _ => Source::Mixed,
+        }
+    }
 }
 
 /// Everything of one device, sorted by time.
@@ -149,10 +158,14 @@ impl DeviceSeries {
 
     /// The parts of the hour that starts at `hour` µs.
     pub fn hour(&self, hour: i64) -> HourParts<'_> {
-        let end = hour + HOUR_MICROS;
-        let from = self.windows.partition_point(|w| w.start < hour);
-        let to = self.windows.partition_point(|w| w.start < end);
-        HourParts { samples: self.samples_in(hour..end), windows: self.windows[from..to].iter().collect() }
+        self.parts(&(hour..hour + HOUR_MICROS))
+    }
+
+    /// The parts of an hour, or of a part of one (µs).
+    pub fn parts(&self, span: &Range<i64>) -> HourParts<'_> {
+        let from = self.windows.partition_point(|w| w.start < span.start);
+        let to = self.windows.partition_point(|w| w.start < span.end);
+        HourParts { samples: self.samples_in(span.clone()), windows: self.windows[from..to].iter().collect() }
     }
 
     /// Indices of the samples in a time range.

@@ -1,7 +1,8 @@
 //! The shell around hours and minutes: which hours were touched, their readings, their rows.
 //!
-//! Both tables are made in one pass. Progress is the version of `silver/sensor_readings`; the refiner commits
-//! that table last of a plan, so what the other tables hold of the plans named in its new commits is there.
+//! Both tables are made in one pass, and days after them. Progress is the version of `silver/sensor_readings`; the
+//! refiner commits that table last of a plan, so what the other tables hold of the plans named in its new commits is
+//! there.
 //! Many touched hours are taken in blocks of [`BLOCK_HOURS`]: each block is published by itself, the last one
 //! with the progress, so memory is bounded and a crash repeats work only.
 //!
@@ -10,13 +11,15 @@
 
 use std::{collections::BTreeSet, ops::Range, time::Duration};
 
+use anyhow::Context;
 use common::time::{HOUR_MICROS, Timestamp};
 use deltalake::DeltaTable;
 
 use super::{
     GoldSettings,
+    calendar::Calendars,
     changes::{self, Changes},
-    hourly, minutes,
+    daily, hourly, minutes,
     publish::{self, Keyed, Progress, SILVER},
     scan::{self, Scan},
     series::{AGGREGATE_COLUMNS, READING_COLUMNS, Series, SeriesBuilder},
@@ -30,10 +33,18 @@ const CHUNK_HOURS: usize = 6;
 /// Spans of hours in one commit; nearer ones are joined beyond this, so that a predicate stays short.
 const MAX_SPANS: usize = 32;
 
-const HOURLY: Keyed =
-    Keyed { table: Table::HourlyAggregates, time: Some("hour"), key: &["hour", "site", "device_id"] };
-const MINUTES: Keyed =
-    Keyed { table: Table::Timeseries1m, time: Some("time"), key: &["time", "site", "device_id"] };
+const HOURLY: Keyed = Keyed {
+    table: Table::HourlyAggregates,
+    time: Some("hour"),
+    closed: None,
+    key: &["hour", "site", "device_id"],
+};
+const MINUTES: Keyed = Keyed {
+    table: Table::Timeseries1m,
+    time: Some("time"),
+    closed: None,
+    key: &["time", "site", "device_id"],
+};
 
 /// What a step did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -44,6 +55,57 @@ pub struct WindowsDone {
     pub hourly: usize,
     /// Rows of `gold/timeseries_1m` that came, changed or went.
     pub minutes: usize,
+    /// Rows of `gold/daily_aggregates` that came, changed or went.
+    pub days: usize,
+}
+
+/// What hours are made of.
+pub(super) struct Silver {
+    pub(super) readings: DeltaTable,
+    pub(super) aggregates: Option<DeltaTable>,
+}
+
+impl Silver {
+    async fn newest(tables: &Tables) -> anyhow::Result<Option<Silver>> {
+        let Some(readings) = tables.snapshot(Table::SensorReadings).await? else { return Ok(None) };
+        Ok(Some(Silver { readings, aggregates: tables.snapshot(Table::Aggregates).await? }))
+    }
+
+    /// Of the readings.
+    pub(super) fn version(&self) -> i64 {
+        changes::version(&self.readings)
+    }
+
+    /// Everything from `hold` before `within` on.
+    pub(super) async fn read(&self, within: &Range<Timestamp>, hold: Duration) -> anyhow::Result<Series> {
+        let span = within.start - hold..within.end;
+        let mut builder = SeriesBuilder::default();
+        let of = Scan { snapshot: &self.readings, columns: &READING_COLUMNS, time: "ts", span: span.clone() };
+        scan::scan(&of, |batch| builder.readings(batch)).await?;
+        if let Some(aggregates) = &self.aggregates {
+            let of = Scan { snapshot: aggregates, columns: &AGGREGATE_COLUMNS, time: "window_start", span };
+            scan::scan(&of, |batch| builder.aggregates(batch)).await?;
+        }
+        Ok(builder.finish())
+    }
+}
+
+/// The versions of silver that the tables have; `None` for what has to be made from the start.
+struct Known {
+    /// Hours and minutes.
+    windows: Option<i64>,
+    days: Option<i64>,
+}
+
+impl Known {
+    async fn of(tables: &Tables, calendars: &Calendars) -> anyhow::Result<Known> {
+        Ok(Known { windows: progress(tables).await?, days: daily::progress(tables, calendars).await? })
+    }
+
+    /// What all tables have that are not to be made from the start, unless hours are.
+    fn least(&self) -> Option<i64> {
+        Some(self.days.into_iter().fold(self.windows?, i64::min))
+    }
 }
 
 pub(super) async fn step(
@@ -52,14 +114,14 @@ pub(super) async fn step(
     now: Timestamp,
 ) -> anyhow::Result<WindowsDone> {
     let mut done = WindowsDone::default();
-    let Some(readings) = tables.snapshot(Table::SensorReadings).await? else { return Ok(done) };
-    let aggregates = tables.snapshot(Table::Aggregates).await?;
-    let version = changes::version(&readings);
-    let known = progress(tables).await?;
-    if known == Some(version) {
+    let Some(silver) = Silver::newest(tables).await? else { return Ok(done) };
+    let version = silver.version();
+    let known = Known::of(tables, &settings.calendars).await?;
+    if [known.windows, known.days] == [Some(version); 2] {
         return Ok(done);
     }
-    let blocks = blocks(&due(tables, known, &readings, aggregates.as_ref(), settings.hold).await?);
+    let due = due(tables, known.least(), &silver, settings.hold).await?;
+    let blocks = blocks(&due);
     if blocks.is_empty() {
         let partial = Progress::Complete(version);
         for keyed in [HOURLY, MINUTES] {
@@ -73,7 +135,7 @@ pub(super) async fn step(
         let spans = publish::spans(block);
         let (mut hour_batches, mut minute_batches) = (Vec::new(), Vec::new());
         for chunk in spans.iter().flat_map(chunks) {
-            let series = read(&readings, aggregates.as_ref(), &chunk, settings.hold).await?;
+            let series = silver.read(&chunk, settings.hold).await?;
             hour_batches.push(hourly::batch(&hourly::hours(&series, &chunk, settings.hold), now)?);
             minute_batches.push(minutes::batch(&minutes::minutes(&series, &chunk), &series)?);
         }
@@ -83,6 +145,8 @@ pub(super) async fn step(
         done.hourly += publish::publish(tables, HOURLY, &spans, hours, progress, now).await?;
         done.minutes += publish::publish(tables, MINUTES, &spans, minutes, progress, now).await?;
     }
+    let touched = known.days.map(|_| &due);
+    done.days = daily::step(tables, &silver, settings, touched, now).await.context("days")?;
     Ok(done)
 }
 
@@ -109,26 +173,28 @@ pub(crate) async fn floor(
 }
 
 /// The hours that gold has yet to compute; all of them when it cannot tell.
-pub(crate) async fn pending(tables: &Tables, hold: Duration) -> anyhow::Result<BTreeSet<Timestamp>> {
-    let known = progress(tables).await?;
-    let Some(readings) = tables.snapshot(Table::SensorReadings).await? else { return Ok(BTreeSet::new()) };
-    if known == Some(changes::version(&readings)) {
+pub(crate) async fn pending(
+    tables: &Tables,
+    calendars: &Calendars,
+    hold: Duration,
+) -> anyhow::Result<BTreeSet<Timestamp>> {
+    let Some(silver) = Silver::newest(tables).await? else { return Ok(BTreeSet::new()) };
+    let known = Known::of(tables, calendars).await?.least();
+    if known == Some(silver.version()) {
         return Ok(BTreeSet::new());
     }
-    let aggregates = tables.snapshot(Table::Aggregates).await?;
-    due(tables, known, &readings, aggregates.as_ref(), hold).await
+    due(tables, known, &silver, hold).await
 }
 
 /// The touched hours that are not final.
 async fn due(
     tables: &Tables,
     known: Option<i64>,
-    readings: &DeltaTable,
-    aggregates: Option<&DeltaTable>,
+    silver: &Silver,
     hold: Duration,
 ) -> anyhow::Result<BTreeSet<Timestamp>> {
-    let mut touched = touched(tables, known, readings, aggregates, hold).await?;
-    Ok(match floor(tables, readings, aggregates, hold).await? {
+    let mut touched = touched(tables, known, silver, hold).await?;
+    Ok(match floor(tables, &silver.readings, silver.aggregates.as_ref(), hold).await? {
         Some(floor) => touched.split_off(&floor),
         None => touched,
     })
@@ -148,10 +214,10 @@ async fn progress(tables: &Tables) -> anyhow::Result<Option<i64>> {
 async fn touched(
     tables: &Tables,
     known: Option<i64>,
-    readings: &DeltaTable,
-    aggregates: Option<&DeltaTable>,
+    silver: &Silver,
     hold: Duration,
 ) -> anyhow::Result<BTreeSet<Timestamp>> {
+    let (readings, aggregates) = (&silver.readings, silver.aggregates.as_ref());
     if let Some(known) = known
         && let Some(came) = changes::after(readings, known, "ts").await?
         && let Some(windows) = windows_since(aggregates, came.first_plan).await?
@@ -167,7 +233,7 @@ async fn touched(
     if let Some(aggregates) = aggregates {
         hours.extend(changes::hours_in(aggregates, None, "window_start", hold).await?);
     }
-    for keyed in [HOURLY, MINUTES] {
+    for keyed in [HOURLY, MINUTES, daily::DAILY] {
         if let (Some(gold), Some(time)) = (tables.snapshot(keyed.table).await?, keyed.time) {
             hours.extend(changes::hours_in(&gold, None, time, Duration::ZERO).await?);
         }
@@ -220,24 +286,6 @@ fn chunks(span: &Range<Timestamp>) -> impl Iterator<Item = Range<Timestamp>> {
     std::iter::successors(Some(span.start), move |start| Some(*start + width))
         .take_while(move |start| *start < end)
         .map(move |start| start..(start + width).min(end))
-}
-
-/// Everything of silver from `hold` before `within` on.
-async fn read(
-    readings: &DeltaTable,
-    aggregates: Option<&DeltaTable>,
-    within: &Range<Timestamp>,
-    hold: Duration,
-) -> anyhow::Result<Series> {
-    let span = within.start - hold..within.end;
-    let mut builder = SeriesBuilder::default();
-    let of = Scan { snapshot: readings, columns: &READING_COLUMNS, time: "ts", span: span.clone() };
-    scan::scan(&of, |batch| builder.readings(batch)).await?;
-    if let Some(aggregates) = aggregates {
-        let of = Scan { snapshot: aggregates, columns: &AGGREGATE_COLUMNS, time: "window_start", span };
-        scan::scan(&of, |batch| builder.aggregates(batch)).await?;
-    }
-    Ok(builder.finish())
 }
 
 #[cfg(test)]

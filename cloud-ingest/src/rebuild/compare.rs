@@ -73,6 +73,7 @@ pub(super) fn spec(table: Table) -> Option<Spec> {
         Table::Maintenance => (received, &[], &["id"]),
         Table::HourlyAggregates => (Some("hour"), of_device, &["site", "device_id", "hour"]),
         Table::Timeseries1m => (Some("time"), of_device, &["site", "device_id", "time"]),
+        Table::DailyAggregates => (Some("starts_at"), of_device, &["site", "device_id", "day", "shift"]),
         Table::AnomalyEvents => (Some("started_at"), &[], &["event_id"]),
         Table::Assets => (None, &[], &["site", "asset_id"]),
         Table::Devices => (None, &[], &["site", "device_id"]),

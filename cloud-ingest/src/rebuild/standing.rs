@@ -45,7 +45,7 @@ impl Standing {
         let tables = Tables::open(lake).await?;
         for _ in 0..TRIES {
             let snapshots = snapshots(&tables).await?;
-            let pending = windows::pending(&tables, gold.hold).await?;
+            let pending = windows::pending(&tables, &gold.calendars, gold.hold).await?;
             let readings =
                 snapshots.get(&Table::SensorReadings).context("there is no silver/sensor_readings")?;
             let aggregates = snapshots.get(&Table::Aggregates);

@@ -9,7 +9,7 @@ use cloud_ingest::{
 use object_store::{ObjectStoreExt, path::Path};
 
 use super::{
-    upkeep::{HOLD, gold_rows, late, refined_lake, settings},
+    upkeep::{gold_rows, late, refined_lake, settings},
     *,
 };
 
@@ -56,7 +56,7 @@ async fn a_lake_is_rebuilt_identically_packed_or_not() {
     assert_eq!((of(Table::SensorReadings), of(Table::Messages)), (16, 13), "{report}");
     assert!(of(Table::HourlyAggregates) > 0 && of(Table::Quarantine) > 0 && of(Table::Timeseries1m) > 0);
 
-    maintain(&tables, &settings(), HOLD, late()).await;
+    maintain(&tables, &settings(), &GoldSettings::default(), late()).await;
     let packed = verify(&store).await;
     assert_eq!((packed.identical, packed.replayed, packed.missing), (Some(true), 9, 0), "{packed}");
 }
@@ -215,7 +215,7 @@ async fn after_retention_the_rest_is_compared() {
     let tables = refined_lake(&store).await;
     let day = Duration::from_secs(86_400);
     let keep = cloud_ingest::settings::UpkeepSettings { keep_bronze: day, keep_silver: day, ..settings() };
-    let done = maintain(&tables, &keep, HOLD, now() + 10 * day).await;
+    let done = maintain(&tables, &keep, &GoldSettings::default(), now() + 10 * day).await;
     assert!(done.expired_files > 0 && done.failed.is_empty(), "{done}");
     let report = verify(&store).await;
     assert_eq!((report.identical, report.missing), (Some(true), 9), "{report}");
@@ -265,7 +265,7 @@ async fn how_long_a_rebuild_takes() {
     gold::step(&tables, &GoldSettings::default(), now()).await.unwrap();
     println!("{counts:?} refined and in gold in {:.1} s", began.elapsed().as_secs_f64());
     println!("{}", verify(&store).await);
-    println!("{}", maintain(&tables, &settings(), HOLD, late()).await);
+    println!("{}", maintain(&tables, &settings(), &GoldSettings::default(), late()).await);
     let packed = verify(&store).await;
     println!("packed: {packed}\nreplay alone {:.1} s", packed.replay_seconds);
 }

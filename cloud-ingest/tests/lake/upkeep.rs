@@ -129,8 +129,6 @@ impl MultipartUpload for CutUpload {
     }
 }
 
-pub(crate) const HOLD: Duration = Duration::from_secs(900);
-
 pub(crate) fn settings() -> UpkeepSettings {
     let hours = |n: u64| Duration::from_secs(n * 3600);
     UpkeepSettings {
@@ -212,11 +210,11 @@ async fn hours_are_packed_and_late_segments_too() {
     let tables = refined_lake(&store).await;
     let (silver, before) = (everything(&tables).await, messages(&store, 9).await);
     let soon = now() + Duration::from_secs(3600 * 2);
-    let done = maintain(&tables, &settings(), HOLD, soon).await;
+    let done = maintain(&tables, &settings(), &GoldSettings::default(), soon).await;
     assert_eq!((done.packs, done.failed.len()), (0, 0), "the hour has not ended for long enough: {done:?}");
     assert!(done.compacted_tables > 0, "{done:?}");
 
-    let done = maintain(&tables, &settings(), HOLD, late()).await;
+    let done = maintain(&tables, &settings(), &GoldSettings::default(), late()).await;
     assert_eq!((done.packs, done.packed_segments, done.failed.len()), (1, 9, 0), "{done:?}");
     assert!(done.vacuumed_files > 0 && done.log_entries > 0, "{done:?}");
     let hour = Hour::list(&store, now().hour()).await.unwrap();
@@ -224,7 +222,11 @@ async fn hours_are_packed_and_late_segments_too() {
     assert_eq!(messages(&store, 9).await, before);
     assert_eq!(everything(&tables).await, silver);
     assert_eq!(files(&tables, Table::SensorReadings).await, 1);
-    assert_eq!(maintain(&tables, &settings(), HOLD, late()).await, Done::default(), "nothing is left to do");
+    assert_eq!(
+        maintain(&tables, &settings(), &GoldSettings::default(), late()).await,
+        Done::default(),
+        "nothing is left to do"
+    );
 
     // A pack is bronze to any reader.
     let path = Path::from(hour.packs.keys().next().unwrap().path());
@@ -236,9 +238,9 @@ async fn hours_are_packed_and_late_segments_too() {
 
     // One that is in no plan keeps its hour as it is; then it goes into a pack of its own.
     put(&store, 9, &[readings(40, &[(800, "c", 70.0)])]).await;
-    assert_eq!(maintain(&tables, &settings(), HOLD, late()).await.packs, 0);
+    assert_eq!(maintain(&tables, &settings(), &GoldSettings::default(), late()).await.packs, 0);
     refine_with(&store, &tables, 4).await;
-    assert_eq!(maintain(&tables, &settings(), HOLD, late()).await.packs, 1);
+    assert_eq!(maintain(&tables, &settings(), &GoldSettings::default(), late()).await.packs, 1);
     let hour = Hour::list(&store, now().hour()).await.unwrap();
     assert_eq!((hour.segments.len(), hour.packs.len()), (0, 2));
     let after = messages(&store, 11).await;
@@ -265,7 +267,7 @@ async fn large_hours_are_packed_too() {
     }
     refine_with(&store, &tables, 1).await;
     let before = messages(&store, 9).await;
-    let done = maintain(&tables, &settings(), HOLD, late()).await;
+    let done = maintain(&tables, &settings(), &GoldSettings::default(), late()).await;
     assert_eq!((done.packs, done.packed_segments, done.failed), (1, 9, vec![]));
     let hour = Hour::list(&store, now().hour()).await.unwrap();
     assert!(hour.packs.values().all(|bytes| *bytes > 32 << 20), "{hour:?}");
@@ -281,7 +283,7 @@ async fn a_pack_that_is_not_whole_replaces_nothing() {
     let store = Store::open("memory:///").unwrap();
     let tables = refined_lake(&store).await;
     let all = objects(&store).await;
-    assert_eq!(maintain(&tables, &settings(), HOLD, late()).await.packs, 1);
+    assert_eq!(maintain(&tables, &settings(), &GoldSettings::default(), late()).await.packs, 1);
     // Back to before, but for one segment with other rows than the pack's.
     for (path, bytes) in all.iter().filter(|(path, _)| path.as_ref().starts_with("bronze/")) {
         store.objects().put(path, bytes.clone().into()).await.unwrap();
@@ -289,7 +291,7 @@ async fn a_pack_that_is_not_whole_replaces_nothing() {
     let name = SegmentName { hour: now().hour(), writer: Uuid::from_u128(1), number: 3 };
     let other = bronze::encode(&bronze::rows(&[message("elsewhere", "!", None)]).unwrap()).unwrap();
     store.objects().put(&Path::from(name.path()), other.into()).await.unwrap();
-    let done = maintain(&tables, &settings(), HOLD, late()).await;
+    let done = maintain(&tables, &settings(), &GoldSettings::default(), late()).await;
     assert!(done.failed.iter().any(|failed| failed.contains("does not hold the rows")), "{done:?}");
     assert_eq!(Hour::list(&store, now().hour()).await.unwrap().segments.len(), 9);
 }
@@ -307,7 +309,7 @@ async fn upkeep_may_be_killed_at_every_write() {
         let power = Power(Arc::new(AtomicI64::new(n)));
         let cut = over(Arc::new(Cut { inner: Arc::clone(&inner), power: power.clone() }));
         if let Ok(tables) = Tables::open(&cut).await {
-            let done = maintain(&tables, &settings(), HOLD, late()).await;
+            let done = maintain(&tables, &settings(), &GoldSettings::default(), late()).await;
             if !power.gone() {
                 assert_eq!(done.failed, [""; 0]);
                 // A pack, nine segments, and at least a compaction, a vacuum and a log.
@@ -318,7 +320,7 @@ async fn upkeep_may_be_killed_at_every_write() {
         let store = over(inner);
         assert_eq!(messages(&store, 9).await, before, "cut at {n}");
         let tables = Tables::open(&store).await.unwrap();
-        let done = maintain(&tables, &settings(), HOLD, late()).await;
+        let done = maintain(&tables, &settings(), &GoldSettings::default(), late()).await;
         assert_eq!(done.failed, [""; 0], "cut at {n}");
         assert_eq!(messages(&store, 9).await, before, "cut at {n}, then whole");
         assert_eq!(everything(&tables).await, silver, "cut at {n}, then whole");
@@ -326,7 +328,7 @@ async fn upkeep_may_be_killed_at_every_write() {
         assert_eq!((hour.segments.len(), hour.packs.len()), (0, 1), "cut at {n}, then whole");
         assert_eq!(files(&tables, Table::SensorReadings).await, 1, "cut at {n}, then whole");
         if n % 8 == 0 {
-            let again = maintain(&tables, &settings(), HOLD, late()).await;
+            let again = maintain(&tables, &settings(), &GoldSettings::default(), late()).await;
             assert_eq!(again, Done::default(), "cut at {n}, whole, and once more");
         }
     }
@@ -343,7 +345,7 @@ async fn retention_leaves_gold_and_what_is_not_refined() {
 
     // A segment that nobody has refined stays, whatever its age; so does what gold has not seen.
     put(&store, 9, &[readings(40, &[(800, "c", 70.0)])]).await;
-    let done = maintain(&tables, &keep, HOLD, much_later).await;
+    let done = maintain(&tables, &keep, &GoldSettings::default(), much_later).await;
     assert_eq!((done.expired_objects, done.failed.len()), (9, 0), "{done:?}");
     assert_eq!(Hour::list(&store, now().hour()).await.unwrap().segments.len(), 1);
     assert!(done.expired_files > 0);
@@ -357,7 +359,7 @@ async fn retention_leaves_gold_and_what_is_not_refined() {
     assert!(ask(&tables, "select count(*) n from silver.sensor_readings").await.contains("| 1 |"));
     gold::step(&tables, &GoldSettings::default(), much_later).await.unwrap();
     assert_eq!(gold_rows(&tables).await, gold);
-    let done = maintain(&tables, &keep, HOLD, much_later).await;
+    let done = maintain(&tables, &keep, &GoldSettings::default(), much_later).await;
     assert_eq!((done.expired_objects, done.expired_files, done.failed.len()), (1, 1, 0), "{done:?}");
 
     // Readings that are young enough are computed as ever.
@@ -368,12 +370,23 @@ async fn retention_leaves_gold_and_what_is_not_refined() {
     let bytes = bronze::encode(&bronze::rows(&[json]).unwrap()).unwrap();
     bronze::put(store.objects().as_ref(), &name, bytes.into()).await.unwrap();
     refine_with(&store, &tables, 4).await;
-    let pending =
-        maintain(&tables, &UpkeepSettings { keep_silver: day, ..keep }, HOLD, much_later + 5 * day).await;
+    let pending = maintain(
+        &tables,
+        &UpkeepSettings { keep_silver: day, ..keep },
+        &GoldSettings::default(),
+        much_later + 5 * day,
+    )
+    .await;
     assert!(pending.failed.iter().any(|failed| failed.contains("gold has yet to compute")), "{pending:?}");
     let step = gold::step(&tables, &GoldSettings::default(), much_later).await.unwrap();
     assert_eq!(step.windows.hourly, 1, "{step:?}");
-    let done = maintain(&tables, &UpkeepSettings { keep_gold: 2 * day, ..keep }, HOLD, much_later).await;
+    let done = maintain(
+        &tables,
+        &UpkeepSettings { keep_gold: 2 * day, ..keep },
+        &GoldSettings::default(),
+        much_later,
+    )
+    .await;
     assert_eq!(done.failed, [""; 0]);
     assert!(ask(&tables, "select count(*) n from gold.hourly_aggregates").await.contains("| 1 |"));
     assert!(gold::step(&tables, &GoldSettings::default(), much_later).await.unwrap().windows.hours <= 1);
@@ -424,7 +437,7 @@ async fn a_thousand_commits_later() {
     };
     opened("after 1,000 plans").await;
     let began = std::time::Instant::now();
-    let done = maintain(&tables, &settings(), HOLD, late()).await;
+    let done = maintain(&tables, &settings(), &GoldSettings::default(), late()).await;
     println!("upkeep in {:.1} s: {done}", began.elapsed().as_secs_f64());
     opened("after upkeep").await;
 }

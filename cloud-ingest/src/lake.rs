@@ -4,7 +4,8 @@
 //! bronze/sensor_data/year=YYYY/month=MM/day=DD/hour=HH/{writer}-{segment}.parquet   one row a message
 //!                                                      pack-{sha-256}.parquet       segments of that hour, packed
 //! silver/{sensor_readings,quarantine,messages,aggregates,anomalies,control,status,registry,maintenance}  Delta
-//! gold/{hourly_aggregates,timeseries_1m,daily_aggregates,anomaly_events,assets,devices,maintenance_schedule} Delta
+//! gold/{hourly_aggregates,timeseries_1m,daily_aggregates,anomaly_events,asset_health,assets,devices}     Delta
+//! gold/maintenance_schedule                                                                              Delta
 //! ops/plan/{n}.json     the numbered steps of refinement
 //! ops/rules/{hash}.toml the quality rules that a step was made with
 //! ops/quality_results   Delta: passed and failed per plan and rule
@@ -45,6 +46,7 @@ pub enum Table {
     Timeseries1m,
     DailyAggregates,
     AnomalyEvents,
+    AssetHealth,
     Assets,
     Devices,
     MaintenanceSchedule,
@@ -53,7 +55,7 @@ pub enum Table {
 
 impl Table {
     /// Every table, silver first.
-    pub const ALL: [Table; 17] = [
+    pub const ALL: [Table; 18] = [
         Table::SensorReadings,
         Table::Quarantine,
         Table::Messages,
@@ -67,6 +69,7 @@ impl Table {
         Table::Timeseries1m,
         Table::DailyAggregates,
         Table::AnomalyEvents,
+        Table::AssetHealth,
         Table::Assets,
         Table::Devices,
         Table::MaintenanceSchedule,
@@ -89,6 +92,7 @@ impl Table {
             | Table::Timeseries1m
             | Table::DailyAggregates
             | Table::AnomalyEvents
+            | Table::AssetHealth
             | Table::Assets
             | Table::Devices
             | Table::MaintenanceSchedule => "gold",
@@ -112,6 +116,7 @@ impl Table {
             Table::Timeseries1m => "timeseries_1m",
             Table::DailyAggregates => "daily_aggregates",
             Table::AnomalyEvents => "anomaly_events",
+            Table::AssetHealth => "asset_health",
             Table::Assets => "assets",
             Table::Devices => "devices",
             Table::MaintenanceSchedule => "maintenance_schedule",
@@ -128,7 +133,9 @@ impl Table {
     pub const fn partitions(self) -> &'static [&'static str] {
         match self {
             Table::SensorReadings => &["device_type", "year", "month"],
-            Table::HourlyAggregates | Table::DailyAggregates | Table::AnomalyEvents => &["year", "month"],
+            Table::HourlyAggregates | Table::DailyAggregates | Table::AnomalyEvents | Table::AssetHealth => {
+                &["year", "month"]
+            }
             _ => &[],
         }
     }
@@ -237,6 +244,11 @@ impl Table {
                 c.texts(&["model", "model_sha256", "severity"]).floats(&["score", "threshold"]);
                 c.instants(&["started_at"]).maybe_instants(&["ended_at"]).maybe_texts(&["reason"]);
                 c.texts(&["site", "gateway_id"]).ints(&["year", "month"])
+            }
+            Table::AssetHealth => {
+                c.instants(&["hour"]).texts(&["site", "asset_id"]).maybe_floats(&["health_index"]);
+                c.floats(&["anomaly_minutes"]).maybe_texts(&["device_id"]).ints(&["revision"]);
+                c.instants(&["updated_at"]).ints(&["year", "month"])
             }
             Table::Assets => {
                 c.texts(&["site", "asset_id"]).maybe_texts(&["path", "class", "criticality"]);

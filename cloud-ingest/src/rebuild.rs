@@ -233,8 +233,12 @@ async fn take_over(standing: &Standing, chosen: &Chosen, tables: &Tables) -> any
 }
 
 /// Gold's tables that are made by the hour, and the instant by which retention counts.
-const BY_HOUR: [(Table, &str); 3] =
-    [(Table::HourlyAggregates, "hour"), (Table::Timeseries1m, "time"), (Table::DailyAggregates, "starts_at")];
+const BY_HOUR: [(Table, &str); 4] = [
+    (Table::HourlyAggregates, "hour"),
+    (Table::Timeseries1m, "time"),
+    (Table::DailyAggregates, "starts_at"),
+    (Table::AssetHealth, "hour"),
+];
 
 /// Gold's hours and days that are final are not computed: they are what stands.
 async fn take_over_gold(standing: &Standing, tables: &Tables) -> anyhow::Result<()> {
@@ -477,6 +481,11 @@ async fn why_not(
         Table::Assets | Table::Devices => Table::Registry,
         Table::DailyAggregates if !daily::made_by(gold, &settings.calendars).await? => {
             return Ok(Some("which other time zones or shifts made".to_owned()));
+        }
+        Table::AssetHealth => {
+            let later = later.lock().unwrap_or_else(PoisonError::into_inner);
+            let touched = later.tables.contains(&Table::Anomalies);
+            return Ok(touched.then(|| "which later rows of silver/anomalies touch".to_owned()));
         }
         _ => return Ok(None),
     };

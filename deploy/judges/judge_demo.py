@@ -30,7 +30,8 @@ HERE = Path(__file__).parent
 PLANT = HERE.parent.parent / "firmware-sim/data/plant.toml"
 TABLES = {
     "silver": ["sensor_readings", "quarantine", "messages"],
-    "gold": ["hourly_aggregates", "timeseries_1m", "anomaly_events", "assets", "devices", "maintenance_schedule"],
+    "gold": ["hourly_aggregates", "timeseries_1m", "daily_aggregates", "anomaly_events", "asset_health", "assets", "devices",
+             "maintenance_schedule"],
 }
 # Every one of these must be refused, and must change nothing.
 WRITES = [

@@ -25,7 +25,9 @@ SILVER = ["sensor_readings", "messages", "control", "quarantine"]
 GOLD = {
     "hourly_aggregates": "site, device_id, hour",
     "timeseries_1m": "site, device_id, time",
+    "daily_aggregates": "site, device_id, day, shift",
     "anomaly_events": "event_id",
+    "asset_health": "site, asset_id, hour",
     "assets": "site, asset_id",
     "devices": "site, device_id",
     "maintenance_schedule": "site, asset_id, action",

@@ -75,6 +75,9 @@ def sound():
         "gold/assets": [{"site": SITE, "asset_id": "reactor"}],
         "gold/maintenance_schedule": [{"site": SITE, "asset_id": "reactor", "action": "inspect"}],
         "gold/hourly_aggregates": grouped(readings, "hour", lambda t: t.replace(minute=0)),
+        "gold/daily_aggregates": [{"site": SITE, "device_id": d["device_id"], "day": minutes(0).date(), "shift": None}
+                                  for d in devices],
+        "gold/asset_health": [{"site": SITE, "asset_id": "reactor", "hour": minutes(0)}],
         "gold/timeseries_1m": grouped(readings, "time", lambda t: t.replace(second=0)),
     }
 
@@ -103,7 +106,7 @@ def quantile(values, p):
     return values[low] + (values[min(low + 1, len(values) - 1)] - values[low]) * (at - low)
 
 
-TEXTS = ["site", "gateway_id", "epoch", "lane", "reason", "record", "device_id", "segment", "model"]
+TEXTS = ["site", "gateway_id", "epoch", "lane", "reason", "record", "device_id", "segment", "model", "shift"]
 INTS = ["seq", "rows", "first_seq", "last_seq", "readings", "count", "bad_count", "year", "month"]
 FLOATS = ["value", "min", "max", "mean", "stddev", "first", "last", "p50", "p95"]
 TIMES = ["ts", "received_at", "sealed_at", "started_at", "ended_at", "hour", "time", "resolved_at"]

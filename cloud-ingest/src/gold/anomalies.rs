@@ -10,6 +10,7 @@ use arrow::{
     error::ArrowError,
 };
 use common::time::{HOUR_MICROS, Timestamp};
+use deltalake::DeltaTable;
 
 use super::{
     changes,
@@ -90,12 +91,7 @@ pub(super) async fn step(tables: &Tables, now: Timestamp) -> anyhow::Result<usiz
     {
         return Ok(0);
     }
-    let context = changes::context(&[("t", Some(&silver), None)]).await?;
-    let mut records = Vec::new();
-    for batch in context.sql("SELECT * FROM t").await?.collect().await? {
-        records.extend(read(&batch)?);
-    }
-    let events = merge(records);
+    let events = events(&silver).await?;
     // All the time in which there is an event, here or in gold.
     let mut times: Vec<Timestamp> = events.iter().map(|e| e.started_at).collect();
     if let Some(gold) = &gold {
@@ -105,6 +101,16 @@ pub(super) async fn step(tables: &Tables, now: Timestamp) -> anyhow::Result<usiz
     let end = Timestamp::from_micros(floor_hour(last.as_micros()) + HOUR_MICROS);
     let spans = std::slice::from_ref(&(first.hour()..end)).to_vec();
     publish::publish(tables, EVENTS, &spans, batch(&events)?, Progress::Always(version), now).await
+}
+
+/// All events of silver/anomalies.
+pub(super) async fn events(silver: &DeltaTable) -> anyhow::Result<Vec<Event>> {
+    let context = changes::context(&[("t", Some(silver), None)]).await?;
+    let mut records = Vec::new();
+    for batch in context.sql("SELECT * FROM t").await?.collect().await? {
+        records.extend(read(&batch)?);
+    }
+    Ok(merge(records))
 }
 
 fn read(batch: &RecordBatch) -> anyhow::Result<Vec<Event>> {

@@ -10,11 +10,12 @@
 //! * `mean` weighs by count, `stddev` of the sample is pooled around it; both are over the hours that have a mean, which
 //!   for gauges are those that count anything;
 //! * `time_weighted_mean` weighs the hours' by `covered_ratio`; `good_ratio` and `covered_ratio` are parts of the whole
-//!   day or shift, so an open one has low ones;
+//!   day or shift, so an open one has low ones. What holds into an hour without a reading, which has no row, does not
+//!   count here either;
 //! * quantiles do not add up, so there are none;
 //! * `source` is `mixed` unless all hours are of one kind; texts are those of the last hour.
 //!
-//! All of these equal what the readings themselves give. Full hours are taken from `gold/hourly_aggregates`; where a
+//! So counts, extremes, means and deviations equal what the readings of the day themselves give. Full hours are taken from `gold/hourly_aggregates`; where a
 //! day or a shift begins or ends within an hour (half-hour and 45-minute zones, shifts at 6:30), its part of that hour
 //! is computed from silver in the way in which hours are.
 //!
@@ -178,7 +179,7 @@ pub(super) async fn step(
         let spans = publish::spans(&block.iter().copied().collect());
         let days = days(&hours, silver, settings, &spans, now).await?;
         let last = block.last() == starts.last();
-        let progress = if last { Progress::Complete(version) } else { Progress::Partly(version) };
+        let progress = if last { Progress::Always(version) } else { Progress::Partly(version) };
         changed += publish::publish(tables, DAILY, &spans, days, progress, now).await?;
     }
     if starts.is_empty() {

@@ -9,6 +9,7 @@
 //! |---|---|---|
 //! | `hourly_aggregates`, `timeseries_1m` | `silver/sensor_readings`, `silver/aggregates` | `silver/sensor_readings` |
 //! | `daily_aggregates` | `hourly_aggregates`; what is less than an hour, as that | `silver/sensor_readings` |
+//! | `asset_health` | `silver/anomalies`, gold's hours and minutes | `silver/sensor_readings` |
 //! | `anomaly_events` | `silver/anomalies` | `silver/anomalies` |
 //! | `assets`, `devices` | `silver/registry` | `silver/registry` |
 //! | `maintenance_schedule` | `silver/registry`, `silver/maintenance`, gold's hours and minutes | – (the hour and what was said by then) |
@@ -17,6 +18,7 @@ pub mod anomalies;
 pub mod calendar;
 pub(crate) mod changes;
 pub(crate) mod daily;
+mod health;
 pub mod hourly;
 pub mod maintenance;
 pub mod minutes;
@@ -67,7 +69,7 @@ impl Default for GoldSettings {
 /// What a step changed, in rows.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct StepDone {
-    /// Hours, minutes and days.
+    /// Hours, minutes, days and health.
     pub windows: WindowsDone,
     /// Rows of `gold/anomaly_events`.
     pub anomaly_events: usize,
@@ -81,7 +83,8 @@ impl StepDone {
     /// Whether every table stood as it should.
     pub fn is_nothing(&self) -> bool {
         let StepDone { windows, anomaly_events, registry, maintenance } = self;
-        windows.hourly + windows.minutes + windows.days + anomaly_events + registry + maintenance == 0
+        let windows = windows.hourly + windows.minutes + windows.days + windows.health;
+        windows + anomaly_events + registry + maintenance == 0
     }
 }
 
@@ -91,7 +94,7 @@ impl StepDone {
 /// When silver cannot be read or gold not be written. Nothing is half done: the next step goes on.
 pub async fn step(tables: &Tables, settings: &GoldSettings, now: Timestamp) -> anyhow::Result<StepDone> {
     Ok(StepDone {
-        windows: windows::step(tables, settings, now).await.context("hours, minutes and days")?,
+        windows: windows::step(tables, settings, now).await.context("hours and what is made of them")?,
         anomaly_events: anomalies::step(tables, now).await.context("anomaly events")?,
         registry: registry::step(tables, now).await.context("assets and devices")?,
         maintenance: maintenance::step(tables, now).await.context("maintenance schedule")?,

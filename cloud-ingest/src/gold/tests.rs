@@ -33,11 +33,23 @@ type Row = (&'static str, i64, f64, Quality);
 struct Lake {
     tables: Tables,
     plan: i64,
+    settings: GoldSettings,
 }
 
+/// (event, device, severity, seconds from START to its start and its end)
+type Record = (&'static str, &'static str, &'static str, i64, Option<i64>);
+
 impl Lake {
+    /// Its days begin and end within hours.
     async fn new() -> Lake {
-        Lake { tables: Tables::open(&Store::open("memory:///").unwrap()).await.unwrap(), plan: 0 }
+        let shifts = [("early", "06:00"), ("late", "14:00"), ("night", "22:00")];
+        Lake::of(calendar("Asia/Kathmandu", &shifts)).await
+    }
+
+    async fn of(calendars: Calendars) -> Lake {
+        let tables = Tables::open(&Store::open("memory:///").unwrap()).await.unwrap();
+        let settings = GoldSettings { calendars: Arc::new(calendars), ..GoldSettings::default() };
+        Lake { tables, plan: 0, settings }
     }
 
     async fn append(&mut self, table: Table, rows: RecordBatch) {
@@ -58,9 +70,15 @@ impl Lake {
         self.append(Table::SensorReadings, readings(rows)).await;
     }
 
+    /// One plan with records of anomalies.
+    async fn records(&mut self, records: &[Record]) {
+        self.plan += 1;
+        self.append(Table::Anomalies, anomalies(records)).await;
+        self.append(Table::SensorReadings, readings(&[])).await;
+    }
+
     async fn step(&self, now: i64) -> StepDone {
-        let settings = GoldSettings::default();
-        step(&self.tables, &settings, Timestamp::from_micros(START + now * SECOND)).await.unwrap()
+        step(&self.tables, &self.settings, Timestamp::from_micros(START + now * SECOND)).await.unwrap()
     }
 
     async fn sql(&self, sql: &str) -> Vec<RecordBatch> {
@@ -76,13 +94,40 @@ impl Lake {
         cast(batches[0].column(0), &DataType::Int64).unwrap().as_primitive::<Int64Type>().value(0)
     }
 
+    /// The rows of a table and its progress.
+    async fn rows(&self, table: Table) -> Option<(Vec<RecordBatch>, i64)> {
+        let snapshot = self.tables.snapshot(table).await.unwrap()?;
+        let progress = Tables::progress(&snapshot, publish::SILVER).await.unwrap()?;
+        let rows = self.sql(&format!("SELECT * FROM {}.{}", table.layer(), table.name())).await;
+        let rows = rows.iter().map(|batch| crate::tables::conform(batch, table).unwrap()).collect();
+        Some((rows, progress))
+    }
+
     /// Everything that gold says, apart from when it was said.
     async fn gold(&self) -> String {
         let hours =
             "SELECT * EXCEPT (revision, updated_at) FROM gold.hourly_aggregates ORDER BY hour, device_id";
         let minutes = "SELECT * FROM gold.timeseries_1m ORDER BY time, device_id";
-        format!("{}\n{}", self.text(hours).await, self.text(minutes).await)
+        let days = "SELECT * EXCEPT (revision, updated_at) FROM gold.daily_aggregates \
+                    ORDER BY starts_at, shift, device_id";
+        let health = "SELECT * EXCEPT (revision, updated_at) FROM gold.asset_health ORDER BY hour, asset_id";
+        let mut all = String::new();
+        for sql in [hours, minutes, days, health] {
+            all += &self.text(sql).await;
+            all.push('\n');
+        }
+        all
     }
+}
+
+/// Of the one site.
+fn calendar(zone: &str, shifts: &[(&str, &str)]) -> Calendars {
+    let shifts = shifts.iter().map(|(name, start)| ((*name).to_owned(), (*start).to_owned())).collect();
+    let site = calendar::SiteSettings { time_zone: zone.to_owned(), shifts };
+    let mut mistakes = common::config::Mistakes::default();
+    let calendars = Calendars::parse(&[("s".to_owned(), site)].into(), &mut mistakes);
+    assert_eq!(mistakes.list, []);
+    calendars
 }
 
 fn instants(values: impl IntoIterator<Item = i64>) -> ArrayRef {
@@ -108,7 +153,7 @@ fn readings(rows: &[Row]) -> RecordBatch {
             same("g", n),
             Arc::new(rows.iter().map(|r| (r.3 != Quality::Bad).then_some(r.2)).collect::<Float64Array>()),
             same("L/min", n),
-            same("gauge", n),
+            Arc::new(StringArray::from_iter_values(rows.iter().map(|r| kind(r.0)))),
             Arc::new(StringArray::from_iter_values(rows.iter().map(|r| r.3.as_str()))),
             instants(rows.iter().map(at)),
             same("e", n),
@@ -119,6 +164,10 @@ fn readings(rows: &[Row]) -> RecordBatch {
         ],
     )
     .unwrap()
+}
+
+fn kind(device: &str) -> &str {
+    if matches!(device, "counter" | "state") { device } else { "gauge" }
 }
 
 fn aggregates(windows: &[(&'static str, i64, i64, f64)]) -> RecordBatch {
@@ -244,6 +293,15 @@ async fn late_data_corrects_exactly_its_hours_and_a_rerun_changes_nothing() {
     lake.readings(&[("a", 3600 + 1801, 2e6, Quality::Good)]).await;
     let done = lake.step(5 * 3600).await;
     assert_eq!((done.windows.hourly, done.windows.minutes), (1, 1));
+    // Its day, which is over, and its night shift, which is not.
+    assert_eq!((done.windows.days, done.windows.health), (2, 0));
+    let days = "SELECT shift, revision FROM gold.daily_aggregates WHERE max = 2e6 ORDER BY shift";
+    assert_eq!(
+        lake.text(days).await.lines().skip(3).take(2).collect::<Vec<_>>(),
+        ["| night | 0        |", "|       | 1        |"],
+        "{}",
+        lake.text("SELECT * FROM gold.daily_aggregates").await
+    );
     let changed = "SELECT device_id, revision, max, p50 FROM gold.hourly_aggregates WHERE revision > 0";
     let rows = lake.sql(changed).await;
     assert_eq!(rows.iter().map(RecordBatch::num_rows).sum::<usize>(), 1);
@@ -271,6 +329,10 @@ async fn late_data_corrects_exactly_its_hours_and_a_rerun_changes_nothing() {
     );
 }
 
+/// The tables that are made by the hour, in the order in which a step makes them.
+const BY_HOUR: [Table; 4] =
+    [Table::HourlyAggregates, Table::Timeseries1m, Table::DailyAggregates, Table::AssetHealth];
+
 async fn lake_version(tables: &Tables, table: Table) -> Option<u64> {
     tables.snapshot(table).await.unwrap().and_then(|snapshot| snapshot.version())
 }
@@ -293,16 +355,19 @@ async fn step_by_step_at_once_and_again_after_a_crash_are_the_same() {
     assert_eq!(stepwise.gold().await, expected);
 
     // A crash before progress was committed: the step is done again, and everything is in place.
-    for table in [Table::HourlyAggregates, Table::Timeseries1m] {
+    for table in BY_HOUR {
         let base = stepwise.tables.snapshot(table).await.unwrap();
         stepwise.tables.append(table, base, vec![], (publish::SILVER, 1)).await.unwrap();
     }
     assert!(stepwise.step(40_000).await.is_nothing());
     // A crash between a table's first and second half, and between the tables.
     stepwise.readings(&[("a", 3_601, 5.0, Quality::Good)]).await;
-    for (table, predicate) in
-        [(Table::HourlyAggregates, "device_id = 'a'"), (Table::Timeseries1m, "device_id = 'b'")]
-    {
+    for (table, predicate) in [
+        (Table::HourlyAggregates, "device_id = 'a'"),
+        (Table::Timeseries1m, "device_id = 'b'"),
+        (Table::DailyAggregates, "device_id = 'b' OR shift = 'night'"),
+        (Table::AssetHealth, "asset_id = 'pump'"),
+    ] {
         let base = stepwise.tables.snapshot(table).await.unwrap();
         stepwise.tables.replace(table, base, Some(predicate), vec![], (publish::SILVER, 1)).await.unwrap();
     }
@@ -344,43 +409,284 @@ async fn where_only_aggregates_come_hours_are_made_of_them() {
     assert_eq!(lake.int("SELECT count(*) FROM gold.hourly_aggregates WHERE device_id = 'a'").await, 0);
 }
 
-fn anomaly(event: &str, ended: Option<i64>) -> RecordBatch {
-    let ended = TimestampMicrosecondArray::from(vec![ended.map(|s| START + s * SECOND)]).with_timezone("UTC");
+fn anomalies(records: &[Record]) -> RecordBatch {
+    let n = records.len();
+    let texts = |of: &dyn Fn(&Record) -> &'static str| -> ArrayRef {
+        Arc::new(StringArray::from_iter_values(records.iter().map(of)))
+    };
+    let started = || instants(records.iter().map(|r| START + r.3 * SECOND));
+    let score = |r: &Record| if r.2 == "critical" { 9.0 } else { 4.0 };
+    let ended: TimestampMicrosecondArray =
+        records.iter().map(|r| r.4.map(|end| START + end * SECOND)).collect();
     RecordBatch::try_new(
         Table::Anomalies.schema(),
         vec![
-            same(event, 1),
-            same("raised", 1),
-            same("pump", 1),
-            same("a", 1),
-            same("m", 1),
-            same("sha", 1),
-            same("warning", 1),
-            Arc::new(Float64Array::from(vec![4.0])),
-            Arc::new(Float64Array::from(vec![3.0])),
-            instants([START]),
-            Arc::new(ended),
-            Arc::new(StringArray::from(vec![None::<&str>])),
-            same("s", 1),
-            same("g", 1),
-            instants([START]),
-            same("e", 1),
-            Arc::new(Int64Array::from(vec![0])),
-            same("x", 1),
+            texts(&|r| r.0),
+            texts(&|r| if r.4.is_some() { "cleared" } else { "raised" }),
+            same("pump", n),
+            texts(&|r| r.1),
+            same("m", n),
+            same("sha", n),
+            texts(&|r| r.2),
+            Arc::new(Float64Array::from_iter_values(records.iter().map(score))),
+            Arc::new(Float64Array::from(vec![3.0; n])),
+            started(),
+            Arc::new(ended.with_timezone("UTC")),
+            Arc::new(StringArray::from(vec![None::<&str>; n])),
+            same("s", n),
+            same("g", n),
+            instants(records.iter().map(|r| START + r.4.unwrap_or(r.3) * SECOND)),
+            same("e", n),
+            Arc::new(Int64Array::from(vec![0; n])),
+            same("x", n),
         ],
     )
     .unwrap()
+}
+
+/// What `f64` columns may differ by, relatively.
+fn close(a: Option<f64>, b: Option<f64>) -> bool {
+    match (a, b) {
+        (Some(a), Some(b)) => (a - b).abs() <= 1e-9 * a.abs().max(b.abs()),
+        (a, b) => a == b,
+    }
+}
+
+#[tokio::test]
+async fn days_and_shifts_equal_what_their_readings_give() {
+    // Three days each, of which the second has the given length in hours.
+    for (zone, shifts, noon, length) in [
+        ("UTC", [("a", "06:00"), ("b", "18:00")], "2026-03-29T12:00:00Z", 24),
+        ("Europe/Vienna", [("a", "06:30"), ("b", "22:00")], "2026-03-29T12:00:00Z", 23),
+        ("Europe/Vienna", [("a", "02:30"), ("b", "14:20")], "2026-10-25T12:00:00Z", 25),
+        ("Asia/Kolkata", [("a", "06:00"), ("b", "18:00")], "2026-03-29T06:00:00Z", 24),
+        ("Asia/Kathmandu", [("a", "05:45"), ("b", "05:50")], "2026-03-29T06:00:00Z", 24),
+    ] {
+        let calendars = calendar(zone, &shifts);
+        let mut lake = Lake::of(calendars.clone()).await;
+        let from = (noon.parse::<Timestamp>().unwrap().as_micros() - START) / SECOND - 36 * 3600;
+        let mut rows = [
+            wave("gauge", from, from + 72 * 3600, 311),
+            // Ends what would hold into hours without a reading, which count in none.
+            vec![("gauge", from + 72 * 3600 - 1, 0.0, Quality::Bad)],
+            // With a gap of some hours.
+            wave("rare", from + 5_000, from + 20_000, 900),
+            wave("rare", from + 40_000, from + 200_000, 1_201),
+        ]
+        .concat();
+        for n in 0..600 {
+            let (at, good) = (from + n * 431, Quality::Good);
+            rows.push(("counter", at, (n % 97) as f64, good));
+            rows.push(("state", at, (n * n % 3) as f64, good));
+        }
+        for rows in rows.chunks(500) {
+            lake.readings(rows).await;
+        }
+        lake.step(from + 80 * 3600).await;
+
+        let mut builder = series::SeriesBuilder::default();
+        builder.readings(&readings(&rows)).unwrap();
+        let series = builder.finish();
+        let all = Timestamp::from_micros(START + from * SECOND);
+        let all = all..all + Duration::from_secs(72 * 3600);
+        let hold = i64::try_from(lake.settings.hold.as_micros()).unwrap();
+        let mut expected = Vec::new();
+        for (site, window) in calendars.windows(std::slice::from_ref(&all)) {
+            let span = window.span.start.as_micros()..window.span.end.as_micros();
+            for device in series.devices.values().filter(|_| site.is_some()) {
+                let row = hourly::row(device, &span, hold, &series.metas);
+                expected.extend(row.map(|row| (window.clone(), row)));
+            }
+        }
+        expected.sort_by_key(|(w, row)| (w.span.start, w.shift.clone(), row.meta.device.clone()));
+
+        let sql = "SELECT * FROM gold.daily_aggregates ORDER BY starts_at, shift NULLS FIRST, device_id";
+        let batches = lake.sql(sql).await;
+        let found = arrow::compute::concat_batches(&batches[0].schema(), &batches).unwrap();
+        assert_eq!(found.num_rows(), expected.len(), "{zone}");
+        let floats = |name: &str| series::floats(&found, name).unwrap();
+        let ints = |name: &str| series::ints(&found, name).unwrap();
+        let at = |name: &str, row: usize| {
+            let column = floats(name);
+            column.is_valid(row).then(|| column.value(row))
+        };
+        for (n, (window, row)) in expected.iter().enumerate() {
+            let what = format!("{zone} {window:?} {row:?}");
+            let ends = [("starts_at", window.span.start), ("ends_at", window.span.end)];
+            for (name, instant) in ends {
+                assert_eq!(series::micros(&found, name).unwrap().value(n), instant.as_micros(), "{what}");
+            }
+            let transitions = ints("transitions");
+            let transitions = transitions.is_valid(n).then(|| transitions.value(n));
+            assert_eq!(
+                (ints("count").value(n), ints("bad_count").value(n), transitions),
+                (row.count, row.bad_count, row.transitions),
+                "{what}"
+            );
+            for (name, value) in [
+                ("min", row.min),
+                ("max", row.max),
+                ("mean", row.mean),
+                ("time_weighted_mean", row.time_weighted_mean),
+                ("stddev", row.stddev),
+                ("first", row.first),
+                ("last", row.last),
+                ("good_ratio", Some(row.good_ratio)),
+                ("covered_ratio", Some(row.covered_ratio)),
+                ("delta", row.delta),
+            ] {
+                // Its values hold into such hours.
+                let by_time = ["time_weighted_mean", "good_ratio", "covered_ratio"].contains(&name);
+                if by_time && row.meta.device == "rare" {
+                    continue;
+                }
+                assert!(close(at(name, n), value), "{name}: {:?} is not {value:?}: {what}", at(name, n));
+            }
+        }
+        let day = noon.split_once('T').unwrap().0;
+        let hours = format!(
+            "SELECT DISTINCT (cast(ends_at AS bigint) - cast(starts_at AS bigint)) / {HOUR_MICROS} \
+             FROM gold.daily_aggregates WHERE day = '{day}' AND shift IS NULL"
+        );
+        assert_eq!(lake.int(&hours).await, length, "{zone}");
+    }
+}
+
+#[tokio::test]
+async fn other_time_zones_and_shifts_make_other_days() {
+    let rows = wave("a", 0, 3 * 86_400, 1_800);
+    let mut lake = Lake::of(Calendars::default()).await;
+    lake.readings(&rows).await;
+    lake.step(4 * 86_400).await;
+    assert_eq!(lake.int("SELECT count(*) FROM gold.daily_aggregates WHERE shift IS NULL").await, 4);
+    let kolkata = calendar("Asia/Kolkata", &[("day", "06:00"), ("night", "18:00")]);
+    let mut fresh = Lake::of(kolkata.clone()).await;
+    fresh.readings(&rows).await;
+    fresh.step(4 * 86_400).await;
+    lake.settings.calendars = Arc::new(kolkata);
+    let done = lake.step(4 * 86_400).await;
+    assert_eq!((done.windows.hourly, done.windows.hours), (0, 0), "{done:?}");
+    assert_eq!(lake.gold().await, fresh.gold().await);
+    assert!(lake.step(4 * 86_400).await.is_nothing());
+    // Back again, and a crash after the old days were removed.
+    lake.settings.calendars = Arc::default();
+    let base = lake.tables.snapshot(Table::DailyAggregates).await.unwrap();
+    let gone = lake.tables.replace(Table::DailyAggregates, base, None, vec![], (publish::SILVER, -1));
+    gone.await.unwrap();
+    lake.step(4 * 86_400).await;
+    assert_eq!(lake.int("SELECT count(*) FROM gold.daily_aggregates").await, 4);
+}
+
+/// Whatever comes in whatever order, with steps and crashes between: the same gold as straight through.
+#[tokio::test]
+async fn any_order_and_any_crash_make_the_same_gold() {
+    let rows: Vec<Row> = [wave("a", 0, 30 * 3600, 500), wave("counter", 7_000, 27 * 3600, 901)].concat();
+    let records: [Record; 7] = [
+        ("one", "a", "warning", 4_000, None),
+        ("one", "a", "critical", 4_000, Some(9_000)),
+        ("two", "counter", "warning", 8_000, None),
+        ("two", "counter", "warning", 8_000, Some(70_000)),
+        ("lasts", "a", "critical", 90_000, None),
+        ("gone", "a", "critical", 110_000, Some(111_000)),
+        ("before", "a", "critical", -50_000, Some(1_000)),
+    ];
+    let mut straight = Lake::new().await;
+    straight.readings(&rows).await;
+    straight.records(&records).await;
+    straight.step(40 * 3600).await;
+    let expected = straight.gold().await;
+    assert!(straight.int("SELECT count(*) FROM gold.asset_health WHERE health_index < 100").await > 20);
+    for seed in 0..6_u64 {
+        let mut state = seed;
+        let mut random = move |below: usize| {
+            state = state.wrapping_add(0x9E37_79B9_7F4A_7C15);
+            let mixed = (state ^ (state >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+            usize::try_from((mixed >> 33) % below as u64).unwrap()
+        };
+        let mut lake = Lake::new().await;
+        let mut parts: Vec<(&[Row], &[Record])> = rows.chunks(37).map(|rows| (rows, &[][..])).collect();
+        parts.extend(records.chunks(1).map(|records| (&[][..], records)));
+        while !parts.is_empty() {
+            let (rows, records) = parts.swap_remove(random(parts.len()));
+            if rows.is_empty() {
+                lake.records(records).await
+            } else {
+                lake.readings(rows).await
+            }
+            if random(3) > 0 {
+                continue;
+            }
+            // A crash after so many tables: the others stand as they stood before.
+            let whole = random(6);
+            let mut before = Vec::new();
+            for table in BY_HOUR.into_iter().skip(whole) {
+                before.push((table, lake.rows(table).await));
+            }
+            lake.step(40 * 3600).await;
+            for (table, rows) in before {
+                let base = lake.tables.snapshot(table).await.unwrap();
+                if let Some((rows, progress)) = rows {
+                    let txn = (publish::SILVER, progress);
+                    lake.tables.replace(table, base, None, rows, txn).await.unwrap();
+                }
+            }
+        }
+        lake.step(40 * 3600).await;
+        assert_eq!(lake.gold().await, expected, "seed {seed}");
+        assert!(lake.step(40 * 3600).await.is_nothing(), "seed {seed}");
+    }
+}
+
+#[tokio::test]
+async fn health_follows_readings_and_events() {
+    let mut lake = Lake::new().await;
+    lake.readings(&wave("a", 0, 3 * 3600, 60)).await;
+    assert_eq!(lake.step(3 * 3600).await.windows.health, 3);
+    assert_eq!(lake.int("SELECT count(*) FROM gold.asset_health WHERE health_index = 100").await, 3);
+    // Raised in hour 1 and still lasting: this hour and the next one.
+    lake.records(&[("e", "a", "critical", 3_600 + 1_800, None)]).await;
+    assert_eq!(lake.step(3 * 3600).await.windows.health, 2);
+    let text = lake.text(
+        "SELECT health_index, anomaly_minutes, device_id, revision FROM gold.asset_health ORDER BY hour",
+    );
+    assert_eq!(
+        text.await.lines().skip(3).take(3).collect::<Vec<_>>(),
+        [
+            "| 100.0        | 0.0             |           | 0        |",
+            "| 50.0         | 30.0            | a         | 1        |",
+            "| 0.0          | 60.0            | a         | 1        |",
+        ]
+    );
+    // More readings, in an hour that is young: it lasts for as long as they are known to.
+    lake.readings(&[("a", 3 * 3600 + 59, 1.0, Quality::Good)]).await;
+    assert_eq!(lake.step(3 * 3600 + 100).await.windows.health, 1);
+    assert_eq!(
+        lake.int(
+            "SELECT cast(max(health_index) AS bigint) FROM gold.asset_health WHERE anomaly_minutes = 16"
+        )
+        .await,
+        73
+    );
+    // It had ended long ago: the hours since are well.
+    lake.records(&[("e", "a", "critical", 3_600 + 1_800, Some(3_600 + 2_400))]).await;
+    assert_eq!(lake.step(4 * 3600).await.windows.health, 3);
+    assert_eq!(lake.int("SELECT count(*) FROM gold.asset_health WHERE health_index = 100").await, 3);
+    assert_eq!(lake.int("SELECT cast(sum(anomaly_minutes) AS bigint) FROM gold.asset_health").await, 10);
+    // Nothing but bad readings: nothing is known.
+    lake.readings(&[("a", 6 * 3600, 0.0, Quality::Bad)]).await;
+    lake.step(6 * 3600).await;
+    assert_eq!(lake.int("SELECT count(*) FROM gold.asset_health WHERE health_index IS NULL").await, 1);
 }
 
 #[tokio::test]
 async fn anomalies_registry_and_schedule_follow_silver() {
     let mut lake = Lake::new().await;
     assert!(lake.step(0).await.is_nothing());
-    lake.append(Table::Anomalies, anomaly("one", None)).await;
-    lake.append(Table::Anomalies, anomaly("two", Some(5))).await;
+    lake.append(Table::Anomalies, anomalies(&[("one", "a", "warning", 0, None)])).await;
+    lake.append(Table::Anomalies, anomalies(&[("two", "a", "warning", 0, Some(5))])).await;
     assert_eq!(lake.step(1).await.anomaly_events, 2);
-    lake.append(Table::Anomalies, anomaly("one", Some(60))).await;
-    lake.append(Table::Anomalies, anomaly("two", None)).await;
+    lake.append(Table::Anomalies, anomalies(&[("one", "a", "warning", 0, Some(60))])).await;
+    lake.append(Table::Anomalies, anomalies(&[("two", "a", "warning", 0, None)])).await;
     assert_eq!(lake.step(2).await.anomaly_events, 1);
     assert_eq!(lake.int("SELECT count(*) FROM gold.anomaly_events WHERE ended_at IS NOT NULL").await, 2);
 

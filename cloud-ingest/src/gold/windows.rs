@@ -1,6 +1,6 @@
 //! The shell around hours and minutes: which hours were touched, their readings, their rows.
 //!
-//! Both tables are made in one pass, and days after them. Progress is the version of `silver/sensor_readings`; the
+//! Both tables are made in one pass, then days and health, which are made of them. Progress is the version of `silver/sensor_readings`; the
 //! refiner commits that table last of a plan, so what the other tables hold of the plans named in its new commits is
 //! there.
 //! Many touched hours are taken in blocks of [`BLOCK_HOURS`]: each block is published by itself, the last one
@@ -19,7 +19,7 @@ use super::{
     GoldSettings,
     calendar::Calendars,
     changes::{self, Changes},
-    daily, hourly, minutes,
+    daily, health, hourly, minutes,
     publish::{self, Keyed, Progress, SILVER},
     scan::{self, Scan},
     series::{AGGREGATE_COLUMNS, READING_COLUMNS, Series, SeriesBuilder},
@@ -57,18 +57,22 @@ pub struct WindowsDone {
     pub minutes: usize,
     /// Rows of `gold/daily_aggregates` that came, changed or went.
     pub days: usize,
+    /// Rows of `gold/asset_health` that came, changed or went.
+    pub health: usize,
 }
 
-/// What hours are made of.
+/// What hours are made of, and what health is made of beside them.
 pub(super) struct Silver {
     pub(super) readings: DeltaTable,
     pub(super) aggregates: Option<DeltaTable>,
+    pub(super) anomalies: Option<DeltaTable>,
 }
 
 impl Silver {
     async fn newest(tables: &Tables) -> anyhow::Result<Option<Silver>> {
         let Some(readings) = tables.snapshot(Table::SensorReadings).await? else { return Ok(None) };
-        Ok(Some(Silver { readings, aggregates: tables.snapshot(Table::Aggregates).await? }))
+        let aggregates = tables.snapshot(Table::Aggregates).await?;
+        Ok(Some(Silver { readings, aggregates, anomalies: tables.snapshot(Table::Anomalies).await? }))
     }
 
     /// Of the readings.
@@ -95,17 +99,31 @@ struct Known {
     /// Hours and minutes.
     windows: Option<i64>,
     days: Option<i64>,
+    health: Option<i64>,
 }
 
 impl Known {
     async fn of(tables: &Tables, calendars: &Calendars) -> anyhow::Result<Known> {
-        Ok(Known { windows: progress(tables).await?, days: daily::progress(tables, calendars).await? })
+        let windows = match (progress(tables, HOURLY).await?, progress(tables, MINUTES).await?) {
+            (Some(hours), Some(minutes)) => Some(hours.min(minutes)),
+            _ => None,
+        };
+        let days = daily::progress(tables, calendars).await?;
+        Ok(Known { windows, days, health: progress(tables, health::HEALTH).await? })
     }
 
-    /// What all tables have that are not to be made from the start, unless hours are.
+    /// What all tables have that are not to be made from the start, unless hours are; computing again does no harm.
     fn least(&self) -> Option<i64> {
-        Some(self.days.into_iter().fold(self.windows?, i64::min))
+        Some([self.days, self.health].into_iter().flatten().fold(self.windows?, i64::min))
     }
+}
+
+/// What there is to compute.
+#[derive(Default)]
+pub(super) struct Due {
+    pub(super) hours: BTreeSet<Timestamp>,
+    /// Events that begin in this hour or later have other records than before.
+    pub(super) events_from: Option<Timestamp>,
 }
 
 pub(super) async fn step(
@@ -117,11 +135,11 @@ pub(super) async fn step(
     let Some(silver) = Silver::newest(tables).await? else { return Ok(done) };
     let version = silver.version();
     let known = Known::of(tables, &settings.calendars).await?;
-    if [known.windows, known.days] == [Some(version); 2] {
+    if [known.windows, known.days, known.health] == [Some(version); 3] {
         return Ok(done);
     }
     let due = due(tables, known.least(), &silver, settings.hold).await?;
-    let blocks = blocks(&due);
+    let blocks = blocks(&due.hours);
     if blocks.is_empty() {
         let partial = Progress::Complete(version);
         for keyed in [HOURLY, MINUTES] {
@@ -145,8 +163,10 @@ pub(super) async fn step(
         done.hourly += publish::publish(tables, HOURLY, &spans, hours, progress, now).await?;
         done.minutes += publish::publish(tables, MINUTES, &spans, minutes, progress, now).await?;
     }
-    let touched = known.days.map(|_| &due);
+    let touched = known.days.map(|_| &due.hours);
     done.days = daily::step(tables, &silver, settings, touched, now).await.context("days")?;
+    let touched = known.health.map(|_| &due);
+    done.health = health::step(tables, &silver, settings, touched, now).await.context("health")?;
     Ok(done)
 }
 
@@ -183,32 +203,28 @@ pub(crate) async fn pending(
     if known == Some(silver.version()) {
         return Ok(BTreeSet::new());
     }
-    due(tables, known, &silver, hold).await
-}
-
-/// The touched hours that are not final.
-async fn due(
-    tables: &Tables,
-    known: Option<i64>,
-    silver: &Silver,
-    hold: Duration,
-) -> anyhow::Result<BTreeSet<Timestamp>> {
-    let mut touched = touched(tables, known, silver, hold).await?;
-    Ok(match floor(tables, &silver.readings, silver.aggregates.as_ref(), hold).await? {
-        Some(floor) => touched.split_off(&floor),
-        None => touched,
-    })
-}
-
-/// The version of silver that both tables have; the lower one, since computing again does no harm.
-async fn progress(tables: &Tables) -> anyhow::Result<Option<i64>> {
-    let mut lowest = None;
-    for keyed in [HOURLY, MINUTES] {
-        let Some(snapshot) = tables.snapshot(keyed.table).await? else { return Ok(None) };
-        let Some(version) = Tables::progress(&snapshot, SILVER).await? else { return Ok(None) };
-        lowest = Some(lowest.map_or(version, |lowest: i64| lowest.min(version)));
+    let mut due = due(tables, known, &silver, hold).await?;
+    if let (Some(from), Some(hours)) = (due.events_from, tables.snapshot(HOURLY.table).await?) {
+        due.hours.extend(health::hours_from(&hours, from).await?);
     }
-    Ok(lowest)
+    Ok(due.hours)
+}
+
+/// What was touched and is not final.
+async fn due(tables: &Tables, known: Option<i64>, silver: &Silver, hold: Duration) -> anyhow::Result<Due> {
+    let mut due = touched(tables, known, silver, hold).await?;
+    if let Some(floor) = floor(tables, &silver.readings, silver.aggregates.as_ref(), hold).await? {
+        due.hours = due.hours.split_off(&floor);
+    }
+    Ok(due)
+}
+
+/// The version of silver that a table has.
+async fn progress(tables: &Tables, keyed: Keyed) -> anyhow::Result<Option<i64>> {
+    match tables.snapshot(keyed.table).await? {
+        Some(snapshot) => Tables::progress(&snapshot, SILVER).await,
+        None => Ok(None),
+    }
 }
 
 async fn touched(
@@ -216,43 +232,49 @@ async fn touched(
     known: Option<i64>,
     silver: &Silver,
     hold: Duration,
-) -> anyhow::Result<BTreeSet<Timestamp>> {
-    let (readings, aggregates) = (&silver.readings, silver.aggregates.as_ref());
+) -> anyhow::Result<Due> {
+    let Silver { readings, aggregates, anomalies } = silver;
     if let Some(known) = known
         && let Some(came) = changes::after(readings, known, "ts").await?
-        && let Some(windows) = windows_since(aggregates, came.first_plan).await?
+        && let Some(windows) = since_plan(aggregates.as_ref(), came.first_plan, "window_start").await?
+        && let Some(records) = since_plan(anomalies.as_ref(), came.first_plan, "started_at").await?
     {
-        let mut hours = came.hours(readings, "ts", hold).await?;
+        let mut due = Due { hours: came.hours(readings, "ts", hold).await?, events_from: None };
         if let Some(aggregates) = aggregates {
-            hours.extend(windows.hours(aggregates, "window_start", hold).await?);
+            due.hours.extend(windows.hours(aggregates, "window_start", hold).await?);
         }
-        return Ok(hours);
+        if let Some(anomalies) = anomalies {
+            due.events_from = records.hours(anomalies, "started_at", Duration::ZERO).await?.first().copied();
+        }
+        return Ok(due);
     }
     // Everything, and what gold has beyond that, which has to go.
     let mut hours = changes::hours_in(readings, None, "ts", hold).await?;
     if let Some(aggregates) = aggregates {
         hours.extend(changes::hours_in(aggregates, None, "window_start", hold).await?);
     }
-    for keyed in [HOURLY, MINUTES, daily::DAILY] {
+    for keyed in [HOURLY, MINUTES, daily::DAILY, health::HEALTH] {
         if let (Some(gold), Some(time)) = (tables.snapshot(keyed.table).await?, keyed.time) {
             hours.extend(changes::hours_in(&gold, None, time, Duration::ZERO).await?);
         }
     }
-    Ok(hours)
+    Ok(Due { hours, events_from: None })
 }
 
-async fn windows_since(
-    aggregates: Option<&DeltaTable>,
+/// What came to a table with a plan and those after it.
+async fn since_plan(
+    table: Option<&DeltaTable>,
     plan: Option<i64>,
+    time: &str,
 ) -> anyhow::Result<Option<Changes>> {
-    match (aggregates, plan) {
-        (Some(aggregates), Some(plan)) => changes::with_plan(aggregates, plan, "window_start").await,
+    match (table, plan) {
+        (Some(table), Some(plan)) => changes::with_plan(table, plan, time).await,
         _ => Ok(Some(Changes::default())),
     }
 }
 
 /// Cuts touched hours into blocks, each of few spans.
-fn blocks(touched: &BTreeSet<Timestamp>) -> Vec<BTreeSet<Timestamp>> {
+pub(super) fn blocks(touched: &BTreeSet<Timestamp>) -> Vec<BTreeSet<Timestamp>> {
     let hours: Vec<Timestamp> = touched.iter().copied().collect();
     hours
         .chunks(BLOCK_HOURS)

@@ -75,6 +75,7 @@ pub(super) fn spec(table: Table) -> Option<Spec> {
         Table::Timeseries1m => (Some("time"), of_device, &["site", "device_id", "time"]),
         Table::DailyAggregates => (Some("starts_at"), of_device, &["site", "device_id", "day", "shift"]),
         Table::AnomalyEvents => (Some("started_at"), &[], &["event_id"]),
+        Table::AssetHealth => (Some("hour"), &["site", "asset_id"], &["site", "asset_id", "hour"]),
         Table::Assets => (None, &[], &["site", "asset_id"]),
         Table::Devices => (None, &[], &["site", "device_id"]),
         Table::QualityResults => (received, &[], &["plan", "rule"]),

@@ -82,6 +82,8 @@ async fn what_was_changed_by_hand_is_found() {
         (Table::SensorReadings, a, "nearly", None),
         (Table::HourlyAggregates, hour, "revised", None),
         (Table::HourlyAggregates, hour, "changed", Some(["device_id=a", "mean: "])),
+        (Table::DailyAggregates, "device_id = 'a'", "changed", Some(["device_id=a", "mean: "])),
+        (Table::AssetHealth, "true", "removed", Some(["asset_id=pump-01", "only in the rebuild"])),
         (Table::Timeseries1m, minute, "removed", Some(["device_id=b", "only in the rebuild"])),
         (Table::Messages, "seq = 1 and lane = 'readings'", "removed", Some(["seq=1", "only in the rebuild"])),
     ] {

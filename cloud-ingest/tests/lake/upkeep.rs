@@ -168,7 +168,10 @@ async fn refine_with(store: &Store, tables: &Tables, segments: usize) {
 /// Every row of gold that does not hang on the time.
 pub(crate) async fn gold_rows(tables: &Tables) -> String {
     let hours = ask(tables, "select * from gold.hourly_aggregates order by site, device_id, hour").await;
-    hours + &ask(tables, "select * from gold.timeseries_1m order by site, device_id, time").await
+    let days = ask(tables, "select * from gold.daily_aggregates order by site, device_id, starts_at").await;
+    let health = ask(tables, "select * from gold.asset_health order by site, asset_id, hour").await;
+    let minutes = ask(tables, "select * from gold.timeseries_1m order by site, device_id, time").await;
+    hours + &minutes + &days + &health
 }
 
 /// The rows of the first segments of the one writer, wherever they are.

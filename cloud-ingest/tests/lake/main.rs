@@ -6,6 +6,7 @@ mod faults;
 mod on_s3;
 mod quarantine;
 mod rebuild;
+mod slt;
 mod upkeep;
 
 use std::{

@@ -8,7 +8,8 @@
 #   TAILRACE_FOR=60s                 how long it then goes on live
 #   CARGO_TARGET_DIR                 default ~/.cache/tailrace/target, so that dependencies are compiled once
 #
-# Installs with apt-get what is missing (psql, mosquitto), and Python packages into ~/.cache/tailrace/venv.
+# Installs with apt-get what is missing (psql, mosquitto, Alertmanager), and Python packages into
+# ~/.cache/tailrace/venv.
 # Cold on 2 cores, mostly compiling: under an hour. CI's limit is 90 min.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -45,6 +46,7 @@ step_tools() {
   local packages=()
   command -v psql >/dev/null || packages+=(postgresql-client)
   command -v mosquitto >/dev/null || packages+=(mosquitto)
+  command -v prometheus-alertmanager >/dev/null || packages+=(prometheus-alertmanager)
   python3 -c 'import ensurepip, venv' 2>/dev/null || packages+=(python3-venv)
   if ((${#packages[@]})); then
     apt-get update -qq
@@ -189,6 +191,12 @@ step_replicas() {
   "$venv/bin/python" deploy/judges/judge_replicas.py deploy/mosquitto "$CARGO_TARGET_DIR/demo"
 }
 
+# Rules with Alertmanager, a webhook over TLS and the shipped broker, through a kill.
+step_rules() {
+  build_demo
+  "$venv/bin/python" deploy/judges/judge_rules.py deploy/mosquitto "$CARGO_TARGET_DIR/demo"
+}
+
 step_sigkill() {
   build_demo
   "$venv/bin/python" deploy/judges/judge_demo.py sigkill "$CARGO_TARGET_DIR/demo/firmware-sim" \
@@ -203,8 +211,8 @@ step_chaos() {
 
 # --- in their order: cheap ones first ---------------------------------------------------------------------------
 
-all=(tools format tree lint broker train judges clippy unit disk modbus mqtt_source outbox replicas s3 demo sigkill
-  chaos)
+all=(tools format tree lint broker train judges clippy unit disk modbus mqtt_source outbox replicas rules s3 demo
+  sigkill chaos)
 steps=("$@")
 if ((${#steps[@]} == 0)); then steps=("${all[@]}"); fi
 for name in "${steps[@]}"; do

@@ -20,6 +20,7 @@ use crate::{
     plan::Selection,
     quarantine, rebuild,
     refine::Refiner,
+    rules::{self, trial},
     serve,
     settings::{Role, Settings},
     store::Store,
@@ -128,6 +129,11 @@ enum Command {
     /// See what is in quarantine and why, and judge it again once a rule was changed.
     #[command(subcommand)]
     Quarantine(Quarantine),
+    /// Look at rules, and try them on what has come before they are enabled.
+    Rule {
+        #[command(subcommand)]
+        rule: RuleCommand,
+    },
     /// Account for every reading; exit 1 unless every lane balances.
     Audit {
         /// As one JSON object.
@@ -159,6 +165,49 @@ enum Quarantine {
     Replay {
         #[command(flatten)]
         of: Selected,
+        /// As one JSON object.
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum RuleCommand {
+    /// List the rules, what is wrong with them, and where they stand; exit 1 when one that is enabled cannot run.
+    #[command(
+        after_help = "Examples:\n  cloud-ingest rule ls --config cloud-ingest.toml\n  cloud-ingest rule ls --json"
+    )]
+    Ls {
+        /// As one JSON array.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Run a rule, enabled or not, over what was received in a period, and print what it would have done; exit 1 when
+    /// it failed on any of it.
+    ///
+    /// Nothing is written and nobody is told. On silver the batches are those that rules saw then. On bronze messages
+    /// are decoded anew, with the quality rules as they are configured now. Whatever else the rule joins is as it is
+    /// now, and nothing is in `live`.
+    #[command(
+        after_help = "Examples:\n  cloud-ingest rule try anomalies --from 2026-03-01T00:00:00Z --to 2026-03-02T00:00:00Z\n  \
+        cloud-ingest rule try hot-bearings --config cloud-ingest.toml --on bronze --show 5\n  \
+        cloud-ingest rule try hot-bearings --json"
+    )]
+    Try {
+        /// Name of the rule.
+        name: String,
+        /// Received from then on; by default a day before --to.
+        #[arg(long, value_name = "TIME")]
+        from: Option<Timestamp>,
+        /// Received before then; by default now.
+        #[arg(long, value_name = "TIME")]
+        to: Option<Timestamp>,
+        /// Layer to try on.
+        #[arg(long, value_name = "LAYER", default_value = "silver")]
+        on: trial::On,
+        /// Most alerts, messages or rows that are printed.
+        #[arg(long, value_name = "N", default_value_t = 20)]
+        show: usize,
         /// As one JSON object.
         #[arg(long)]
         json: bool,
@@ -212,6 +261,12 @@ pub async fn main(cli: Cli) -> ExitCode {
         }
         Command::Quarantine(Quarantine::Replay { of, json }) => {
             replay(&settings, of.into(), json).await.map(|()| true)
+        }
+        Command::Rule { rule: RuleCommand::Ls { json } } => list_rules(&settings, json).await,
+        Command::Rule { rule: RuleCommand::Try { name, from, to, on, show, json } } => {
+            let to = to.unwrap_or_else(|| SystemClock.now());
+            let from = from.unwrap_or_else(|| to - std::time::Duration::from_secs(86_400));
+            try_rule(&settings, &name, &trial::Options { on, from, to, show }, json).await
         }
         Command::Audit { json } => audit(&settings, json).await,
     };
@@ -271,11 +326,13 @@ async fn doctor(settings: &Settings, options: doctor::Options, json: bool) -> an
 async fn check(settings: &Settings) -> anyhow::Result<()> {
     pipeline::serve_settings(settings)?;
     let store = Store::configured(&settings.store)?;
-    Tables::open(&store).await.with_context(|| format!("opening the lake {}", store.url()))?;
+    let tables = Tables::open(&store).await.with_context(|| format!("opening the lake {}", store.url()))?;
     store.prove_put_if_absent().await?;
+    let (rules, _) = rules::plan(settings, &tables).await?;
     telemetry::print_line(format_args!(
-        "the configuration is good; rules {}",
-        pipeline::rules(settings).hash()
+        "the configuration is good; quality rules {}, {} rules enabled",
+        pipeline::rules(settings).hash(),
+        rules.len()
     ));
     Ok(())
 }
@@ -298,6 +355,7 @@ async fn rebuild(settings: &Settings, options: rebuild::Options, json: bool) -> 
 async fn maintain(settings: &Settings, json: bool) -> anyhow::Result<bool> {
     let store = Store::configured(&settings.store)?;
     let tables = Tables::open(&store).await.with_context(|| format!("opening the lake {}", store.url()))?;
+    let tables = rules::known(settings, &tables).await?;
     let done =
         upkeep::maintain(&tables, &settings.upkeep, &pipeline::gold(settings), SystemClock.now()).await;
     if json {
@@ -335,6 +393,37 @@ async fn replay(settings: &Settings, of: Selection, json: bool) -> anyhow::Resul
     Ok(())
 }
 
+/// Whether every rule that is enabled can run.
+async fn list_rules(settings: &Settings, json: bool) -> anyhow::Result<bool> {
+    let store = Store::configured(&settings.store)?;
+    let listed = rules::list(settings, &Tables::open(&store).await?).await?;
+    if json {
+        telemetry::print_line(serde_json::to_string(&listed)?);
+    } else {
+        listed.iter().for_each(telemetry::print_line);
+    }
+    Ok(listed.iter().all(|rule| !rule.enabled || rule.mistake.is_none()))
+}
+
+/// Whether the rule failed on nothing.
+async fn try_rule(
+    settings: &Settings,
+    name: &str,
+    options: &trial::Options,
+    json: bool,
+) -> anyhow::Result<bool> {
+    let store = Store::configured(&settings.store)?;
+    let tables = Tables::open(&store).await?;
+    let rule = rules::find(settings, &tables, name).await?;
+    let report = trial::run(settings, &tables, Arc::new(SystemClock), &rule, options).await?;
+    if json {
+        telemetry::print_line(serde_json::to_string(&report)?);
+    } else {
+        telemetry::print_line(&report);
+    }
+    Ok(report.failed == 0)
+}
+
 /// Whether everything balances.
 async fn audit(settings: &Settings, json: bool) -> anyhow::Result<bool> {
     let store = Store::configured(&settings.store)?;
@@ -351,6 +440,7 @@ async fn query(settings: &Settings, sql: &str) -> anyhow::Result<()> {
     let serve = pipeline::serve_settings(settings)?;
     let store = Store::configured(&settings.store)?;
     let tables = Tables::open(&store).await?;
+    let tables = rules::known(settings, &tables).await?;
     let answer = serve::query(&serve, &tables, Arc::new(SystemClock), sql).await?;
     telemetry::print_line(pretty_format_batches_with_schema(answer.schema, &answer.batches)?);
     Ok(())

@@ -9,6 +9,7 @@
 //! ops/plan/{n}.json     the numbered steps of refinement
 //! ops/rules/{hash}.toml the quality rules that a step was made with
 //! ops/quality_results   Delta: passed and failed per plan and rule
+//! rules/{alerts,published,…}  Delta: what rules found; see [`crate::rules`]
 //! ```
 //!
 //! Columns hold only types that Delta, Parquet readers and the PostgreSQL wire share: timestamp(µs, UTC),
@@ -19,7 +20,10 @@
 //! `silver/status`, `silver/registry` and `silver/maintenance` are what the gateways said of themselves and
 //! what people recorded; they enter by bronze like everything else, so the whole of silver can be rebuilt.
 
-use std::sync::Arc;
+use std::{
+    cmp::Ordering,
+    sync::{Arc, LazyLock},
+};
 
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 use chrono::{Datelike, Timelike};
@@ -51,10 +55,84 @@ pub enum Table {
     Devices,
     MaintenanceSchedule,
     QualityResults,
+    /// Written by a rule.
+    Rule(RuleTable),
+}
+
+/// A table of the layer `rules`. Its name and columns are known once the configuration is, so they live as long as
+/// the process.
+#[derive(Clone, Copy, Debug)]
+pub struct RuleTable {
+    name: &'static str,
+    schema: &'static SchemaRef,
+}
+
+impl RuleTable {
+    /// What rules with the sink `alert` found: a row whenever an alert begins, changes its severity, or ends.
+    pub const ALERTS: &str = "alerts";
+    /// How many messages rules with the sink `mqtt` have published.
+    pub const PUBLISHED: &str = "published";
+
+    /// The table of a rule with the sink `table`.
+    pub fn new(name: &str, schema: SchemaRef) -> Self {
+        Self { name: Box::leak(name.into()), schema: Box::leak(Box::new(schema)) }
+    }
+}
+
+// A name stands for one table, whatever its columns.
+impl PartialEq for RuleTable {
+    fn eq(&self, other: &Self) -> bool {
+        self.name == other.name
+    }
+}
+impl Eq for RuleTable {}
+impl PartialOrd for RuleTable {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+impl Ord for RuleTable {
+    fn cmp(&self, other: &Self) -> Ordering {
+        self.name.cmp(other.name)
+    }
+}
+impl std::hash::Hash for RuleTable {
+    fn hash<H: std::hash::Hasher>(&self, state: &mut H) {
+        self.name.hash(state);
+    }
 }
 
 impl Table {
-    /// Every table, silver first.
+    /// `rules/alerts`.
+    pub fn alerts() -> Table {
+        static SCHEMA: LazyLock<SchemaRef> = LazyLock::new(|| {
+            let mut columns = Columns::default();
+            // `labels` and `annotations` as JSON objects; `plan` is the last one that the rule had seen.
+            columns.instants(&["at"]).texts(&[
+                "rule",
+                "alert_id",
+                "state",
+                "severity",
+                "labels",
+                "annotations",
+            ]);
+            columns.instants(&["started_at"]).maybe_instants(&["ended_at"]).ints(&["plan"]);
+            columns.schema()
+        });
+        Table::Rule(RuleTable { name: RuleTable::ALERTS, schema: &SCHEMA })
+    }
+
+    /// `rules/published`.
+    pub fn published() -> Table {
+        static SCHEMA: LazyLock<SchemaRef> = LazyLock::new(|| {
+            let mut columns = Columns::default();
+            columns.instants(&["at"]).texts(&["rule"]).ints(&["plan", "messages"]);
+            columns.schema()
+        });
+        Table::Rule(RuleTable { name: RuleTable::PUBLISHED, schema: &SCHEMA })
+    }
+
+    /// Every table that the pipeline itself writes, silver first.
     pub const ALL: [Table; 18] = [
         Table::SensorReadings,
         Table::Quarantine,
@@ -76,7 +154,7 @@ impl Table {
         Table::QualityResults,
     ];
 
-    /// The SQL schema and folder: `silver`, `gold` or `ops`.
+    /// The SQL schema and folder: `silver`, `gold`, `ops` or `rules`.
     pub const fn layer(self) -> &'static str {
         match self {
             Table::SensorReadings
@@ -97,6 +175,7 @@ impl Table {
             | Table::Devices
             | Table::MaintenanceSchedule => "gold",
             Table::QualityResults => "ops",
+            Table::Rule(_) => "rules",
         }
     }
 
@@ -121,6 +200,7 @@ impl Table {
             Table::Devices => "devices",
             Table::MaintenanceSchedule => "maintenance_schedule",
             Table::QualityResults => "quality_results",
+            Table::Rule(table) => table.name,
         }
     }
 
@@ -271,6 +351,7 @@ impl Table {
                 c.ints(&["plan"]).texts(&["rule"]).ints(&["passed", "failed"]).maybe_texts(&["sample"]);
                 c.instants(&["received_at"])
             }
+            Table::Rule(table) => return Arc::clone(table.schema),
         };
         columns.schema()
     }

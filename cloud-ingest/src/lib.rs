@@ -18,6 +18,7 @@ pub mod quarantine;
 pub mod ranges;
 pub mod rebuild;
 pub mod refine;
+pub mod rules;
 pub mod serve;
 pub mod settings;
 pub mod silver;

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! broker ──► subscribe ──inbound──► ingest (bronze) ──progress──► refine (silver) ──► gold ──► serve
-//!                ▲                        │
+//!                ▲                        │                             └──► rules ──► alerts, broker, tables
 //!                └───────durable──────────┘   acknowledgements, to the broker and to the edge
 //! ```
 //!
@@ -13,7 +13,8 @@
 //! | progress | the newest count | never | ingest, once it has flushed |
 //! | silver | the newest plan | never | refine, once all of bronze is in silver |
 //!
-//! Beside refine and gold, upkeep packs and tidies what they have written, until silver ends.
+//! Beside refine and gold, upkeep packs and tidies what they have written, until silver ends. Rules follow silver
+//! plan by plan, each in a task of its own; nothing waits for them.
 //!
 //! Only subscribe and serve see the stop signal. Subscribe takes no more messages; ingest flushes; subscribe
 //! acknowledges what that made durable and says farewell; refine carries on until everything in bronze is in
@@ -38,6 +39,7 @@ use crate::{
     plan,
     quality::Rules,
     refine::{self, Refiner},
+    rules,
     serve::{self, Control, MaintenanceSink, ServeSettings, live},
     settings::{Role, Settings},
     store::Store,
@@ -66,6 +68,12 @@ pub async fn run(
     if settings.has(Role::Ingest) || settings.has(Role::Refine) {
         store.prove_put_if_absent().await?;
     }
+    // No rule can keep a process from ingesting that does nothing else.
+    let (planned, tables) = if settings.has(Role::Refine) || settings.has(Role::Serve) {
+        rules::plan(&settings, &tables).await?
+    } else {
+        (Vec::new(), tables)
+    };
     let mut registry = telemetry::registry();
     let metrics = Metrics::new(&mut registry);
     let mut stages = JoinSet::new();
@@ -82,6 +90,8 @@ pub async fn run(
         tables.create_missing().await.with_context(|| format!("creating tables in {}", store.url()))?;
         let refiner = Refiner::new(&store, &tables, rules(&settings), limits(&settings), metrics);
         let (refined, silver) = watch::channel(0);
+        // Before anything is refined, so that new rules see all of it.
+        rules::start(&mut stages, planned, &settings, &tables, &clock, &mut registry, &silver).await?;
         let (of_refine, interval) = (Arc::clone(&clock), settings.refine.interval);
         stages.spawn(async move {
             refine::run(refiner, of_refine, progress, interval, refined).await;

@@ -15,6 +15,10 @@ use crate::{
     decode::JsonSource,
     gold::calendar::{Calendars, SiteSettings},
     quality::{SoftRule, TypeRule},
+    rules::{
+        self,
+        settings::{AlertsSettings, RuleSettings, RulesSettings},
+    },
     store,
 };
 
@@ -36,6 +40,9 @@ pub struct Settings {
     pub quality: QualitySettings,
     pub gold: GoldSettings,
     pub upkeep: UpkeepSettings,
+    pub rule: Vec<RuleSettings>,
+    pub rules: RulesSettings,
+    pub alerts: AlertsSettings,
     pub serve: ServeSection,
 }
 
@@ -305,6 +312,8 @@ impl Settings {
         Calendars::parse(&self.gold.sites, m);
         self.quality.check_soft(m);
         self.check_upkeep(m);
+        rules::settings::check(&self.rule, root, &rules::subscribed(self), m);
+        rules::settings::check_bounds(&self.rules, &self.alerts, m);
         m.require(
             self.serve.pg_port != self.serve.http_port,
             "serve.http_port",

@@ -28,7 +28,11 @@ use datafusion::{
     catalog::MemorySchemaProvider,
     common::TableReference as TableRef,
     datasource::empty::EmptyTable,
-    execution::runtime_env::RuntimeEnv,
+    execution::{
+        disk_manager::{DiskManagerBuilder, DiskManagerMode},
+        memory_pool::FairSpillPool,
+        runtime_env::{RuntimeEnv, RuntimeEnvBuilder},
+    },
     prelude::{SessionConfig, SessionContext},
 };
 use deltalake::{
@@ -102,6 +106,8 @@ impl TablesError {
 #[derive(Clone)]
 pub struct Tables {
     store: Store,
+    /// Those of the configured rules.
+    of_rules: Arc<[Table]>,
     /// The newest snapshot seen of each table, from which newer ones are loaded incrementally.
     newest: Arc<Mutex<BTreeMap<Table, DeltaTable>>>,
     /// Knows the store for reading.
@@ -115,8 +121,12 @@ impl Tables {
     /// When the store cannot be reached, or a log cannot be read.
     pub async fn open(store: &Store) -> anyhow::Result<Tables> {
         store.reach().await?;
-        let tables =
-            Tables { store: store.clone(), newest: Arc::default(), runtime: Arc::new(RuntimeEnv::default()) };
+        let tables = Tables {
+            store: store.clone(),
+            of_rules: Arc::default(),
+            newest: Arc::default(),
+            runtime: Arc::new(RuntimeEnv::default()),
+        };
         for table in Table::ALL {
             tables.snapshot(table).await?;
         }
@@ -138,6 +148,32 @@ impl Tables {
             }
         }
         Ok(())
+    }
+
+    /// The same, and the tables of rules beside them.
+    #[must_use]
+    pub fn with_rules(mut self, of_rules: Vec<Table>) -> Tables {
+        self.of_rules = of_rules.into();
+        self
+    }
+
+    /// The same, for sessions that together hold at most `memory` bytes and spill nothing.
+    ///
+    /// # Errors
+    /// Never, as long as there are no files to spill to.
+    pub(crate) fn bounded(&self, memory: usize) -> anyhow::Result<Tables> {
+        let runtime = RuntimeEnvBuilder::from_runtime_env(&self.runtime)
+            .with_memory_pool(Arc::new(FairSpillPool::new(memory)))
+            .with_disk_manager_builder(DiskManagerBuilder::default().with_mode(DiskManagerMode::Disabled))
+            .build_arc()?;
+        Ok(Tables { runtime, ..self.clone() })
+    }
+
+    /// Every table that there may be.
+    pub(crate) fn all(&self) -> impl Iterator<Item = Table> + use<> {
+        let of_rules = Arc::clone(&self.of_rules);
+        let of_rules = (0..of_rules.len()).map(move |at| of_rules[at]);
+        Table::ALL.into_iter().chain(of_rules)
     }
 
     /// The store that holds the tables.
@@ -279,14 +315,14 @@ impl Tables {
         Ok(version(&written))
     }
 
-    /// A session with every table at its newest snapshot as `silver.x`, `gold.x`, `ops.x`; one that does not
+    /// A session with every table at its newest snapshot as `silver.x`, `gold.x`, `ops.x`, `rules.x`; one that does not
     /// exist yet is there, empty.
     ///
     /// # Errors
     /// When a log cannot be read.
     pub async fn session(&self) -> anyhow::Result<SessionContext> {
         let mut snapshots = Vec::with_capacity(Table::ALL.len());
-        for table in Table::ALL {
+        for table in self.all() {
             snapshots.push((table, self.snapshot(table).await?));
         }
         self.session_of(snapshots).await
@@ -309,7 +345,7 @@ impl Tables {
         let context = SessionContext::new_with_config_rt(config, Arc::clone(&self.runtime));
         let state = Arc::new(context.state());
         let catalog = context.catalog(CATALOG).context("the session's own catalog")?;
-        for layer in ["silver", "gold", "ops"] {
+        for layer in ["silver", "gold", "ops", "rules"] {
             catalog.register_schema(layer, Arc::new(MemorySchemaProvider::new()))?;
         }
         for (table, snapshot) in snapshots {

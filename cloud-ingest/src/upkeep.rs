@@ -171,13 +171,13 @@ pub async fn maintain(
 ) -> Done {
     let mut done = Done::default();
     bronze(tables, settings, now, &mut done).await;
-    for table in COMMIT_ORDER {
+    for table in tables.all().filter(|table| COMMIT_ORDER.contains(table) || table.layer() == "rules") {
         let compacted = tables.compact(table, &TIERS[TIERS.len() - 1..], SMALL_FILES).await;
         done.compacted_tables += usize::from(done.of("compaction", compacted) == Some(true));
     }
     let expired = expire(tables, settings, gold, now, &mut done).await;
     done.of("retention", expired);
-    for table in Table::ALL {
+    for table in tables.all() {
         let vacuumed = tables.vacuum(table, settings.keep_versions, now).await;
         done.vacuumed_files += done.of("vacuum", vacuumed).unwrap_or(0);
         let tidied = tables.tidy_log(table, settings.keep_versions, now).await;

@@ -159,11 +159,11 @@ def judge_topics(report, port):
     own, foreign = f"{ROOT}/{GATEWAY}", f"{ROOT}/{OTHER}"
     allowed = [(gateway, f"{own}/{stream}") for stream in STREAMS]
     allowed += [(cloud, f"{own}/ack"), (cloud, f"{own}/cmd/model"), (cloud, f"{ROOT}/_cloud/status")]
-    allowed += [(cloud, f"{ROOT}/_cloud/doctor/7/flood")]
+    allowed += [(cloud, f"{ROOT}/_cloud/doctor/7/flood"), (cloud, f"{ROOT}/_cloud/rules/hot")]
     denied = [(gateway, f"{foreign}/{stream}") for stream in [*STREAMS, "ack", "cmd/model"]]
     denied += [(gateway, f"{own}/{stream}") for stream in ("ack", "cmd/model", "rumours", "status/more")]
     denied += [(gateway, topic) for topic in (f"{ROOT}/_cloud/status", f"{ROOT}/plant-2/gw-1/status", "other")]
-    denied += [(gateway, f"{ROOT}/_cloud/doctor/7/flood")]
+    denied += [(gateway, f"{ROOT}/_cloud/doctor/7/flood"), (gateway, f"{ROOT}/_cloud/rules/hot")]
     denied += [(cloud, f"{own}/readings"), (cloud, f"{own}/status")]
     names = {id(cloud): "cloud", id(gateway): "gateway"}
     for client, topic in allowed:

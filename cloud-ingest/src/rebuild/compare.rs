@@ -79,7 +79,7 @@ pub(super) fn spec(table: Table) -> Option<Spec> {
         Table::Assets => (None, &[], &["site", "asset_id"]),
         Table::Devices => (None, &[], &["site", "device_id"]),
         Table::QualityResults => (received, &[], &["plan", "rule"]),
-        Table::MaintenanceSchedule => return None,
+        Table::MaintenanceSchedule | Table::Rule(_) => return None,
     };
     Some(Spec { table, time, group, key })
 }

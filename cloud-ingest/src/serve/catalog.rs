@@ -114,9 +114,9 @@ impl Catalog {
             snapshot: AsyncRwLock::default(),
         };
         this.adopt(&lake).await?;
-        this.schema("live")?
-            .register_table("readings".into(), Arc::new(LiveTable::Readings(live.clone())))?;
-        this.schema("live")?.register_table("status".into(), Arc::new(LiveTable::Status(live.clone())))?;
+        for (name, table) in live_tables(live) {
+            this.schema("live")?.register_table(name.into(), table)?;
+        }
         if this.schema("silver")?.table_exist("sensor_readings") {
             let plan = this.context.state().create_logical_plan(READINGS_NOW).await?;
             let view = ViewTable::new(plan, Some(READINGS_NOW.to_owned()));
@@ -264,6 +264,12 @@ impl TableProvider for Current {
     fn statistics(&self) -> Option<Statistics> {
         self.now().statistics()
     }
+}
+
+/// The tables of the schema `live`.
+pub(crate) fn live_tables(live: &Live) -> [(&'static str, Arc<dyn TableProvider>); 2] {
+    let (readings, status) = (LiveTable::Readings(live.clone()), LiveTable::Status(live.clone()));
+    [("readings", Arc::new(readings)), ("status", Arc::new(status))]
 }
 
 /// What is in memory when the scan is planned.

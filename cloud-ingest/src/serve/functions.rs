@@ -34,7 +34,7 @@ const POSTGRES_VERSION_NUM: &str = "160006";
 const BUCKET_ORIGIN: i64 = 946_857_600_000_000_000;
 
 /// Makes the functions known to a session.
-pub(super) fn register(context: &SessionContext) {
+pub(crate) fn register(context: &SessionContext) {
     context.register_udf(ScalarUDF::from(TimeBucket::new()));
     context.register_udf(ScalarUDF::from(CurrentSetting::new()));
     context.register_udf(constant("version", || {

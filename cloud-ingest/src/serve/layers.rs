@@ -12,10 +12,7 @@ use parquet::file::metadata::{FooterTail, ParquetMetaDataReader};
 use serde::Serialize;
 use tokio::sync::Mutex;
 
-use crate::{
-    lake::{self, Table},
-    tables::Tables,
-};
+use crate::{lake, tables::Tables};
 
 /// Footers read at a time.
 const PARALLEL: usize = 8;
@@ -45,7 +42,7 @@ impl Inventory {
     /// Bronze first, then the tables that exist.
     pub(super) async fn count(&self, tables: &Tables) -> anyhow::Result<Vec<Layer>> {
         let mut layers = vec![self.bronze(&tables.store().objects()).await.context("counting bronze")?];
-        for table in Table::ALL {
+        for table in tables.all() {
             let Some(snapshot) = tables.snapshot(table).await? else { continue };
             let mut layer = Layer { name: table.path(), ..Layer::default() };
             for file in snapshot.snapshot()?.log_data().iter() {

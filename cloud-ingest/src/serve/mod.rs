@@ -10,7 +10,7 @@
 //! loopback unless users are configured.
 
 pub mod catalog;
-mod functions;
+pub(crate) mod functions;
 mod http;
 pub mod json;
 pub mod layers;

@@ -21,7 +21,7 @@ use arrow::{
 use datafusion::{
     common::ParamValues,
     error::DataFusionError,
-    execution::context::SQLOptions,
+    execution::{SendableRecordBatchStream, context::SQLOptions, session_state::SessionState},
     logical_expr::{Expr, LogicalPlan, LogicalPlanBuilder, cast, ident},
     prelude::DataFrame,
     sql::{
@@ -259,7 +259,7 @@ impl Queries {
     /// # Errors
     /// See [`SqlError`].
     pub async fn run(&self, text: &str, rows: u64) -> Result<Answer, SqlError> {
-        let statement = self.parse_one(text)?;
+        let statement = parse_one(&self.parser, text)?;
         if allow(&statement)? != Purpose::Query && !matches!(statement, Statement::ShowVariable { .. }) {
             return Err(SqlError::Unsupported(format!("{} needs a session; use psql", verb(&statement))));
         }
@@ -270,27 +270,12 @@ impl Queries {
         Ok(Answer { schema, batches: rows.try_collect().await? })
     }
 
-    fn parse_one(&self, text: &str) -> Result<Statement, SqlError> {
-        let mut statements = self.parser.parse(text).map_err(SqlError::syntax)?;
-        match (statements.pop(), statements.len()) {
-            (Some(statement), 0) => Ok(statement),
-            (None, _) => Err(SqlError::syntax("there is no statement")),
-            (_, more) => Err(SqlError::syntax(format!("{} statements; send one at a time", more + 1))),
-        }
-    }
-
     /// Plans an allowed statement: verified to be read-only, with columns of types that every client reads.
     ///
     /// # Errors
     /// When names or types are wrong, or the plan would write.
     pub async fn plan(&self, statement: Statement) -> Result<LogicalPlan, SqlError> {
-        let state = self.catalog.context().state();
-        let plan = state.statement_to_plan(PlannedStatement::Statement(Box::new(statement))).await?;
-        let read_only =
-            SQLOptions::new().with_allow_ddl(false).with_allow_dml(false).with_allow_statements(false);
-        // Only `INTO` gets as far as this.
-        read_only.verify_plan(&plan).map_err(|_| SqlError::ReadOnly("SELECT INTO".into()))?;
-        with_wire_types(plan)
+        plan_in(&self.catalog.context().state(), statement).await
     }
 
     /// Plans the scans from the newest snapshots and starts; the rows end with an error when a limit is
@@ -312,22 +297,7 @@ impl Queries {
         };
         let rows = self.within(limits, deadline, start).await?;
         let schema = rows.schema();
-        let bounded = stream::unfold(Some((rows, 0u64)), move |state| async move {
-            let (mut rows, so_far) = state?;
-            match tokio::time::timeout_at(deadline, rows.next()).await {
-                Err(_) => Some((Err(SqlError::Timeout(limits.timeout)), None)),
-                Ok(None) => None,
-                Ok(Some(Err(e))) => Some((Err(e.into()), None)),
-                Ok(Some(Ok(batch))) => {
-                    let so_far = so_far + batch.num_rows() as u64;
-                    if so_far > limits.rows {
-                        return Some((Err(SqlError::TooManyRows(limits.rows)), None));
-                    }
-                    Some((Ok(batch), Some((rows, so_far))))
-                }
-            }
-        });
-        Ok((schema, bounded))
+        Ok((schema, bounded(rows, limits, deadline)))
     }
 
     /// Binds the parameters of a prepared statement.
@@ -346,6 +316,55 @@ impl Queries {
     ) -> Result<T, SqlError> {
         tokio::time::timeout_at(deadline, work).await.map_err(|_| SqlError::Timeout(limits.timeout))?
     }
+}
+
+/// The one statement that `text` holds.
+///
+/// # Errors
+/// When it holds none, several, or no SQL.
+pub(crate) fn parse_one(parser: &PostgresCompatibilityParser, text: &str) -> Result<Statement, SqlError> {
+    let mut statements = parser.parse(text).map_err(SqlError::syntax)?;
+    match (statements.pop(), statements.len()) {
+        (Some(statement), 0) => Ok(statement),
+        (None, _) => Err(SqlError::syntax("there is no statement")),
+        (_, more) => Err(SqlError::syntax(format!("{} statements; send one at a time", more + 1))),
+    }
+}
+
+/// [`Queries::plan`] in a session of one's own.
+///
+/// # Errors
+/// When names or types are wrong, or the plan would write.
+pub(crate) async fn plan_in(state: &SessionState, statement: Statement) -> Result<LogicalPlan, SqlError> {
+    let plan = state.statement_to_plan(PlannedStatement::Statement(Box::new(statement))).await?;
+    let read_only =
+        SQLOptions::new().with_allow_ddl(false).with_allow_dml(false).with_allow_statements(false);
+    // Only `INTO` gets as far as this.
+    read_only.verify_plan(&plan).map_err(|_| SqlError::ReadOnly("SELECT INTO".into()))?;
+    with_wire_types(plan)
+}
+
+/// The rows, until a limit is reached: then an error is the last of them.
+pub(crate) fn bounded(
+    rows: SendableRecordBatchStream,
+    limits: Limits,
+    deadline: Instant,
+) -> impl Stream<Item = Result<RecordBatch, SqlError>> + Send + use<> {
+    stream::unfold(Some((rows, 0u64)), move |state| async move {
+        let (mut rows, so_far) = state?;
+        match tokio::time::timeout_at(deadline, rows.next()).await {
+            Err(_) => Some((Err(SqlError::Timeout(limits.timeout)), None)),
+            Ok(None) => None,
+            Ok(Some(Err(e))) => Some((Err(e.into()), None)),
+            Ok(Some(Ok(batch))) => {
+                let so_far = so_far + batch.num_rows() as u64;
+                if so_far > limits.rows {
+                    return Some((Err(SqlError::TooManyRows(limits.rows)), None));
+                }
+                Some((Ok(batch), Some((rows, so_far))))
+            }
+        }
+    })
 }
 
 /// PostgreSQL has neither unsigned integers nor dictionaries, and drivers read the types that they stand

@@ -10,7 +10,7 @@ use std::{
 };
 
 use async_trait::async_trait;
-use futures::{StreamExt, stream::BoxStream};
+use futures::{StreamExt, future::BoxFuture, stream::BoxStream};
 use object_store::{
     CopyOptions, Error, GetOptions, GetResult, ListResult, MultipartUpload, ObjectMeta, ObjectStore, PutMode,
     PutMultipartOptions, PutOptions, PutPayload, PutResult, Result, memory::InMemory, path::Path,
@@ -23,7 +23,7 @@ use super::{
 
 /// What happens to one call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Fault {
+pub(super) enum Fault {
     /// An error, and nothing is done.
     Refused,
     /// It is done, and the answer is lost.
@@ -49,20 +49,32 @@ enum Work {
 
 /// Memory behind a line that fails at call `at` of those that can meet the fault.
 #[derive(Debug)]
-struct Faulty {
+pub(super) struct Faulty {
     memory: Arc<InMemory>,
     calls: AtomicU64,
     at: u64,
     fault: Fault,
+    /// What the others do who overtake.
+    others: fn(Store) -> BoxFuture<'static, ()>,
 }
 
 impl Faulty {
-    fn new(at: u64, fault: Fault) -> Faulty {
-        Faulty { memory: Arc::default(), calls: AtomicU64::new(0), at, fault }
+    pub(super) fn new(at: u64, fault: Fault) -> Faulty {
+        Faulty { memory: Arc::default(), calls: AtomicU64::new(0), at, fault, others: refine_it }
+    }
+
+    /// Over what is there already.
+    pub(super) fn over(
+        memory: Arc<InMemory>,
+        at: u64,
+        fault: Fault,
+        others: fn(Store) -> BoxFuture<'static, ()>,
+    ) -> Faulty {
+        Faulty { memory, others, ..Faulty::new(at, fault) }
     }
 
     /// Whether the fault has come.
-    fn has_failed(&self) -> bool {
+    pub(super) fn has_failed(&self) -> bool {
         self.calls.load(Ordering::Relaxed) > self.at
     }
 
@@ -88,9 +100,16 @@ impl Faulty {
     }
 
     /// The lake without the line.
-    fn behind(&self) -> Store {
+    pub(super) fn behind(&self) -> Store {
         Store::over(Arc::clone(&self.memory) as _, "memory:///".parse().unwrap()).unwrap()
     }
+}
+
+fn refine_it(store: Store) -> BoxFuture<'static, ()> {
+    Box::pin(async move {
+        let tables = Tables::open(&store).await.unwrap();
+        refine_all(&mut refiner(&store, &tables)).await;
+    })
 }
 
 fn error() -> Error {
@@ -111,11 +130,7 @@ impl ObjectStore for Faulty {
         match fault {
             Some(Fault::Refused) => return Err(error()),
             _ if self.is_dead() => return Err(error()),
-            Some(Fault::Overtaken) => {
-                let store = self.behind();
-                let tables = Tables::open(&store).await.unwrap();
-                refine_all(&mut refiner(&store, &tables)).await;
-            }
+            Some(Fault::Overtaken) => (self.others)(self.behind()).await,
             _ => {}
         }
         let put = self.memory.put_opts(location, payload, opts).await?;

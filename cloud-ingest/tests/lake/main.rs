@@ -6,6 +6,7 @@ mod faults;
 mod on_s3;
 mod quarantine;
 mod rebuild;
+mod rules;
 mod slt;
 mod upkeep;
 

@@ -201,7 +201,8 @@ def main(shipped, programs):
         ended = wait(lambda: webhook.alerts()[-1]["status"] == "resolved", 60)
         report.check(ended, "the webhook is told of the end", webhook.alerts())
         report.check(wait(lambda: not of_manager(manager), 30), "Alertmanager, too", of_manager(manager))
-        states = [row["state"] for row in rows(lake, "alerts") if row["rule"] == "hot"]
+        recorded = sorted((row["at"], row["state"]) for row in rows(lake, "alerts") if row["rule"] == "hot")
+        states = [state for _, state in recorded]
         report.check(states == ["firing", "resolved"], "both are recorded, once each", states)
         doubled = len(rows(lake, "keep")) - len({(r["device_id"], r["ts"]) for r in rows(lake, "keep")})
         report.check(doubled == 0, "no row is there twice", doubled)

@@ -5,13 +5,15 @@
 //! | column | is |
 //! |---|---|
 //! | those in `key` | labels, as text; null is as if it were not there |
+//! | those in `labels` | further labels, which may change while the alert lasts |
 //! | `resolved` boolean | true: the alert has ended |
 //! | `severity` text | in place of the rule's |
 //! | `started_at`, `ended_at` | since when, until when; without them the time at which the rule ran |
 //! | any other | an annotation, as text; `summary` and `description` are what people read first |
 //!
 //! With `resolve_after` an alert also ends when no row has confirmed it for so long. Of several rows of one alert the
-//! last counts. A row about an event (one with `started_at`) that has ended already is recorded and not told.
+//! last counts. Where a label changes, Alertmanager takes the alert for another, and the former lapses. A row about
+//! an event (one with `started_at`) that has ended already is recorded and not told.
 
 use std::{
     collections::{BTreeMap, btree_map::Entry},
@@ -35,8 +37,10 @@ pub const MAX_ALERTS: usize = 10_000;
 /// How a rule makes alerts.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AlertSink {
-    /// Columns that are labels.
+    /// Columns that are labels and name the alert.
     pub key: Vec<String>,
+    /// Columns that are labels, too.
+    pub labels: Vec<String>,
     /// Unless the row says another.
     pub severity: String,
     /// Zero: only a row ends it.
@@ -66,6 +70,11 @@ impl Alert {
     /// `firing` or `resolved`.
     pub fn state(&self) -> &'static str {
         if self.ended_at.is_some() { "resolved" } else { "firing" }
+    }
+
+    /// Whether its labels are those of another alert.
+    fn is_told_like(&self, other: &Alert) -> bool {
+        (&self.severity, &self.labels) == (&other.severity, &other.labels)
     }
 
     /// Labels as Alertmanager has them.
@@ -168,9 +177,10 @@ impl Alerts {
                 match (known.ended_at, alert.ended_at) {
                     (None, _) => {
                         let started_at = known.started_at.min(alert.started_at);
-                        let told = (known.severity.clone(), known.ended_at);
-                        *known = Alert { started_at, restored: known.restored, ..alert };
-                        (told != (known.severity.clone(), known.ended_at)).then(|| known.clone())
+                        let former = std::mem::replace(known, alert);
+                        (known.started_at, known.restored) = (started_at, former.restored);
+                        let changed = former.ended_at != known.ended_at || !former.is_told_like(known);
+                        changed.then(|| known.clone())
                     }
                     (Some(_), None) if !same_event => {
                         *known = alert;
@@ -204,21 +214,24 @@ impl Alerts {
 fn alert(rule: &str, sink: &AlertSink, row: &Row, now: Timestamp) -> Alert {
     let given = |name: &str| row.get(name).map(text).filter(|text| !text.is_empty());
     let instant = |name: &str| given(name).and_then(|text| text.parse::<Timestamp>().ok());
-    let labels: BTreeMap<String, String> =
-        sink.key.iter().filter_map(|name| Some((name.clone(), given(name)?))).collect();
+    let labels = |of: &[String]| -> BTreeMap<String, String> {
+        of.iter().filter_map(|name| Some((name.clone(), given(name)?))).collect()
+    };
+    let (key, mut all) = (labels(&sink.key), labels(&sink.labels));
+    let named = json!([rule, key]).to_string();
+    all.extend(key);
     let own = |name: &str| {
         matches!(name, "resolved" | "severity" | "started_at" | "ended_at")
-            || sink.key.iter().any(|k| k == name)
+            || sink.key.iter().chain(&sink.labels).any(|label| label == name)
     };
     let annotations = row.keys().filter(|name| !own(name));
     let annotations = annotations.filter_map(|name| Some((name.clone(), given(name)?))).collect();
     let resolved = row.get("resolved") == Some(&Value::Bool(true));
-    let named = json!([rule, labels]).to_string();
     Alert {
         rule: rule.to_owned(),
         alert_id: hex(&Sha256::digest(named))[..32].to_owned(),
         severity: given("severity").unwrap_or_else(|| sink.severity.clone()),
-        labels,
+        labels: all,
         annotations,
         started_at: instant("started_at").unwrap_or(now),
         ended_at: resolved.then(|| instant("ended_at").unwrap_or(now)),
@@ -237,9 +250,7 @@ pub struct Course {
 
 #[derive(Clone, Debug, PartialEq)]
 struct Told {
-    started_at: Timestamp,
-    severity: String,
-    resolved: bool,
+    alert: Alert,
     at: Timestamp,
 }
 
@@ -252,16 +263,17 @@ impl Course {
     /// What it must be told now.
     pub fn due(&self, alerts: &[Alert], now: Timestamp) -> Vec<Alert> {
         let due = |alert: &&Alert| {
-            let told = self.told.get(&alert.alert_id).filter(|told| told.started_at == alert.started_at);
+            let told =
+                self.told.get(&alert.alert_id).filter(|told| told.alert.started_at == alert.started_at);
             match (told, alert.ended_at) {
                 (None, None) => true,
                 // What it never heard of need not be called off, unless an earlier process may have told.
                 (None, Some(_)) => alert.restored,
                 (Some(told), None) => {
                     let again = self.resend.is_some_and(|every| now < told.at || now.since(told.at) >= every);
-                    told.resolved || told.severity != alert.severity || again
+                    told.alert.ended_at.is_some() || !told.alert.is_told_like(alert) || again
                 }
-                (Some(told), Some(_)) => !told.resolved,
+                (Some(told), Some(_)) => told.alert.ended_at.is_none(),
             }
         };
         alerts.iter().filter(due).cloned().collect()
@@ -270,9 +282,7 @@ impl Course {
     /// It was told.
     pub fn told(&mut self, alerts: &[Alert], now: Timestamp) {
         for alert in alerts {
-            let Alert { started_at, severity, ended_at, .. } = alert.clone();
-            let told = Told { started_at, severity, resolved: ended_at.is_some(), at: now };
-            self.told.insert(alert.alert_id.clone(), told);
+            self.told.insert(alert.alert_id.clone(), Told { alert: alert.clone(), at: now });
         }
     }
 
@@ -294,6 +304,7 @@ mod tests {
     fn sink(resolve_after: u64) -> AlertSink {
         AlertSink {
             key: vec!["site".into(), "device_id".into()],
+            labels: vec!["asset_id".into()],
             severity: "warning".into(),
             resolve_after: Duration::from_secs(resolve_after),
         }
@@ -338,6 +349,13 @@ mod tests {
         assert_eq!((begun[0].started_at, begun[0].state()), (at(-100), "firing"));
         let worse = alerts.apply("e", &sink, &[event(None, "critical")], at(1)).unwrap();
         assert_eq!(worse[0].severity, "critical");
+        let mut moved = event(None, "critical");
+        moved.insert("asset_id".into(), "pump-02".into());
+        let moved = alerts.apply("e", &sink, &[moved], at(2)).unwrap();
+        assert_eq!(
+            (moved[0].labels["asset_id"].as_str(), &moved[0].alert_id),
+            ("pump-02", &begun[0].alert_id)
+        );
         assert_eq!(alerts.tick(sink.resolve_after, at(99_999)), [], "only a row ends it");
         let ended = alerts.apply("e", &sink, &[event(Some(5), "critical")], at(6)).unwrap();
         assert_eq!((ended[0].ended_at, alerts.active()), (Some(at(5)), 0));

@@ -35,6 +35,8 @@ pub struct RuleSettings {
     #[serde(default)]
     pub key: Vec<String>,
     #[serde(default)]
+    pub labels: Vec<String>,
+    #[serde(default)]
     pub severity: String,
     #[serde(default, with = "duration")]
     pub resolve_after: Duration,
@@ -173,6 +175,7 @@ pub(crate) fn check(own: &[RuleSettings], root: &str, filters: &[String], m: &mu
         };
         let foreign = [
             ("key", !rule.key.is_empty(), SinkKind::Alert),
+            ("labels", !rule.labels.is_empty(), SinkKind::Alert),
             ("severity", !rule.severity.is_empty(), SinkKind::Alert),
             ("resolve_after", !rule.resolve_after.is_zero(), SinkKind::Alert),
             ("topic", !rule.topic.is_empty(), SinkKind::Mqtt),

@@ -13,6 +13,7 @@ use axum::{
     routing::post,
 };
 use cloud_ingest::{
+    gold::{self, GoldSettings},
     pipeline,
     rules::{
         self,
@@ -30,7 +31,7 @@ use cloud_ingest::{
     settings::Settings,
     subscribe,
 };
-use common::telemetry;
+use common::{telemetry, wire::Topic};
 use futures::future::BoxFuture;
 use object_store::{ObjectStore, memory::InMemory};
 use prometheus_client::registry::Registry;
@@ -62,6 +63,7 @@ struct Process {
     settings: Settings,
     tables: Tables,
     board: Board,
+    live: Live,
     registry: Registry,
     metrics: RuleMetrics,
 }
@@ -76,7 +78,8 @@ impl Process {
         let (_, tables) = rules::plan(&settings, &Tables::open(store).await?).await?;
         let mut registry = telemetry::registry();
         let metrics = RuleMetrics::new(&mut registry);
-        Ok(Process { settings, tables, board: Board::default(), registry, metrics })
+        let live = Live::new(Keep::default(), Arc::new(SystemClock));
+        Ok(Process { settings, tables, board: Board::default(), live, registry, metrics })
     }
 
     async fn engine(&self, name: &str) -> Engine {
@@ -89,7 +92,7 @@ impl Process {
         let limits = QueryLimits { timeout: self.settings.rules.timeout, rows: self.settings.rules.rows };
         let parts = Parts {
             tables: self.tables.clone(),
-            live: Live::new(Keep::default(), Arc::new(SystemClock)),
+            live: self.live.clone(),
             limits,
             publisher: Some(Publisher::new(options)),
             subscribed: rules::subscribed(&self.settings),
@@ -153,6 +156,22 @@ async fn every_reading_is_seen_once() {
     let metrics = process.metrics();
     assert!(metrics.contains("tailrace_cloud_rule_rows_total{rule=\"warm\"} "), "{metrics}");
     assert!(metrics.contains("tailrace_cloud_rule_behind_plans{rule=\"warm\"} 0"), "{metrics}");
+}
+
+#[tokio::test]
+async fn history_and_the_last_minutes_can_be_joined() {
+    let text = "[[rule]]\nname = \"joined\"\nsink = \"table\"\nselect = \"select r.device_id, \
+        count(distinct l.ts) as now, max(h.max) as most from readings r \
+        join live.readings l on l.site = r.site and l.device_id = r.device_id \
+        join gold.hourly_aggregates h on h.site = r.site and h.device_id = r.device_id group by r.device_id\"\n";
+    let (_, process, mut engine) = lake_and(text, "joined").await;
+    gold::step(&process.tables, &GoldSettings::default(), now()).await.unwrap();
+    let message = readings(50, &[(0, "a", 212.0), (1, "a", 213.0)]);
+    process.live.push(&Topic::parse(ROOT, &message.topic).unwrap(), &message.payload, 2, false);
+    assert_eq!(steps(&mut engine, now()).await, [Outcome::Ran(1, 1), Outcome::Ran(2, 1)]);
+    let joined =
+        ask(&process.tables, "select distinct device_id, now, round(most, 1) m from rules.joined").await;
+    assert!(joined.contains("| a         | 2   | 101.1 |"), "{joined}");
 }
 
 #[tokio::test]
@@ -235,6 +254,8 @@ fn anomaly(seq: u64, event: u128, severity: &'static str, from: u64, to: Option<
             "event_id" => text(&Uuid::from_u128(event).to_string()),
             "state" => text(if to.is_some() { "cleared" } else { "raised" }),
             "severity" => text(severity),
+            // The asset that weighs most may be another when it gets worse.
+            "asset_id" => text(if severity == "critical" { "compressor" } else { "reactor" }),
             "started_at" => instant(Some(from)),
             "ended_at" => instant(to),
             "score" | "threshold" => Arc::new(Float64Array::from(vec![4.5])),
@@ -314,7 +335,7 @@ async fn anomalies_become_alerts_that_survive_a_restart() {
     let alert =
         body.as_array().unwrap().iter().find(|alert| alert["labels"]["event_id"] == of_first).unwrap();
     let labels = &alert["labels"];
-    assert_eq!((&labels["alertname"], &labels["asset_id"]), (&"anomalies".into(), &"asset_id".into()));
+    assert_eq!((&labels["alertname"], &labels["asset_id"]), (&"anomalies".into(), &"reactor".into()));
     assert_eq!(alert["startsAt"], at(10).to_string());
     assert_eq!(alert["endsAt"], later(120).to_string(), "four times as long as it is sent again");
     let (path, token, body) = &first[1];
@@ -350,6 +371,13 @@ async fn anomalies_become_alerts_that_survive_a_restart() {
     assert_eq!(states.len(), 2, "of what ended before it was seen nobody is told: {states:?}");
     assert!(states.contains(&(&"firing".into(), &ids[0])), "{states:?}");
     assert!(states.contains(&(&"resolved".into(), &ids[1])), "{states:?}");
+
+    let alert =
+        told[1].2["alerts"].as_array().unwrap().iter().find(|alert| alert["status"] == "firing").unwrap();
+    assert_eq!(
+        (&alert["labels"]["asset_id"], &alert["labels"]["severity"]),
+        (&"compressor".into(), &"critical".into())
+    );
 
     // What is recorded: begun and worse, begun and ended, one that was over.
     let recorded =

@@ -296,14 +296,17 @@ async fn receiver(refusals: usize) -> (SocketAddr, Taken) {
     (address, taken)
 }
 
-fn receivers(address: SocketAddr) -> String {
-    let secret = std::env::temp_dir().join(format!("tailrace-token-{}", Uuid::now_v7()));
+/// Settings that tell it, and the folder of the webhook's token.
+fn receivers(address: SocketAddr) -> (tempfile::TempDir, String) {
+    let folder = tempfile::tempdir().unwrap();
+    let secret = folder.path().join("token");
     std::fs::write(&secret, "s3cret\n").unwrap();
-    format!(
+    let text = format!(
         "[alerts]\nresend = \"30s\"\n[[alerts.alertmanager]]\nurl = \"http://{address}\"\n\
          [[alerts.webhook]]\nurl = \"http://{address}/hook\"\ntoken = \"file:{}\"\n",
         secret.display()
-    )
+    );
+    (folder, text)
 }
 
 fn later(seconds: u64) -> Timestamp {
@@ -313,7 +316,7 @@ fn later(seconds: u64) -> Timestamp {
 #[tokio::test]
 async fn anomalies_become_alerts_that_survive_a_restart() {
     let (address, taken) = receiver(0).await;
-    let text = receivers(address);
+    let (_secret, text) = receivers(address);
     let store = Store::open("memory:///").unwrap();
     let process = Process::start(&store, &text).await;
     let mut engine = process.engine("anomalies").await;
@@ -424,11 +427,11 @@ async fn an_alert_ends_when_nothing_confirms_it_also_after_a_restart() {
 #[tokio::test]
 async fn a_receiver_that_fails_is_told_later_as_things_stand_then() {
     let (address, taken) = receiver(1).await;
+    let (_secret, receivers) = receivers(address);
     let (_, process, mut engine) = lake_and(
         &format!(
             "[[rule]]\nname = \"hot\"\nsink = \"alert\"\nkey = [\"device_id\"]\nresolve_after = \"60s\"\n\
-             select = \"select distinct device_id from readings where value > 90\"\n{}",
-            receivers(address)
+             select = \"select distinct device_id from readings where value > 90\"\n{receivers}"
         ),
         "hot",
     )
@@ -695,7 +698,8 @@ async fn the_pipeline_runs_rules_and_tells_before_it_ends() {
     let (address, taken) = receiver(0).await;
     let folder = tempfile::tempdir().unwrap();
     let lake = folder.path().display();
-    let text = format!("roles = [\"refine\"]\n[store]\nurl = \"{lake}\"\n{WARM}{}", receivers(address));
+    let (_secret, receivers) = receivers(address);
+    let text = format!("roles = [\"refine\"]\n[store]\nurl = \"{lake}\"\n{WARM}{receivers}");
     let settings = settings(&text);
     let store = Store::open(&settings.store.url).unwrap();
     fill(&store).await;

@@ -1,5 +1,5 @@
-//! `gold/daily_aggregates`: one row for each device and local day, and one for each shift of it, in which the device has
-//! readings.
+//! `gold/daily_aggregates`: one row for each device and local day, and one for each shift of it, in which the device
+//! has readings.
 //!
 //! Days and shifts are those of the site's [`Calendars`]: `shift` is null for the whole day, `starts_at` and `ends_at`
 //! are instants, so `ends_at - starts_at` is 23, 24 or 25 hours. Columns mean what they mean in
@@ -7,17 +7,17 @@
 //!
 //! * `count`, `bad_count`, `delta` and `transitions` are sums of the hours', `min` and `max` their extremes, `first`
 //!   and `last` the first and last that there is. `delta` and `transitions` are null when those of any hour are;
-//! * `mean` weighs by count, `stddev` of the sample is pooled around it; both are over the hours that have a mean, which
-//!   for gauges are those that count anything;
-//! * `time_weighted_mean` weighs the hours' by `covered_ratio`; `good_ratio` and `covered_ratio` are parts of the whole
-//!   day or shift, so an open one has low ones. What holds into an hour without a reading, which has no row, does not
-//!   count here either;
+//! * `mean` weighs by count, `stddev` of the sample is pooled around it; both are over the hours that have a mean,
+//!   which for gauges are those that count anything;
+//! * `time_weighted_mean` weighs the hours' by `covered_ratio`; `good_ratio` and `covered_ratio` are parts of the
+//!   whole day or shift, so an open one has low ones. What holds into an hour without a reading, which has no row,
+//!   does not count here either;
 //! * quantiles do not add up, so there are none;
 //! * `source` is `mixed` unless all hours are of one kind; texts are those of the last hour.
 //!
-//! So counts, extremes, means and deviations equal what the readings of the day themselves give. Full hours are taken from `gold/hourly_aggregates`; where a
-//! day or a shift begins or ends within an hour (half-hour and 45-minute zones, shifts at 6:30), its part of that hour
-//! is computed from silver in the way in which hours are.
+//! So counts, extremes, means and deviations equal what the readings of the day themselves give. Full hours are taken
+//! from `gold/hourly_aggregates`; where a day or a shift begins or ends within an hour (half-hour and 45-minute zones,
+//! shifts at 6:30), its part of that hour is computed from silver in the way in which hours are.
 //!
 //! The txn `calendars` says by which calendars the table was made; when they change, all of it is made again. Days
 //! that begin before the first hour that is not final ([`super::windows`]) are final, too.
@@ -207,6 +207,9 @@ async fn clear(tables: &Tables, calendars: &Calendars, floor: Option<Timestamp>)
     Ok(())
 }
 
+/// Of a site: a window, and what of an hour lies in it.
+type PartOfHour<'a> = (Option<&'a str>, usize, Range<Timestamp>);
+
 /// The rows of all days and shifts that begin within `spans`, which are of full hours.
 async fn days(
     hours: &DeltaTable,
@@ -219,7 +222,7 @@ async fn days(
     let mut windows: Vec<Window> = Vec::new();
     // By site and hour: the windows that have all of it. By hour: those that have a part of it.
     let mut whole: HashMap<(Option<&str>, Timestamp), Vec<usize>> = HashMap::new();
-    let mut parts: BTreeMap<Timestamp, Vec<(Option<&str>, usize, Range<Timestamp>)>> = BTreeMap::new();
+    let mut parts: BTreeMap<Timestamp, Vec<PartOfHour<'_>>> = BTreeMap::new();
     for (site, window) in settings.calendars.windows(spans) {
         if spans.iter().any(|span| span.contains(&window.span.start)) {
             let at = windows.len();
@@ -255,7 +258,9 @@ async fn days(
 
 /// Parts of days and shifts, by site, device, and the window's place in a list.
 #[derive(Default)]
-struct Collected(BTreeMap<(String, String), BTreeMap<usize, (Texts, Vec<Part>)>>);
+struct Collected(BTreeMap<(String, String), Days>);
+
+type Days = BTreeMap<usize, (Texts, Vec<Part>)>;
 
 /// As of an instant (µs): of all that there are, the last ones count.
 #[derive(Clone, Debug)]

@@ -1,8 +1,8 @@
 //! The shell around hours and minutes: which hours were touched, their readings, their rows.
 //!
-//! Both tables are made in one pass, then days and health, which are made of them. Progress is the version of `silver/sensor_readings`; the
-//! refiner commits that table last of a plan, so what the other tables hold of the plans named in its new commits is
-//! there.
+//! Both tables are made in one pass, then days and health, which are made of them. Progress is the version of
+//! `silver/sensor_readings`; the refiner commits that table last of a plan, so what the other tables hold of the plans
+//! named in its new commits is there.
 //! Many touched hours are taken in blocks of [`BLOCK_HOURS`]: each block is published by itself, the last one
 //! with the progress, so memory is bounded and a crash repeats work only.
 //!

@@ -354,6 +354,14 @@ fn registry(payload: &[u8]) -> Result<Content, Reject> {
     Ok(Content::Registry(devices.at, text.to_owned()))
 }
 
+/// The readings of a JSON message that can be understood; without a source it is laid out as on the `json` stream.
+pub fn readable(source: Option<&JsonSource>, payload: &[u8]) -> Vec<Sample> {
+    match samples(source.unwrap_or(&STANDARD), payload) {
+        Ok(Content::Json { samples, .. }) => samples.into_iter().map(|(_, sample)| sample).collect(),
+        _ => Vec::new(),
+    }
+}
+
 fn samples(source: &JsonSource, payload: &[u8]) -> Result<Content, Reject> {
     let plain = source.is_standard().then(|| plain::samples(payload)).flatten();
     match plain {

@@ -233,6 +233,6 @@ pub fn serve_settings(settings: &Settings) -> anyhow::Result<ServeSettings> {
         memory_limit: section.memory_limit,
         max_connections: section.max_connections,
         keep: live::Keep { heartbeat: section.heartbeat, ..live::Keep::default() },
-        live: Some(live::Subscription { mqtt, root: settings.mqtt.root.clone() }),
+        live: Some(live::Subscription::new(mqtt, settings)),
     })
 }

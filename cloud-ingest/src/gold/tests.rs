@@ -609,9 +609,9 @@ async fn any_order_and_any_crash_make_the_same_gold() {
         while !parts.is_empty() {
             let (rows, records) = parts.swap_remove(random(parts.len()));
             if rows.is_empty() {
-                lake.records(records).await
+                lake.records(records).await;
             } else {
-                lake.readings(rows).await
+                lake.readings(rows).await;
             }
             if random(3) > 0 {
                 continue;

@@ -248,7 +248,7 @@ pub async fn start(
         });
     }
     if rules.iter().any(|rule| rule.needs.live) {
-        let subscription = live::Subscription { mqtt: mqtt.clone(), root: settings.mqtt.root.clone() };
+        let subscription = live::Subscription::new(mqtt.clone(), settings);
         let (live, mut silver) = (live.clone(), silver.clone());
         stages.spawn(async move {
             let (_never, stop) = watch::channel(false);

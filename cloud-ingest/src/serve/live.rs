@@ -4,7 +4,7 @@
 //! is acknowledged on its behalf, and what it misses is in silver all the same.
 //!
 //! * `live.readings`: per device the readings of the last `keep` (15 min by default) by event time, newest
-//!   [`MAX_ROWS`] in all, shared evenly by the devices.
+//!   [`MAX_ROWS`] in all, shared evenly by the devices; those of JSON in the units that were sent.
 //! * `live.status`: per gateway when it was last heard. A gateway that was not heard for three heartbeats, or
 //!   whose last will was published, is `unknown since` the time it was last heard; never "0".
 //! * Readings are decoded when somebody looks: what has come since waits as it came, of each gateway the newest messages
@@ -32,6 +32,7 @@ use common::{
     documents::Status,
     reading::Quality,
     time::{Clock, Timestamp},
+    topic_filter,
     wire::{self, Identity, Lane, Stream, Topic, instant},
 };
 use rumqttc::v5::{
@@ -43,6 +44,11 @@ use rumqttc::v5::{
 };
 use tokio::sync::watch;
 use tracing::{debug, info, warn};
+
+use crate::{
+    decode::{self, JsonSource, Sample},
+    settings::Settings,
+};
 
 /// Readings held in memory, of all devices: about 80 MB.
 const MAX_ROWS: usize = 1_000_000;
@@ -172,9 +178,19 @@ pub struct EventView {
 #[derive(Debug)]
 struct Unread {
     payload: Bytes,
+    form: Form,
     /// Or as many as its bytes are worth.
     rows: usize,
     received_at: Timestamp,
+}
+
+/// What a message is made of.
+#[derive(Clone, Debug)]
+enum Form {
+    /// The wire's columns.
+    Arrow,
+    /// Of other people's devices; without a source as on the `json` stream.
+    Json(Option<Arc<JsonSource>>),
 }
 
 /// Those of a gateway, in the order of arrival.
@@ -261,14 +277,13 @@ impl Live {
                 // A claim beyond all rows displaces no more than all rows do.
                 let rows = usize::try_from(rows).unwrap_or(MAX_ROWS).min(MAX_ROWS);
                 let rows = rows.max(payload.len().div_ceil(ROW_BYTES)).max(1);
+                let message = Unread { payload: payload.clone(), form: Form::Arrow, rows, received_at: now };
                 let mut state = self.lock();
                 state.heard(topic, now);
-                state.wait(
-                    topic,
-                    Unread { payload: payload.clone(), rows, received_at: now },
-                    self.keep.keep,
-                );
+                state.wait((topic.site.clone(), topic.gateway.clone()), message, self.keep.keep);
             }
+            // It shows that a device is there; what stands for its gateway sends no heartbeat.
+            Stream::Json => self.push_json(topic, None, payload),
             Stream::Lane(Lane::Anomalies) => {
                 let Ok(batch) = wire::decode(Lane::Anomalies, payload) else { return };
                 let mut state = self.lock();
@@ -279,14 +294,30 @@ impl Live {
         }
     }
 
+    fn push_json(&self, topic: &Topic, source: Option<Arc<JsonSource>>, payload: &Bytes) {
+        let rows = payload.len().div_ceil(ROW_BYTES).max(1);
+        let form = Form::Json(source);
+        let message = Unread { payload: payload.clone(), form, rows, received_at: self.clock.now() };
+        self.lock().wait((topic.site.clone(), topic.gateway.clone()), message, self.keep.keep);
+    }
+
     /// Decodes what has come since somebody looked last, without keeping what comes meanwhile from coming.
     fn read(&self) -> MutexGuard<'_, State> {
         let _reading = self.reading.lock().unwrap_or_else(PoisonError::into_inner);
         let unread = std::mem::take(&mut self.lock().unread);
         for ((site, _), Queue { messages, .. }) in unread {
-            for Unread { payload, received_at, .. } in messages {
-                if let Ok(batch) = wire::decode(Lane::Readings, &payload) {
-                    self.lock().readings(&site, &batch, received_at, self.keep.keep);
+            for Unread { payload, form, received_at, .. } in messages {
+                let keep = self.keep.keep;
+                match form {
+                    Form::Arrow => {
+                        if let Ok(batch) = wire::decode(Lane::Readings, &payload) {
+                            self.lock().readings(&site, &batch, received_at, keep);
+                        }
+                    }
+                    Form::Json(source) => {
+                        let samples = decode::readable(source.as_deref(), &payload);
+                        self.lock().samples(&site, samples, received_at, keep);
+                    }
                 }
             }
         }
@@ -450,10 +481,9 @@ impl State {
     }
 
     /// Keeps a message for whoever looks, and lets go of the gateway's oldest beyond its share.
-    fn wait(&mut self, topic: &Topic, message: Unread, keep: Duration) {
-        let share = (MAX_ROWS / self.gateways.len().max(1)).max(1);
-        let key = (topic.site.clone(), topic.gateway.clone());
-        if !self.gateways.contains_key(&key) {
+    fn wait(&mut self, key: (String, String), message: Unread, keep: Duration) {
+        let share = (MAX_ROWS / self.gateways.len().max(self.unread.len()).max(1)).max(1);
+        if self.unread.len() >= MAX_NAMES && !self.unread.contains_key(&key) {
             return;
         }
         let since = message.received_at - keep;
@@ -497,6 +527,26 @@ impl State {
                 received_at: now,
             };
             ring.push(point, keep, per_device);
+        }
+    }
+
+    /// In the units and types that were sent.
+    fn samples(&mut self, site: &str, samples: Vec<Sample>, now: Timestamp, keep: Duration) {
+        let per_device = (MAX_ROWS / self.devices.len().max(1)).max(1);
+        for sample in samples {
+            let Sample { ts, device_id, device_type, asset_id, unit, value, quality } = sample;
+            let key = (site.to_owned(), device_id);
+            if key.1.is_empty() || (self.devices.len() >= MAX_NAMES && !self.devices.contains_key(&key)) {
+                continue;
+            }
+            let ring = self.devices.entry(key).or_insert_with(|| Ring {
+                device_type: device_type.into(),
+                asset: asset_id.into(),
+                unit: unit.into(),
+                points: VecDeque::new(),
+            });
+            let quality = Quality::from_code(quality).unwrap_or(Quality::Bad);
+            ring.push(Point { ts, value, quality, received_at: now }, keep, per_device);
         }
     }
 
@@ -588,6 +638,16 @@ pub struct Subscription {
     pub mqtt: MqttOptions,
     /// Root of the topics.
     pub root: String,
+    /// Topics of other people's devices.
+    pub json: Vec<Arc<JsonSource>>,
+}
+
+impl Subscription {
+    /// Everything that has readings.
+    pub fn new(mqtt: MqttOptions, settings: &Settings) -> Self {
+        let json = settings.json.iter().cloned().map(Arc::new).collect();
+        Self { mqtt, root: settings.mqtt.root.clone(), json }
+    }
 }
 
 /// Feeds `live` from the broker until `stop` becomes true. A broker that is away is tried again, every second
@@ -626,9 +686,11 @@ async fn follow_once(subscription: &Subscription, live: &Live) -> Ended {
         match events.poll().await {
             Ok(Event::Incoming(Packet::ConnAck(_))) => {
                 connected = true;
-                let filters = ["readings", "anomalies", "status", "control", "aggregates"].map(|stream| {
-                    Filter::new(format!("{}/+/+/{stream}", subscription.root), QoS::AtMostOnce)
-                });
+                let streams = ["readings", "anomalies", "status", "control", "aggregates", "json"];
+                let ours = streams.iter().map(|stream| format!("{}/+/+/{stream}", subscription.root));
+                let others = subscription.json.iter().map(|source| source.filter.clone());
+                let filters = ours.chain(others).map(|path| Filter::new(path, QoS::AtMostOnce));
+                let filters: Vec<Filter> = filters.collect();
                 // From a task of its own: the request channel is emptied by this loop.
                 let client = client.clone();
                 tokio::spawn(async move {
@@ -639,15 +701,23 @@ async fn follow_once(subscription: &Subscription, live: &Live) -> Ended {
                 info!("live subscription is up");
             }
             Ok(Event::Incoming(Packet::Publish(message))) => {
-                let topic = std::str::from_utf8(&message.topic).ok();
-                if let Some(topic) = topic.and_then(|t| Topic::parse(&subscription.root, t)) {
-                    let identity = message
-                        .properties
-                        .as_ref()
-                        .and_then(|p| Identity::from_properties(&p.user_properties).ok());
-                    let rows = identity.map_or(1, |identity| identity.rows);
-                    live.push(&topic, &message.payload, rows, message.retain);
-                }
+                let Ok(path) = std::str::from_utf8(&message.topic) else { continue };
+                let Some(topic) = Topic::parse(&subscription.root, path) else {
+                    let is_of = |source: &&Arc<JsonSource>| topic_filter::matches(&source.filter, path);
+                    if let Some(source) = subscription.json.iter().find(is_of) {
+                        let JsonSource { site, gateway, .. } = source.as_ref();
+                        let (site, gateway) = (site.clone(), gateway.clone());
+                        let topic = Topic { site, gateway, stream: Stream::Json };
+                        live.push_json(&topic, Some(Arc::clone(source)), &message.payload);
+                    }
+                    continue;
+                };
+                let identity = message
+                    .properties
+                    .as_ref()
+                    .and_then(|p| Identity::from_properties(&p.user_properties).ok());
+                let rows = identity.map_or(1, |identity| identity.rows);
+                live.push(&topic, &message.payload, rows, message.retain);
             }
             Ok(_) => {}
             Err(error) => return Ended { connected, why: error.to_string() },

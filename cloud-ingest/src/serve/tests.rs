@@ -288,10 +288,16 @@ fn readings_wait_for_whoever_looks_and_each_gateway_keeps_its_share() {
     let large = Topic { site: "s".into(), gateway: "loud".into(), stream: Stream::Lane(Lane::Readings) };
     live.push(&large, &vec![0; 41_000_000].into(), 1, false);
     assert_eq!(seen().len(), 3, "{:?}", seen());
+    // Other people's devices are there too, and stand for no gateway.
+    let json = Topic { site: "s".into(), gateway: "zigbee".into(), stream: Stream::Json };
+    live.push(&json, &r#"{"device_id":"door","timestamp":0.00007,"value":1}"#.into(), 1, false);
+    live.push(&json, &"no JSON".into(), 1, false);
+    assert!(seen().contains(&("door".to_owned(), 70)), "{:?}", seen());
+    assert!(live.gateways().iter().all(|gateway| gateway.gateway_id != "zigbee"));
     // Nothing older than what is kept.
     push("quiet", 60, 1);
     push("quiet", 60 + 901 * 1_000_000, 1);
-    assert_eq!(seen().len(), 3, "{:?}", seen());
+    assert_eq!(seen().len(), 4, "{:?}", seen());
 }
 
 /// Sends one request and returns the status and the whole answer.

@@ -74,6 +74,7 @@ pub(super) struct Delivered {
     pub(super) oldest: i64,
     pub(super) sealed_at: Timestamp,
     pub(super) clock: String,
+    /// SHA-256 of the payload, in hex; empty without a name, by which alone two are compared.
     pub(super) hash: String,
     pub(super) readings: i64,
     pub(super) stored: i64,
@@ -111,7 +112,9 @@ impl Step {
             let claim = columns.claim(row);
             let topic = columns.topic.value(row);
             let mut message = columns.delivered(row, self.places.segments.len() - 1);
-            message.hash = hex(&Sha256::digest(payload));
+            if message.name.is_some() {
+                message.hash = hex(&Sha256::digest(payload));
+            }
             let earlier = match &message.name {
                 Some(name) => seen.insert(name.clone(), message.hash.clone()),
                 None => None,
@@ -162,7 +165,9 @@ impl Step {
                 continue;
             }
             let mut message = columns.delivered(row, self.places.segments.len() - 1);
-            message.hash = hex(&Sha256::digest(payload));
+            if message.name.is_some() {
+                message.hash = hex(&Sha256::digest(payload));
+            }
             message.site = sender.site;
             message.gateway = sender.gateway;
             message.recorded |= sender.nameless_readings;

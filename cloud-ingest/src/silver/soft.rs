@@ -119,11 +119,11 @@ mod tests {
         SoftRule { range: Some([0.0, 10.0]), rate: Some(2.0), interval: Duration::from_secs(5) }
     }
 
-    /// Judges readings (second, value) after a committed one; results as (passed, failed) of range, rate, interval.
-    fn judged(
-        committed: Option<(i64, f64)>,
-        readings: &[(i64, f64)],
-    ) -> ([(i64, i64); 3], Option<(i64, f64)>) {
+    /// (Passed, failed) of range, rate, interval.
+    type Tallies = [(i64, i64); 3];
+
+    /// Judges readings (second, value) after a committed one, and gives the newest.
+    fn judged(committed: Option<(i64, f64)>, readings: &[(i64, f64)]) -> (Tallies, Option<(i64, f64)>) {
         let committed = committed.map(|(ts, value)| (ts * SECOND, Some(value)));
         let (mut soft, mut last) = (Soft::default(), Last::of(committed, None));
         for (ts, value) in readings {

@@ -237,7 +237,7 @@ async fn check_matrix(sent: impl Fn(u64, &[Row]) -> Message) {
                 );
                 match value {
                     Some(value) => {
-                        assert!((got.parse::<f64>().unwrap() - value).abs() < 1e-9, "{device}: {got}")
+                        assert!((got.parse::<f64>().unwrap() - value).abs() < 1e-9, "{device}: {got}");
                     }
                     None => assert_eq!(got, "null"),
                 }

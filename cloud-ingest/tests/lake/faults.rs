@@ -210,9 +210,8 @@ async fn through(faulty: &Arc<Faulty>) -> Option<String> {
             put(&store, number, &messages).await;
         }
     }
-    let mut lives = [store, faulty.behind()].into_iter();
     let mut errors = Vec::new();
-    'life: while let Some(store) = lives.next() {
+    'life: for store in [store, faulty.behind()] {
         let tables = match Tables::open(&store).await {
             Ok(tables) => tables,
             Err(_) if faulty.is_dead() => continue,

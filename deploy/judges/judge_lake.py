@@ -219,6 +219,30 @@ def judge_minutes(report, db):
     report.none(rows, "count, min, max, last of every minute equal DuckDB's over silver")
 
 
+def judge_days(report, db):
+    """The same for days and shifts, whatever their zone: what the readings between their ends give."""
+    ok, gauge = "FILTER (WHERE quality <> 'bad')", "FILTER (WHERE quality <> 'bad' AND kind = 'gauge')"
+    key = "site, device_id, starts_at, ends_at"
+    db.execute("CREATE OR REPLACE TEMP TABLE gold_days AS SELECT * FROM gold_daily_aggregates")
+    db.execute(f"""
+        CREATE OR REPLACE TEMP TABLE days AS
+        SELECT r.site, r.device_id, starts_at, ends_at, count(*) {ok} AS count, count(*) - count(*) {ok} AS bad_count,
+            min(value) {ok} AS min, max(value) {ok} AS max, favg(value) {gauge} AS mean,
+            stddev_samp(value) {gauge} AS stddev, arg_min(value, ts) {ok} AS first, arg_max(value, ts) {ok} AS last
+        FROM silver_sensor_readings r JOIN (SELECT DISTINCT {key} FROM gold_days) d
+        ON r.site = d.site AND r.device_id = d.device_id AND r.ts >= d.starts_at AND r.ts < d.ends_at GROUP BY ALL""")
+    unequal = " OR ".join(
+        differs(f"g.{column}", f"d.{column}", 1e-6 if column == "stddev" else REL)
+        for column in ("count", "bad_count", "min", "max", "mean", "stddev", "first", "last"))
+    rows = db.execute(f"SELECT {key}, g.count, d.count, g.mean, d.mean FROM gold_days g LEFT JOIN days d USING ({key}) "
+                      f"WHERE {unequal} ORDER BY ALL").fetchall()
+    report.none(rows, "every day and shift equals DuckDB's over silver")
+    outside = number(db, """
+        SELECT count(*) FROM silver_sensor_readings r ANTI JOIN gold_days d
+        ON r.site = d.site AND r.device_id = d.device_id AND d.shift IS NULL AND r.ts >= d.starts_at AND r.ts < d.ends_at""")
+    report.check(outside == 0, "every reading of silver is within a day of gold.daily_aggregates", outside)
+
+
 def judge_gold(report, db):
     for table, key in GOLD.items():
         rows = number(db, f"SELECT count(*) FROM gold_{table}")
@@ -298,6 +322,7 @@ def main():
     judge_gold(report, db)
     judge_hours(report, db)
     judge_minutes(report, db)
+    judge_days(report, db)
     if args.plant and args.demo:
         plant = tomllib.loads(args.plant.read_text())
         judge_detection(report, db, plant, json.loads(args.demo.read_text()))

@@ -75,8 +75,9 @@ def sound():
         "gold/assets": [{"site": SITE, "asset_id": "reactor"}],
         "gold/maintenance_schedule": [{"site": SITE, "asset_id": "reactor", "action": "inspect"}],
         "gold/hourly_aggregates": grouped(readings, "hour", lambda t: t.replace(minute=0)),
-        "gold/daily_aggregates": [{"site": SITE, "device_id": d["device_id"], "day": minutes(0).date(), "shift": None}
-                                  for d in devices],
+        "gold/daily_aggregates": [
+            row | {"day": row["starts_at"].date(), "shift": None, "ends_at": row["starts_at"] + timedelta(days=1)}
+            for row in grouped(readings, "starts_at", lambda t: t.replace(hour=0, minute=0, second=0))],
         "gold/asset_health": [{"site": SITE, "asset_id": "reactor", "hour": minutes(0)}],
         "gold/timeseries_1m": grouped(readings, "time", lambda t: t.replace(second=0)),
     }
@@ -109,7 +110,7 @@ def quantile(values, p):
 TEXTS = ["site", "gateway_id", "epoch", "lane", "reason", "record", "device_id", "segment", "model", "shift"]
 INTS = ["seq", "rows", "first_seq", "last_seq", "readings", "count", "bad_count", "year", "month"]
 FLOATS = ["value", "min", "max", "mean", "stddev", "first", "last", "p50", "p95"]
-TIMES = ["ts", "received_at", "sealed_at", "started_at", "ended_at", "hour", "time", "resolved_at"]
+TIMES = ["starts_at", "ends_at", "ts", "received_at", "sealed_at", "started_at", "ended_at", "hour", "time", "resolved_at"]
 
 
 def write(lake, tables):
@@ -153,6 +154,7 @@ def extra_event(start, end):
 
 READINGS, MESSAGES, CONTROL = "silver/sensor_readings", "silver/messages", "silver/control"
 HOURLY, MINUTES, EVENTS = "gold/hourly_aggregates", "gold/timeseries_1m", "gold/anomaly_events"
+DAYS = "gold/daily_aggregates"
 
 # (what is planted, how, a part of the line with which the judge must find it)
 DEFECTS = [
@@ -173,6 +175,9 @@ DEFECTS = [
     ("a reading sealed twice", at(MESSAGES, 3, stored=3, duplicates=1), "no reading was sealed twice"),
     ("an unknown outcome", at(CONTROL, 2, reason="forgotten"), "no other outcome"),
     ("an hour missing", gone(HOURLY), "no hour of silver is missing"),
+    ("a day missing", gone(DAYS, 1), "within a day"),
+    ("a day with another mean", at(DAYS, 1, mean=1.0), "every day and shift equals"),
+    ("a day that ends early", at(DAYS, 1, ends_at=minutes(60)), "every day and shift equals"),
     ("an hour of nothing", at(HOURLY, 5, hour=minutes(60 * 30)), "without readings in silver"),
     ("an hour twice", again(HOURLY), "(site, device_id, hour) is unique"),
     ("a wrong count", at(HOURLY, 5, count=2), "count of every hour"),

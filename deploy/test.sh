@@ -185,6 +185,12 @@ step_outbox() {
   "$venv/bin/python" deploy/judges/judge_outbox.py "$CARGO_TARGET_DIR/demo/edge-agent"
 }
 
+# A message that is taken out of the broker's queue by hand, and what the ledger says of it.
+step_removed() {
+  build_demo
+  "$venv/bin/python" deploy/judges/judge_removed.py "$CARGO_TARGET_DIR/demo"
+}
+
 # Three replicas, restarted one after the other under load; drain; doctor; acknowledgements that are none of one's own.
 step_replicas() {
   build_demo
@@ -211,8 +217,8 @@ step_chaos() {
 
 # --- in their order: cheap ones first ---------------------------------------------------------------------------
 
-all=(tools format tree lint broker train judges clippy unit disk modbus mqtt_source outbox replicas rules s3 demo
-  sigkill chaos)
+all=(tools format tree lint broker train judges clippy unit disk modbus mqtt_source outbox removed replicas rules s3
+  demo sigkill chaos)
 steps=("$@")
 if ((${#steps[@]} == 0)); then steps=("${all[@]}"); fi
 for name in "${steps[@]}"; do

@@ -67,9 +67,9 @@ enum Command {
     #[command(after_help = "Examples:\n  cloud-ingest doctor --config cloud-ingest.toml\n  \
                             cloud-ingest doctor --messages 50000 --restart-command \"systemctl restart mosquitto\"")]
     Doctor {
-        /// How many messages wait for a subscriber that is away or slow.
-        #[arg(long, value_name = "N", default_value_t = 5000, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
-        messages: u32,
+        /// How many messages wait for a subscriber that is away or slow; by default 5,000 more than mqtt.inflight.
+        #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+        messages: Option<u32>,
         /// Restarts the broker, to try whether it keeps sessions and messages; all its clients are cut off.
         #[arg(long, value_name = "CMD")]
         restart_command: Option<String>,
@@ -248,7 +248,8 @@ pub async fn main(cli: Cli) -> ExitCode {
         Command::Run { roles } => run(settings, roles).await.map(|()| true),
         Command::Drain { client_id } => drain(settings, client_id).await.map(|()| true),
         Command::Doctor { messages, restart_command, json } => {
-            doctor(&settings, doctor::Options { messages: messages as usize, restart_command }, json).await
+            let messages = messages.map_or(usize::from(settings.mqtt.inflight) + 5_000, |n| n as usize);
+            doctor(&settings, doctor::Options { messages, restart_command }, json).await
         }
         Command::Check => check(&settings).await.map(|()| true),
         Command::Query { sql } => query(&settings, &sql).await.map(|()| true),

@@ -51,7 +51,8 @@ const DROPPED: &str = "$SYS/broker/publish/messages/dropped";
 /// How hard to try.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// How many messages wait for a subscriber; mosquitto drops what is beyond 1,000 as it is delivered.
+    /// How many messages wait for a subscriber. As it is delivered, mosquitto drops what is beyond 1,000 and those
+    /// that are in flight.
     pub messages: usize,
     /// Restarts the broker; without it, persistence is not tried.
     pub restart_command: Option<String>,

@@ -15,7 +15,7 @@
 mod cloud;
 mod disk;
 
-use std::{fmt, path::Path as FilePath, sync::Arc};
+use std::{fmt, path::Path as FilePath, sync::Arc, time::Duration};
 
 use anyhow::Context;
 use deltalake::{
@@ -30,6 +30,10 @@ use url::Url;
 
 pub(crate) use self::cloud::check;
 use crate::{lake::PUT_IF_ABSENT, settings::StoreSettings};
+
+/// Tries of the proof that may fail, and the pause after each.
+const PROOF_RETRIES: u32 = 3;
+const PROOF_PAUSE: Duration = Duration::from_millis(200);
 
 /// Where the lake lives. Cheap to clone.
 #[derive(Clone)]
@@ -136,13 +140,19 @@ impl Store {
     /// When it does, or cannot be written to.
     pub async fn prove_put_if_absent(&self) -> anyhow::Result<()> {
         let Some(place) = &self.place else { return Ok(()) };
-        for _ in 0..2 {
+        let (mut replaced, mut failed) = (0, 0);
+        while replaced < 2 {
             let create = PutOptions { mode: PutMode::Create, ..PutOptions::default() };
             match self.lake.put_opts(&Path::from(PUT_IF_ABSENT), "".into(), create).await {
-                // Also when the first try was done and its answer lost.
+                // Also when a try before was done and its answer lost.
                 Err(Error::AlreadyExists { .. }) => return Ok(()),
-                Ok(_) => {}
-                Err(e) => return Err(cloud::explain(e, place)),
+                Ok(_) => replaced += 1,
+                Err(e) if failed == PROOF_RETRIES => return Err(cloud::explain(e, place)),
+                // A line that breaks is no answer, and the client repeats no conditional write by itself.
+                Err(_) => {
+                    failed += 1;
+                    tokio::time::sleep(PROOF_PAUSE).await;
+                }
             }
         }
         anyhow::bail!(

@@ -243,8 +243,7 @@ impl Tables {
         rows: impl Stream<Item = anyhow::Result<RecordBatch>>,
         txn: (&str, i64),
     ) -> Result<i64, TablesError> {
-        let failed = |e| TablesError::of(table, e);
-        let mut base = self.base(table, base).await?;
+        let base = self.base(table, base).await?;
         let (mut rows, mut files) = (pin!(rows), Vec::new());
         let (mut held, mut count) = (Vec::new(), 0);
         loop {
@@ -268,8 +267,21 @@ impl Tables {
             partition_by: (!partitions.is_empty()).then_some(partitions),
             predicate: None,
         };
+        self.commit(table, base, actions, operation, properties(txn)).await
+    }
+
+    /// Commits what was done to files, on top of `base`. Returns the table's new version.
+    async fn commit(
+        &self,
+        table: Table,
+        mut base: DeltaTable,
+        actions: Vec<Action>,
+        operation: DeltaOperation,
+        properties: CommitProperties,
+    ) -> Result<i64, TablesError> {
+        let failed = |e| TablesError::of(table, e);
         let reference = base.snapshot().map_err(failed)?.snapshot();
-        let committed = CommitBuilder::from(properties(txn))
+        let committed = CommitBuilder::from(properties)
             .with_actions(actions)
             .build(Some(reference as &dyn TableReference), base.log_store(), operation)
             .await

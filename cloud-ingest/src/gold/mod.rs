@@ -22,7 +22,7 @@ mod health;
 pub mod hourly;
 pub mod maintenance;
 pub mod minutes;
-mod publish;
+pub(crate) mod publish;
 pub mod registry;
 mod scan;
 pub mod series;

@@ -18,6 +18,7 @@ use anyhow::Context;
 use arrow::{
     array::{ArrayRef, BooleanArray, Int64Array, RecordBatch, TimestampMicrosecondArray},
     compute::{cast, concat_batches, filter_record_batch},
+    datatypes::Schema,
     row::{RowConverter, Rows, SortField},
 };
 use common::time::{HOUR_MICROS, Timestamp};
@@ -198,10 +199,9 @@ impl Difference {
         keyed: Keyed,
         now: Timestamp,
     ) -> anyhow::Result<Difference> {
-        const KEPT: [&str; 3] = ["revision", "updated_at", "computed_at"];
         let schema = computed.schema();
-        let valued: Vec<&str> =
-            schema.fields().iter().map(|f| f.name().as_str()).filter(|name| !KEPT.contains(name)).collect();
+        let names = schema.fields().iter().map(|f| f.name().as_str());
+        let valued: Vec<&str> = names.filter(|name| !is_stamp(&schema, name)).collect();
         let (old_keys, new_keys) = rows(existing, &computed, keyed.key)?;
         let (old_values, new_values) = rows(existing, &computed, &valued)?;
         let mut known: HashMap<&[u8], usize> =
@@ -235,7 +235,17 @@ fn rows(a: &RecordBatch, b: &RecordBatch, names: &[&str]) -> anyhow::Result<(Row
     Ok((converter.convert_columns(&a)?, converter.convert_columns(&b)?))
 }
 
-/// Sets `revision`, `updated_at` and `computed_at` where the table has them.
+/// Whether a column says how its row came to be, and not what it is. The `updated_at` of a table without `revision`
+/// is silver's own (the registry's).
+pub(crate) fn is_stamp(schema: &Schema, name: &str) -> bool {
+    match name {
+        "revision" | "computed_at" => true,
+        "updated_at" => schema.index_of("revision").is_ok(),
+        _ => false,
+    }
+}
+
+/// Sets the stamps that the table has.
 fn stamp(
     existing: &RecordBatch,
     computed: RecordBatch,
@@ -247,9 +257,7 @@ fn stamp(
     let schema = computed.schema();
     let mut columns = computed.columns().to_vec();
     for name in ["updated_at", "computed_at"] {
-        // A table whose `updated_at` is silver's own (the registry's) has no `revision` and keeps what it says.
-        let ours = name == "computed_at" || schema.index_of("revision").is_ok();
-        let (true, Ok(ix)) = (ours, schema.index_of(name)) else { continue };
+        let (true, Ok(ix)) = (is_stamp(&schema, name), schema.index_of(name)) else { continue };
         let old = micros(existing, name)?;
         let stamped = before.iter().zip(differs).map(|(old_row, differs)| match old_row {
             Some(row) if !differs => old.value(*row),

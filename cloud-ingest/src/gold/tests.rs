@@ -702,19 +702,19 @@ async fn anomalies_registry_and_schedule_follow_silver() {
         Device { id: "speed".into(), device_type: "speed".into(), asset: "pump".into(), ..Device::default() };
     let document =
         Devices { v: 1, at: Timestamp::from_micros(START), assets: vec![asset], devices: vec![speed] };
-    let registry = RecordBatch::try_new(
-        Table::Registry.schema(),
-        vec![
+    let document = serde_json::to_string(&document).unwrap();
+    let registry = |at| {
+        let columns = vec![
             same("s", 1),
             same("g", 1),
-            instants([START]),
-            instants([START]),
-            same(&serde_json::to_string(&document).unwrap(), 1),
+            instants([at]),
+            instants([at]),
+            same(&document, 1),
             same("x", 1),
-        ],
-    )
-    .unwrap();
-    lake.append(Table::Registry, registry).await;
+        ];
+        RecordBatch::try_new(Table::Registry.schema(), columns).unwrap()
+    };
+    lake.append(Table::Registry, registry(START)).await;
     // Two hours, in the second of which the pump ran for a half.
     let speed = |minute: i64| if minute < 90 { 1_000.0 } else { 0.0 };
     let rows: Vec<Row> = (0..120).map(|m| ("speed", m * 60, speed(m), Quality::Good)).collect();
@@ -725,6 +725,11 @@ async fn anomalies_registry_and_schedule_follow_silver() {
     let due = "SELECT cast(running_hours * 10 AS bigint) FROM gold.maintenance_schedule WHERE basis = 'running_hours'";
     assert_eq!(lake.int(due).await, 15, "{schedule}");
     assert!(lake.step(2 * 3600 + 20).await.is_nothing());
+    // The same once more, as at every start: gold says when, whatever steps came between.
+    lake.append(Table::Registry, registry(START + 3600 * SECOND)).await;
+    assert_eq!(lake.step(2 * 3600 + 25).await.registry, 2);
+    let said = "SELECT cast(updated_at AS bigint) FROM gold.assets";
+    assert_eq!(lake.int(said).await, START + 3600 * SECOND);
 
     // A service resets both.
     let service = RecordBatch::try_new(

@@ -27,7 +27,11 @@ use datafusion::{
 use futures::TryStreamExt;
 use serde::Serialize;
 
-use crate::{gold::series::micros, lake::Table, tables::conform};
+use crate::{
+    gold::{publish::is_stamp, series::micros},
+    lake::Table,
+    tables::conform,
+};
 
 /// How far apart floats may be, relatively.
 const TOLERANCE: f64 = 1e-9;
@@ -174,9 +178,7 @@ pub(super) async fn compare(spec: &Spec, lake: &Side<'_>, rebuilt: &Side<'_>) ->
 /// Columns that are compared.
 fn compared(table: Table) -> Vec<usize> {
     let schema = table.schema();
-    let stamped = schema.index_of("revision").is_ok() && table.layer() == "gold";
-    let aside = |name: &str| stamped && matches!(name, "revision" | "updated_at");
-    (0..schema.fields().len()).filter(|at| !aside(schema.field(*at).name())).collect()
+    (0..schema.fields().len()).filter(|at| !is_stamp(&schema, schema.field(*at).name())).collect()
 }
 
 /// The rows that count, in the table's types.

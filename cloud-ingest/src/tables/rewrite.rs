@@ -32,10 +32,7 @@ use datafusion::prelude::{SessionConfig, SessionContext};
 use deltalake::{
     DeltaTable, checkpoints,
     delta_datafusion::{DeltaScanConfig, DeltaScanNext},
-    kernel::{
-        Action, Transaction,
-        transaction::{CommitBuilder, CommitProperties, TableReference},
-    },
+    kernel::{Action, Transaction, transaction::CommitProperties},
     operations::vacuum::{self, VacuumMode},
     protocol::DeltaOperation,
     writer::{DeltaWriter, RecordBatchWriter},
@@ -200,26 +197,17 @@ impl Tables {
     async fn commit_rewrite(
         &self,
         table: Table,
-        mut base: DeltaTable,
+        base: DeltaTable,
         actions: Vec<Action>,
         operation: DeltaOperation,
         note: Option<Transaction>,
     ) -> Result<(), TablesError> {
-        let failed = |e| TablesError::of(table, e);
         let mut properties =
             fenced(CommitProperties::default(), &base).with_cleanup_expired_logs(Some(false));
         if let Some(note) = note {
             properties = properties.with_application_transaction(note);
         }
-        let reference = base.snapshot().map_err(failed)?.snapshot();
-        let committed = CommitBuilder::from(properties)
-            .with_actions(actions)
-            .build(Some(reference as &dyn TableReference), base.log_store(), operation)
-            .await
-            .map_err(failed)?;
-        base.state = Some(committed.snapshot());
-        self.remember(table, &base);
-        Ok(())
+        self.commit(table, base, actions, operation, properties).await.map(drop)
     }
 
     /// Deletes the files that are in no snapshot of the last `keep`. Returns how many.

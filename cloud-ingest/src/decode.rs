@@ -213,11 +213,12 @@ pub struct Claim {
     pub rows: i64,
 }
 
-/// Reads a message.
+/// Reads a message; `payloads` are those of the ones before.
 ///
 /// # Errors
 /// Why it cannot be read; it is quarantined as a whole.
 pub fn decode(
+    payloads: &mut wire::Decoder,
     root: &str,
     sources: &[JsonSource],
     topic: &str,
@@ -240,7 +241,7 @@ pub fn decode(
             },
         };
         let content = match topic.stream {
-            Stream::Lane(lane) => read_lane(lane, &topic, claim, payload),
+            Stream::Lane(lane) => read_lane(payloads, lane, &topic, claim, payload),
             Stream::Json => samples(&STANDARD, payload),
             Stream::Status => of_sender(&topic, payload)
                 .and_then(|()| serde_json::from_slice(payload).map(Content::Status).map_err(not_json)),
@@ -267,7 +268,13 @@ pub fn decode(
     }
 }
 
-fn read_lane(lane: Lane, topic: &Topic, claim: Option<Claim>, payload: &[u8]) -> Result<Content, Reject> {
+fn read_lane(
+    payloads: &mut wire::Decoder,
+    lane: Lane,
+    topic: &Topic,
+    claim: Option<Claim>,
+    payload: &[u8],
+) -> Result<Content, Reject> {
     let Some(claim) = claim else {
         return Err(Reject::new("identity", "its user properties do not name it"));
     };
@@ -280,7 +287,7 @@ fn read_lane(lane: Lane, topic: &Topic, claim: Option<Claim>, payload: &[u8]) ->
         return Err(Reject::new("version", reason));
     }
     let (batch, repeated) =
-        wire::decode_with_metadata(lane, payload).map_err(|e| Reject::new("payload", e.to_string()))?;
+        payloads.decode(lane, payload).map_err(|e| Reject::new("payload", e.to_string()))?;
     same_sender(
         topic,
         repeated.get("site").map(String::as_str),
@@ -545,7 +552,14 @@ mod tests {
             (r#"{"device_id":"t1","timestamp":1,"value":1,"quality":{}}"#, Err("type")),
             ("7", Err("type")),
         ] {
-            let (sender, content) = decode(ROOT, &[], "tailrace/v1/a/b/json", None, text.as_bytes());
+            let (sender, content) = decode(
+                &mut wire::Decoder::default(),
+                ROOT,
+                &[],
+                "tailrace/v1/a/b/json",
+                None,
+                text.as_bytes(),
+            );
             assert_eq!(sender.gateway.as_deref(), Some("b"));
             let Ok(Content::Json { samples, bad }) = content else { panic!("{text}: {content:?}") };
             match expected {
@@ -568,7 +582,8 @@ mod tests {
         }))
         .unwrap();
         let text = br#"[{"d":{"name":"x"},"timestamp":1772344800,"v":[4]}, {}]"#;
-        let (sender, content) = decode(ROOT, &[source], "plant/7/out", None, text);
+        let (sender, content) =
+            decode(&mut wire::Decoder::default(), ROOT, &[source], "plant/7/out", None, text);
         assert_eq!(sender.site.as_deref(), Some("s"));
         let Ok(Content::Json { samples, bad }) = content else { panic!("{content:?}") };
         assert_eq!((samples[0].1.device_id.as_str(), samples[0].1.value), ("x", Some(4.0)));
@@ -578,7 +593,9 @@ mod tests {
     /// One reading of an array that is no number, as Python and JavaScript write it, takes no other with it.
     #[test]
     fn what_is_no_json_number_is_one_bad_reading() {
-        let read = |text: &str| decode(ROOT, &[], "tailrace/v1/a/b/json", None, text.as_bytes()).1;
+        let read = |text: &str| {
+            decode(&mut wire::Decoder::default(), ROOT, &[], "tailrace/v1/a/b/json", None, text.as_bytes()).1
+        };
         let text = r#"[{"device_id":"NaN \" Infinity","timestamp":1,"value":NaN},
                        {"device_id":"b","timestamp":1,"value":-Infinity}, {"device_id":"c","timestamp":1,"value":2}]"#;
         let Ok(Content::Json { samples, bad }) = read(text) else { panic!() };
@@ -600,7 +617,11 @@ mod tests {
         let text =
             br#"[{"device_id":7,"timestamp":"1772344800","value":" 21.5"}, {"timestamp":1,"value":true},
                         {"timestamp":1,"value":"warm"}]"#;
-        let Ok(Content::Json { samples, bad }) = decode(ROOT, &[source], "x", None, text).1 else { panic!() };
+        let Ok(Content::Json { samples, bad }) =
+            decode(&mut wire::Decoder::default(), ROOT, &[source], "x", None, text).1
+        else {
+            panic!()
+        };
         let values: Vec<_> = samples.iter().map(|(_, s)| (s.device_id.as_str(), s.value)).collect();
         assert_eq!(values, [("7", Some(21.5)), ("", Some(1.0))]);
         assert_eq!((samples[0].1.ts.as_micros(), bad[0].reject.rule), (1_772_344_800_000_000, "type"));
@@ -621,7 +642,15 @@ mod tests {
             let mut writer = arrow::ipc::writer::StreamWriter::try_new(Vec::new(), &schema).unwrap();
             writer.write(&batch.clone().with_schema(schema).unwrap()).unwrap();
             let payload = writer.into_inner().unwrap();
-            decode(ROOT, &[], "tailrace/v1/plant/gw/control", Some(claim), &payload).1
+            decode(
+                &mut wire::Decoder::default(),
+                ROOT,
+                &[],
+                "tailrace/v1/plant/gw/control",
+                Some(claim),
+                &payload,
+            )
+            .1
         };
         assert!(read(&[]).is_ok());
         assert!(read(&[("site", "plant"), ("gateway", "gw")]).is_ok());
@@ -644,7 +673,15 @@ mod tests {
             let text = format!(
                 r#"{{"v":1,"online":true,"at":"2026-03-01T06:00:00Z","epoch":"{epoch}","version":"1","gateway":"{gateway}"}}"#
             );
-            decode(ROOT, &[], "tailrace/v1/plant/gw/status", None, text.as_bytes()).1
+            decode(
+                &mut wire::Decoder::default(),
+                ROOT,
+                &[],
+                "tailrace/v1/plant/gw/status",
+                None,
+                text.as_bytes(),
+            )
+            .1
         };
         assert!(matches!(status("gw"), Ok(Content::Status(_))));
         assert_eq!(status("gw-9").unwrap_err().rule, "identity");
@@ -707,7 +744,7 @@ mod tests {
         #[test]
         fn no_bytes_make_it_panic(topic in "(tailrace/v1/a/b/(readings|json|status|devices|control)|x)", payload in prop::collection::vec(any::<u8>(), 0..200)) {
             let claim = Claim { v: 1, epoch: Uuid::nil(), lane: Lane::Readings, seq: 0, rows: 1 };
-            let _ = decode(ROOT, &[], &topic, Some(claim), &payload);
+            let _ = decode(&mut wire::Decoder::default(), ROOT, &[], &topic, Some(claim), &payload);
         }
     }
 }

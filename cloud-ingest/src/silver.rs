@@ -27,7 +27,7 @@ use std::{
 };
 
 use arrow::array::RecordBatch;
-use common::time::Timestamp;
+use common::{time::Timestamp, wire::Decoder};
 
 use self::{
     messages::{Delivered, Places},
@@ -167,6 +167,7 @@ pub struct Counts {
 pub struct Step {
     rules: Arc<Rules>,
     plan: i64,
+    payloads: Decoder,
     places: Places,
     candidates: Candidates,
     quarantine: Vec<Quarantined>,
@@ -199,6 +200,7 @@ impl Step {
         Step {
             rules: Arc::clone(rules),
             plan,
+            payloads: Decoder::default(),
             places: Places::default(),
             candidates: Candidates::default(),
             quarantine: Vec::new(),

@@ -60,7 +60,9 @@
 //!
 //! Golden bytes of every released version are in `common/tests/golden/`.
 
-use std::{collections::HashMap, fmt, io::Cursor, str::FromStr, sync::Arc};
+mod payload;
+
+use std::{collections::HashMap, fmt, str::FromStr, sync::Arc};
 
 use arrow::{
     array::{Array as _, ArrayRef, AsArray as _, RecordBatch, StringArray},
@@ -69,12 +71,12 @@ use arrow::{
     error::ArrowError,
     ipc::{
         CompressionType,
-        reader::StreamReader,
         writer::{IpcWriteOptions, StreamWriter},
     },
 };
 use uuid::Uuid;
 
+pub use self::payload::Decoder;
 #[cfg(doc)]
 use crate::time::EARLIEST;
 use crate::time::Timestamp;
@@ -89,8 +91,6 @@ pub const ARROW_STREAM: &str = "application/vnd.apache.arrow.stream";
 pub const JSON: &str = "application/json";
 /// Largest payload in bytes by default: AWS IoT Core's limit for one message.
 pub const MAX_MESSAGE: usize = 128 * 1024;
-/// Most bytes that an Arrow payload may decode to; a smaller payload that claims more is refused.
-const MAX_DECODED: usize = 256 * 1024 * 1024;
 
 /// A queue of messages with its own sequence; the order of the variants is the order of sending.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -459,23 +459,7 @@ pub fn encode(batch: &RecordBatch, identity: &Identity) -> Result<Vec<u8>, Arrow
 /// # Errors
 /// Says what is wrong; the caller keeps the bytes.
 pub fn decode(lane: Lane, payload: &[u8]) -> Result<RecordBatch, WireError> {
-    decode_with_metadata(lane, payload).map(|(batch, _)| batch)
-}
-
-/// [`decode`], with what the payload repeats of the message's identity.
-///
-/// # Errors
-/// See [`decode`].
-pub fn decode_with_metadata(
-    lane: Lane,
-    payload: &[u8],
-) -> Result<(RecordBatch, HashMap<String, String>), WireError> {
-    // arrow-rs checks offsets, lengths and UTF-8 of what it reads, but some malformed metadata still
-    // trips an assertion in it; a poison message must not take its reader down.
-    let read = std::panic::catch_unwind(|| read_one_batch(payload));
-    let batch = read.unwrap_or_else(|_| Err(WireError::Payload("malformed metadata".into())))?;
-    let metadata = batch.schema_ref().metadata().clone();
-    Ok((conform(lane, &batch)?, metadata))
+    Decoder::default().decode(lane, payload).map(|(batch, _)| batch)
 }
 
 /// The columns of the lane, of a batch that was read.
@@ -522,7 +506,7 @@ fn without_nulls(column: &ArrayRef) -> Result<ArrayRef, WireError> {
 /// # Errors
 /// When the payload is none that this build could have sealed.
 pub fn set_clock(lane: Lane, payload: &[u8], offset: i64) -> Result<Vec<u8>, WireError> {
-    let read = read_one_batch(payload)?;
+    let read = Decoder::default().read(payload)?;
     let metadata: Vec<_> = read.schema().metadata().iter().map(|(k, v)| (k.clone(), v.clone())).collect();
     let sealed = Identity::from_properties(&metadata)?;
     let settled = |micros: i64| match Timestamp::from_micros(micros) {
@@ -543,64 +527,4 @@ pub fn set_clock(lane: Lane, payload: &[u8], offset: i64) -> Result<Vec<u8>, Wir
     let sealed_at = Timestamp::from_micros(settled(sealed.sealed_at.as_micros()));
     let identity = Identity { sealed_at, clock: ClockState::Synced, ..sealed };
     encode(&rows, &identity).map_err(|e| WireError::Payload(e.to_string()))
-}
-
-fn read_one_batch(payload: &[u8]) -> Result<RecordBatch, WireError> {
-    let malformed = |e: ArrowError| WireError::Payload(e.to_string());
-    refuse_bombs(payload)?;
-    let mut reader = StreamReader::try_new(Cursor::new(payload), None).map_err(malformed)?;
-    let batch =
-        reader.next().ok_or_else(|| WireError::Payload("it holds no batch".into()))?.map_err(malformed)?;
-    match reader.next() {
-        None => Ok(batch),
-        Some(_) => Err(WireError::Payload("it holds more than one batch".into())),
-    }
-}
-
-/// Walks the stream's messages and refuses one whose metadata or body is longer than the payload, or
-/// whose compressed buffers claim to decode to more than [`MAX_DECODED`] bytes in all. arrow-rs allocates
-/// what these lengths say before it reads.
-fn refuse_bombs(payload: &[u8]) -> Result<(), WireError> {
-    let malformed = |what: &str| WireError::Payload(what.into());
-    let mut rest = payload;
-    let mut decoded = 0usize;
-    while let Some((head, tail)) = rest.split_first_chunk::<4>() {
-        let (length, tail) = match u32::from_le_bytes(*head) {
-            u32::MAX => tail.split_first_chunk::<4>().map(|(l, t)| (u32::from_le_bytes(*l), t)),
-            length => Some((length, tail)),
-        }
-        .ok_or_else(|| malformed("it ends within a message length"))?;
-        if length == 0 {
-            return Ok(());
-        }
-        let (metadata, tail) =
-            tail.split_at_checked(length as usize).ok_or_else(|| malformed("it ends within a message"))?;
-        let message = arrow::ipc::root_as_message(metadata)
-            .map_err(|e| WireError::Payload(format!("broken message header: {e}")))?;
-        let body_length =
-            usize::try_from(message.bodyLength()).map_err(|_| malformed("negative body length"))?;
-        let (body, tail) =
-            tail.split_at_checked(body_length).ok_or_else(|| malformed("it ends within a message body"))?;
-        let batch = message
-            .header_as_record_batch()
-            .or_else(|| message.header_as_dictionary_batch().and_then(|d| d.data()));
-        for buffer in batch.and_then(|b| b.buffers()).into_iter().flatten() {
-            let start = usize::try_from(buffer.offset()).unwrap_or(usize::MAX);
-            // A compressed buffer begins with its decoded length; -1 stands for "as it is".
-            let claim = match body.get(start..).and_then(|b| b.split_first_chunk::<8>()) {
-                Some((prefix, _))
-                    if batch.is_some_and(|b| b.compression().is_some()) && buffer.length() >= 8 =>
-                {
-                    usize::try_from(i64::from_le_bytes(*prefix)).unwrap_or(0)
-                }
-                _ => 0,
-            };
-            decoded = decoded.saturating_add(claim);
-        }
-        if decoded > MAX_DECODED {
-            return Err(WireError::Payload(format!("it decodes to {decoded} B, more than {MAX_DECODED} B")));
-        }
-        rest = tail;
-    }
-    Ok(())
 }

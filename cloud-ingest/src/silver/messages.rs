@@ -22,7 +22,7 @@ use super::{
     rows::{Quarantined, instants},
 };
 use crate::{
-    decode::{BadSample, Claim, Content, Sample, decode},
+    decode::{BadSample, Claim, Content, Sample, Sender, decode},
     lake::{Table, bronze_schema},
     quality::{Profile, Reject, Rules, hex},
 };
@@ -126,7 +126,7 @@ impl Step {
                 self.delivered.push(message);
                 continue;
             }
-            let (sender, content) = decode(&self.rules.root, &self.rules.json, topic, claim, payload);
+            let (sender, content) = self.decode(topic, claim, payload);
             message.site = sender.site;
             message.gateway = sender.gateway;
             message.recorded |= sender.nameless_readings;
@@ -160,7 +160,7 @@ impl Step {
             anyhow::ensure!(row < has, "{} has {has} messages, and none at {row}", segment.path);
             let (payload, claim) = (columns.payload.value(row), columns.claim(row));
             let topic = columns.topic.value(row);
-            let (sender, content) = decode(&self.rules.root, &self.rules.json, topic, claim, payload);
+            let (sender, content) = self.decode(topic, claim, payload);
             if content.is_err() && only.is_some() {
                 continue;
             }
@@ -178,6 +178,15 @@ impl Step {
             read.push((offset, at));
         }
         Ok(read)
+    }
+
+    fn decode(
+        &mut self,
+        topic: &str,
+        claim: Option<Claim>,
+        payload: &[u8],
+    ) -> (Sender, Result<Content, Reject>) {
+        decode(&mut self.payloads, &self.rules.root, &self.rules.json, topic, claim, payload)
     }
 
     fn take(&mut self, at: usize, content: Result<Content, Reject>, named: bool) -> anyhow::Result<()> {

@@ -11,10 +11,11 @@ use std::{
 
 use arrow::{
     array::{
-        Array, ArrayRef, AsArray, BooleanArray, DictionaryArray, Float64Array, Int32Array, Int64Array,
-        RecordBatch, StringArray, TimestampMicrosecondArray,
+        Array, ArrayRef, ArrowPrimitiveType, AsArray, BooleanArray, DictionaryArray, Float64Array,
+        Int32Array, Int64Array, NullBufferBuilder, PrimitiveArray, RecordBatch, StringArray,
+        TimestampMicrosecondArray,
     },
-    datatypes::{Float64Type, Int32Type, TimestampMicrosecondType, UInt8Type},
+    datatypes::{Float64Type, Int32Type, Int64Type, TimestampMicrosecondType, UInt8Type},
 };
 use common::{reading::Quality, time::Timestamp};
 
@@ -146,67 +147,66 @@ impl Candidates {
         quarantine: &mut Vec<Quarantined>,
     ) {
         // `wire::decode` has checked the columns and their types.
-        let ts = batch.column(0).as_primitive::<TimestampMicrosecondType>();
+        let ts = batch.column(0).as_primitive::<TimestampMicrosecondType>().values();
         let words: [&DictionaryArray<Int32Type>; 5] =
             [1, 2, 3, 4, 5].map(|i| batch.column(i).as_dictionary());
-        let values = words.map(|column| column.values().as_string::<i32>());
-        let values_of = batch.column(6).as_primitive::<Float64Type>();
-        let quality = batch.column(7).as_primitive::<UInt8Type>();
+        let keys = words.map(|column| &column.keys().values()[..]);
+        let word = |i: usize, row: usize| {
+            let key = usize::try_from(keys[i][row]).unwrap_or(0);
+            words[i].values().as_string::<i32>().value(key)
+        };
+        let values = batch.column(6).as_primitive::<Float64Type>();
+        let quality = batch.column(7).as_primitive::<UInt8Type>().values();
         let site = message.site.clone().unwrap_or_default();
+        self.reserve(batch.num_rows());
         // By the device's key in this message: the keys of its other words, and the slot they lead to.
-        let mut cache: Vec<Option<Resolved>> = vec![None; values[0].len()];
+        let mut cache: Vec<Option<Resolved>> = vec![None; words[0].values().len()];
         for row in 0..batch.num_rows() {
-            if !i64::try_from(row).is_ok_and(|row| message.counts(row)) {
+            if message.only.is_some() && !message.counts(i64::try_from(row).unwrap_or(i64::MAX)) {
                 continue;
             }
-            let keys = words.map(|column| column.keys().value(row));
-            let cached = usize::try_from(keys[0]).ok().and_then(|key| cache.get_mut(key));
+            let of_row = keys.map(|keys| keys[row]);
+            let cached = usize::try_from(of_row[0]).ok().and_then(|key| cache.get_mut(key));
             let resolved;
             let slot = match cached {
-                Some(Some((same, slot))) if *same == keys => &*slot,
+                Some(Some((same, slot))) if *same == of_row => &*slot,
                 cached => {
-                    let word = |i: usize| values[i].value(usize::try_from(keys[i]).unwrap_or(0));
                     let stated = Stated {
                         site: &site,
-                        device_id: word(0),
-                        device_type: word(1),
-                        asset_id: word(2),
-                        unit: word(3),
-                        kind: word(4),
+                        device_id: word(0, row),
+                        device_type: word(1, row),
+                        asset_id: word(2, row),
+                        unit: word(3, row),
+                        kind: word(4, row),
                     };
                     resolved = self.resolve(rules, stated);
                     if let Some(cached) = cached {
-                        *cached = Some((keys, resolved.clone()));
+                        *cached = Some((of_row, resolved.clone()));
                     }
                     &resolved
                 }
             };
-            let instant = Timestamp::from_micros(ts.value(row));
-            let value = values_of.is_valid(row).then(|| values_of.value(row));
+            let instant = Timestamp::from_micros(ts[row]);
+            let value = values.is_valid(row).then(|| values.value(row));
             let passed = match slot {
                 Ok(slot) => {
                     let profile = &self.slots[*slot as usize].profile;
-                    let checked =
-                        rules.check(profile, instant, value, quality.value(row), message.received_at);
+                    let checked = rules.check(profile, instant, value, quality[row], message.received_at);
                     checked.map(|value| (*slot, value))
                 }
                 Err(reject) => Err(reject.clone()),
             };
             match passed {
-                Ok((slot, value)) => self.push(instant, value, quality.value(row), slot, at, row),
+                Ok((slot, value)) => self.push(instant, value, quality[row], slot, at, row),
                 Err(reject) => {
-                    let word = |i: usize| {
-                        let key = usize::try_from(keys[i]).unwrap_or(0);
-                        Some(values[i].value(key).to_owned())
-                    };
                     message.quarantined += 1;
                     quarantine.push(Quarantined {
                         row: i64::try_from(row).ok(),
-                        device_id: word(0),
-                        device_type: word(1),
+                        device_id: Some(word(0, row).to_owned()),
+                        device_type: Some(word(1, row).to_owned()),
                         ts: Some(instant.to_string()),
                         value: value.map(|v| v.to_string()),
-                        unit: word(3),
+                        unit: Some(word(3, row).to_owned()),
                         ..Quarantined::message(at, 1, reject)
                     });
                 }
@@ -263,6 +263,16 @@ impl Candidates {
         }
     }
 
+    fn reserve(&mut self, rows: usize) {
+        self.ts.reserve(rows);
+        self.value.reserve(rows);
+        self.quality.reserve(rows);
+        self.slot.reserve(rows);
+        self.message.reserve(rows);
+        self.row.reserve(rows);
+    }
+
+    #[inline]
     fn push(&mut self, ts: Timestamp, value: f64, quality: u8, slot: u32, message: usize, row: usize) {
         self.ts.push(ts.as_micros());
         self.value.push(value);
@@ -469,6 +479,45 @@ fn quality_word(code: u8) -> &'static str {
     Quality::from_code(code).unwrap_or(Quality::Bad).as_str()
 }
 
+/// Rows that follow one another, of one sender's words and one message.
+struct Run<'a> {
+    slot: &'a Slot,
+    from: &'a Delivered,
+    /// Index of `from`.
+    message: usize,
+    rows: usize,
+}
+
+/// The runs of rows; a device's readings lie together, and it sends several in a message.
+fn runs<'a>(candidates: &'a Candidates, rows: &[u32], delivered: &'a [Delivered]) -> Vec<Run<'a>> {
+    let of = |i: &u32| (candidates.slot[*i as usize], candidates.message[*i as usize]);
+    let same = rows.chunk_by(|a, b| of(a) == of(b));
+    same.map(|rows| {
+        let (slot, message) = of(&rows[0]);
+        let (slot, message) = (slot as usize, message as usize);
+        Run { slot: &candidates.slots[slot], from: &delivered[message], message, rows: rows.len() }
+    })
+    .collect()
+}
+
+/// A column of what each run says, `None` being null.
+fn column<T: ArrowPrimitiveType>(
+    runs: &[Run<'_>],
+    value: impl Fn(&Run<'_>) -> Option<T::Native>,
+) -> PrimitiveArray<T> {
+    let n = runs.iter().map(|run| run.rows).sum();
+    let (mut values, mut nulls) = (Vec::with_capacity(n), NullBufferBuilder::new(n));
+    for run in runs {
+        let value = value(run);
+        values.resize(values.len() + run.rows, value.unwrap_or_default());
+        match value {
+            Some(_) => nulls.append_n_non_nulls(run.rows),
+            None => nulls.append_n_nulls(run.rows),
+        }
+    }
+    PrimitiveArray::new(values.into(), nulls.finish())
+}
+
 /// The rows of `silver/sensor_readings`: a batch is of one partition, and ordered by device and time.
 pub(super) fn sensor_readings(
     candidates: &Candidates,
@@ -487,36 +536,37 @@ pub(super) fn sensor_readings(
         })
         .collect();
     let words: ArrayRef = Arc::new(StringArray::from(words.list));
+    let text = |keys: Int32Array| -> anyhow::Result<ArrayRef> {
+        Ok(Arc::new(DictionaryArray::<Int32Type>::try_new(keys, Arc::clone(&words))?))
+    };
     let schema = with_dictionaries(&Table::SensorReadings.schema());
     let mut batches = Vec::new();
     for ((device_type, year, month), rows) in partitions(candidates, stored) {
         for rows in rows.chunks(BATCH) {
-            let slot = |i: &u32| &candidates.slots[candidates.slot[*i as usize] as usize];
-            let from = |i: &u32| &delivered[candidates.message[*i as usize] as usize];
-            let text = |keys: &mut dyn Iterator<Item = i32>| -> anyhow::Result<ArrayRef> {
-                let keys = Int32Array::from_iter(keys.map(|key| (key >= 0).then_some(key)));
-                Ok(Arc::new(DictionaryArray::<Int32Type>::try_new(keys, Arc::clone(&words))?))
-            };
-            let ts = rows.iter().map(|i| Timestamp::from_micros(candidates.ts[*i as usize]));
-            let value = rows.iter().map(|i| candidates.value[*i as usize]);
-            let seq = rows.iter().map(|i| from(i).name.as_ref().map(|n| n.seq));
-            let message = |i: &u32| messages[candidates.message[*i as usize] as usize];
-            let quality = |i: &u32| qualities[usize::from(candidates.quality[*i as usize].min(2))];
+            let runs = runs(candidates, rows, delivered);
+            let word =
+                |key: &dyn Fn(&Run<'_>) -> i32| text(column(&runs, |run| Some(key(run)).filter(|k| *k >= 0)));
+            let instant = |micros: TimestampMicrosecondArray| Arc::new(micros.with_timezone("UTC"));
+            let ts: Vec<i64> = rows.iter().map(|i| candidates.ts[*i as usize]).collect();
+            let value: Vec<f64> = rows.iter().map(|i| candidates.value[*i as usize]).collect();
+            let valid = value.iter().any(|v| v.is_nan()).then(|| value.iter().map(|v| !v.is_nan()).collect());
+            let quality: Vec<i32> =
+                rows.iter().map(|i| qualities[usize::from(candidates.quality[*i as usize].min(2))]).collect();
             let columns: Vec<ArrayRef> = vec![
-                Arc::new(instants(ts)),
-                text(&mut rows.iter().map(|i| slot(i).device_id))?,
-                text(&mut std::iter::repeat_n(device_type, rows.len()))?,
-                text(&mut rows.iter().map(|i| slot(i).asset_id))?,
-                text(&mut rows.iter().map(|i| slot(i).site))?,
-                text(&mut rows.iter().map(|i| message(i).0))?,
-                Arc::new(Float64Array::from_iter(value.map(|v| (!v.is_nan()).then_some(v)))),
-                text(&mut rows.iter().map(|i| slot(i).unit))?,
-                text(&mut rows.iter().map(|i| slot(i).kind))?,
-                text(&mut rows.iter().map(quality))?,
-                Arc::new(instants(rows.iter().map(|i| from(i).received_at))),
-                text(&mut rows.iter().map(|i| message(i).1))?,
-                Arc::new(Int64Array::from_iter(seq)),
-                text(&mut rows.iter().map(|i| segments[from(i).segment]))?,
+                instant(ts.into()),
+                word(&|run| run.slot.device_id)?,
+                word(&|_| device_type)?,
+                word(&|run| run.slot.asset_id)?,
+                word(&|run| run.slot.site)?,
+                word(&|run| messages[run.message].0)?,
+                Arc::new(Float64Array::new(value.into(), valid)),
+                word(&|run| run.slot.unit)?,
+                word(&|run| run.slot.kind)?,
+                text(quality.into())?,
+                instant(column(&runs, |run| Some(run.from.received_at.as_micros()))),
+                word(&|run| messages[run.message].1)?,
+                Arc::new(column::<Int64Type>(&runs, |run| run.from.name.as_ref().map(|n| n.seq))),
+                word(&|run| segments[run.from.segment])?,
                 Arc::new(Int64Array::from(vec![year; rows.len()])),
                 Arc::new(Int64Array::from(vec![month; rows.len()])),
             ];

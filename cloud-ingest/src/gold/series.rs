@@ -220,8 +220,7 @@ impl SeriesBuilder {
         let mut row = 0;
         // Silver lies by device: what repeats is looked up once a run.
         while row < batch.num_rows() {
-            let keys = texts.keys(row);
-            let run = (row + 1..batch.num_rows()).take_while(|row| texts.keys(*row) == keys).count() + 1;
+            let run = texts.run(row);
             let meta = self.meta(&texts, row);
             let samples = &mut self.devices[self.device_of[meta as usize]].samples;
             samples.reserve(run);
@@ -297,7 +296,8 @@ impl SeriesBuilder {
         let mut series = self.devices;
         for (key, at) in self.by_device {
             let mut device = std::mem::take(&mut series[at]);
-            device.samples.sort_unstable_by_key(|s| s.ts);
+            // What came of each file is in order, and a stable sort merges that.
+            device.samples.sort_by_key(|s| s.ts);
             device.windows.retain(|w| !speaking.contains(&(gateway(w.meta), floor_hour(w.start))));
             device.windows = choose(device.windows, &metas);
             devices.insert(key, device);
@@ -378,9 +378,16 @@ impl MetaColumns {
         ]))
     }
 
-    /// Equal keys are equal words, within a batch.
-    fn keys(&self, row: usize) -> [Option<usize>; 7] {
-        std::array::from_fn(|i| self.0[i].key(row))
+    /// How many rows from `row` on have the same keys: these are the same words, within a batch.
+    fn run(&self, row: usize) -> usize {
+        let of = |words: &Words| match words.keys.null_count() {
+            0 => {
+                let keys = &words.keys.values()[row..];
+                keys.iter().take_while(|key| **key == keys[0]).count()
+            }
+            _ => (row..words.keys.len()).take_while(|other| words.key(*other) == words.key(row)).count(),
+        };
+        self.0.iter().map(of).fold(usize::MAX, usize::min)
     }
 }
 

@@ -18,7 +18,7 @@ use common::time::{Clock, SystemClock, Timestamp};
 use deltalake::kernel::Add;
 use object_store::{ObjectStoreExt, path::Path};
 use parquet::{
-    arrow::arrow_writer::{ArrowWriter, ArrowWriterOptions},
+    arrow::arrow_writer::{ArrowWriter, ArrowWriterOptions, compute_leaves},
     basic::{Compression, Encoding, ZstdLevel},
     file::{
         metadata::ParquetMetaData,
@@ -30,7 +30,11 @@ use parquet::{
 use serde_json::{Map, Value, json};
 use uuid::Uuid;
 
+use super::runs;
 use crate::{lake::Table, store::Store};
+
+/// Most rows of a row group, unless a batch has more.
+const ROW_GROUP: usize = 1024 * 1024;
 
 /// Values of the partition columns, in their order.
 type Partition = Vec<String>;
@@ -79,7 +83,7 @@ pub fn writer_properties(table: Table) -> WriterProperties {
                 .set_column_encoding(column.clone(), Encoding::DELTA_BINARY_PACKED);
         }
         // Finding the least and greatest text costs as much as writing it.
-        if table == Table::SensorReadings && UNFILTERED.contains(&field.name().as_str()) {
+        if is_unfiltered(table, field.name()) {
             builder = builder.set_column_statistics_enabled(column, EnabledStatistics::None);
         }
     }
@@ -89,6 +93,10 @@ pub fn writer_properties(table: Table) -> WriterProperties {
 /// Columns of `sensor_readings` by whose limits no file is left out: a plan has something of every gateway.
 const UNFILTERED: [&str; 8] =
     ["asset_id", "site", "gateway_id", "unit", "kind", "quality", "epoch", "segment"];
+
+fn is_unfiltered(table: Table, column: &str) -> bool {
+    table == Table::SensorReadings && UNFILTERED.contains(&column)
+}
 
 /// The rows of each partition, without its columns.
 fn by_partition(
@@ -184,13 +192,45 @@ fn encode(table: Table, batches: &[RecordBatch]) -> anyhow::Result<(Vec<u8>, Val
     let options =
         ArrowWriterOptions::new().with_properties(writer_properties(table)).with_skip_arrow_metadata(true);
     let mut bytes = Vec::new();
-    let mut writer = ArrowWriter::try_new_with_options(&mut bytes, Arc::clone(&schema), options)?;
-    for batch in batches {
-        writer.write(batch)?;
+    let writer = ArrowWriter::try_new_with_options(&mut bytes, Arc::clone(&schema), options)?;
+    let (mut writer, columns) = writer.into_serialized_writer()?;
+    let leaves = writer.schema_descr().columns().to_vec();
+    for (n, group) in row_groups(batches).enumerate() {
+        let mut to = writer.next_row_group()?;
+        for (ix, mut column) in columns.create_column_writers(n)?.into_iter().enumerate() {
+            let parts: Vec<&ArrayRef> = group.iter().map(|batch| batch.column(ix)).collect();
+            let wanted = !is_unfiltered(table, leaves[ix].name());
+            if let Some((bytes, chunk)) = runs::chunk(&leaves[ix], &parts, wanted)? {
+                to.append_column(&bytes, chunk)?;
+                continue;
+            }
+            for part in parts {
+                for leaf in compute_leaves(schema.field(ix), part)? {
+                    column.write(&leaf)?;
+                }
+            }
+            column.close()?.append_to_row_group(&mut to)?;
+        }
+        to.close()?;
     }
     let metadata = writer.close()?;
     let stats = statistics(&schema, &metadata);
     Ok((bytes, stats))
+}
+
+/// Batches that make a row group together.
+fn row_groups(mut batches: &[RecordBatch]) -> impl Iterator<Item = &[RecordBatch]> {
+    std::iter::from_fn(move || {
+        let mut rows = 0;
+        let over = |batch: &RecordBatch| {
+            rows += batch.num_rows();
+            rows > ROW_GROUP
+        };
+        let end = batches.iter().position(over).unwrap_or(batches.len());
+        let group;
+        (group, batches) = batches.split_at(end.max(1).min(batches.len()));
+        (!group.is_empty()).then_some(group)
+    })
 }
 
 /// `numRecords`, `minValues`, `maxValues` and `nullCount` (Delta's protocol, per-file statistics).
@@ -255,9 +295,10 @@ fn limits(data_type: &DataType, groups: &[&Statistics]) -> Option<(Value, Value)
 #[cfg(test)]
 mod tests {
     use arrow::array::{
-        DictionaryArray, Float64Array, Int64Array, TimestampMicrosecondArray, new_null_array,
+        DictionaryArray, Float64Array, Int64Array, StringArray, TimestampMicrosecondArray, new_null_array,
     };
     use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
+    use proptest::prelude::*;
 
     use super::*;
 
@@ -307,6 +348,67 @@ mod tests {
         assert_eq!(sizes, [("flow/2026/3".to_owned(), 3), ("level/2026/3".to_owned(), 1)]);
         let parted = by_partition(TABLE, vec![rows(&[("a/../b", "a", 1, None)])]).unwrap_err().to_string();
         assert_eq!(parted, "device_type = \"a/../b\" cannot name a partition");
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(200))]
+
+        /// Whatever the runs, nulls and dictionaries of a column: what is read is what was written, as parquet's own
+        /// writer has it.
+        #[test]
+        fn runs_of_text_are_read_as_they_were_written(
+            parts in prop::collection::vec(prop::collection::vec((0i32..40, 1usize..60), 0..30), 1..4),
+            (nullable, words) in (any::<bool>(), 1i32..300),
+        ) {
+            let field = Field::new("segment", common::wire::dict(), nullable);
+            let schema = Arc::new(Schema::new(vec![field]));
+            let batches: Vec<RecordBatch> = parts
+                .iter()
+                .enumerate()
+                .map(|(n, runs)| {
+                    // Other dictionaries in each part; more words than any row says.
+                    let list: Vec<String> = (0..words).map(|w| format!("word {}", w + n as i32)).collect();
+                    let keys = runs.iter().flat_map(|(word, rows)| {
+                        let key = (!nullable || word % 5 > 0).then_some(word % words);
+                        std::iter::repeat_n(key, *rows)
+                    });
+                    let words = Arc::new(StringArray::from(list));
+                    let column = DictionaryArray::<Int32Type>::try_new(keys.collect(), words).unwrap();
+                    RecordBatch::try_new(Arc::clone(&schema), vec![Arc::new(column)]).unwrap()
+                })
+                .collect();
+            let (bytes, stats) = encode(TABLE, &batches).unwrap();
+            let mut plain = Vec::new();
+            let properties = Some(writer_properties(TABLE));
+            let mut writer = ArrowWriter::try_new(&mut plain, Arc::clone(&schema), properties).unwrap();
+            batches.iter().for_each(|batch| writer.write(batch).unwrap());
+            writer.close().unwrap();
+            let read = |bytes: Vec<u8>, size: usize| {
+                let reader = ParquetRecordBatchReaderBuilder::try_new(bytes::Bytes::from(bytes)).unwrap();
+                let batches = reader.with_batch_size(size).build().unwrap();
+                let texts = batches.flat_map(|batch| {
+                    let column = cast(batch.unwrap().column(0), &DataType::Utf8).unwrap();
+                    column.as_string::<i32>().iter().map(|t| t.map(str::to_owned)).collect::<Vec<_>>()
+                });
+                texts.collect::<Vec<_>>()
+            };
+            let written = read(plain, 1024);
+            prop_assert_eq!(stats["numRecords"].as_u64(), Some(written.len() as u64));
+            prop_assert_eq!(&read(bytes.clone(), 1024), &written);
+            prop_assert_eq!(&read(bytes, 7), &written);
+        }
+    }
+
+    #[test]
+    fn row_groups_are_whole_batches() {
+        let batch = |n: usize| rows(&vec![("flow", "a", 1, None); n]);
+        let sizes = |batches: &[usize]| -> Vec<usize> {
+            let batches: Vec<RecordBatch> = batches.iter().map(|n| batch(*n)).collect();
+            row_groups(&batches).map(<[RecordBatch]>::len).collect()
+        };
+        assert_eq!(sizes(&[]), [0usize; 0]);
+        assert_eq!(sizes(&[3]), [1]);
+        assert_eq!(sizes(&[ROW_GROUP + 1, 1, ROW_GROUP - 1, 1]), [1, 2, 1]);
     }
 
     #[test]

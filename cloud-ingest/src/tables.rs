@@ -14,6 +14,7 @@
 //! * No commit looks for old log entries, which would list the whole log; [`Tables::tidy_log`] does.
 
 mod rewrite;
+mod splice;
 mod write;
 
 use std::{

@@ -94,12 +94,14 @@ pub(super) async fn run(options: Options, reach: Duration) -> anyhow::Result<Exi
     eprintln!("{} live ones", lead.readings);
     let sending = tokio::spawn(fleet::send(lead.clone(), None));
     bench.follow(sending, lead.readings).await?;
+    let mut seen = bench.seen;
     if restart {
         bench.end_cloud().await?;
+        seen = Seen { plans: seen.plans, ..Seen::default() };
         bench.start_cloud()?;
         bench.connected().await?;
     }
-    let (cpu, seen) = if restart { (Duration::ZERO, Seen::default()) } else { (bench.cpu()?, bench.seen) };
+    let cpu = if restart { Duration::ZERO } else { bench.cpu()? };
     let beside = Duration::from_secs_f64(readings as f64 / FASTEST as f64).max(Duration::from_secs(1));
     let live = fleet::Options { seed: 3, ..bench.paced(SystemClock.now(), beside) };
     eprintln!("{readings} readings of the backlog, and {} live ones beside them", live.readings);

@@ -30,7 +30,7 @@ use crate::{
 /// So many are asked about.
 const GATEWAYS: u64 = 20;
 /// Between an answer and the next question.
-const PAUSE: Duration = Duration::from_millis(100);
+const PAUSE: Duration = Duration::from_millis(200);
 /// Something that was published is waited for so long.
 const PATIENCE: Duration = Duration::from_secs(60);
 

@@ -80,6 +80,20 @@ pub struct Refiner {
     /// What the log and the lake said; `None` when they must be asked again.
     state: Option<State>,
     warned: HashSet<(String, String)>,
+    /// Small files being packed, beside the steps.
+    packing: Packing,
+}
+
+/// A task that ends with its owner; it may end at any moment.
+#[derive(Default)]
+struct Packing(Option<tokio::task::JoinHandle<()>>);
+
+impl Drop for Packing {
+    fn drop(&mut self) {
+        if let Some(task) = &self.0 {
+            task.abort();
+        }
+    }
 }
 
 /// What a refiner knows of the lake.
@@ -109,6 +123,7 @@ impl Refiner {
             before_commit: None,
             state: None,
             warned: HashSet::new(),
+            packing: Packing::default(),
         }
     }
 
@@ -135,7 +150,7 @@ impl Refiner {
         self.rules_hash.clone_from(&plan.rules);
         let counts = self.carry_out(&mut state, plan).await.with_context(|| format!("plan {}", plan.n))?;
         if plan.n.is_multiple_of(COMPACT_EVERY) {
-            self.compact(&mut state).await;
+            compact(self.tables.clone()).await;
         }
         self.state = Some(state);
         Ok(counts)
@@ -192,8 +207,10 @@ impl Refiner {
         let Some(plan) = state.newest.clone() else { return Ok(Outcome::Idle) };
         let counts = self.carry_out(state, &plan).await.with_context(|| format!("plan {}", plan.n))?;
         state.done = true;
-        if plan.n.is_multiple_of(COMPACT_EVERY) {
-            self.compact(state).await;
+        // Large files take seconds, for which what comes should not have to wait.
+        let idle = self.packing.0.as_ref().is_none_or(tokio::task::JoinHandle::is_finished);
+        if plan.n.is_multiple_of(COMPACT_EVERY) && idle {
+            self.packing = Packing(Some(tokio::spawn(compact(self.tables.clone()))));
         }
         Ok(Outcome::Refined(counts))
     }
@@ -459,25 +476,22 @@ impl Refiner {
         Ok(())
     }
 
-    async fn compact(&self, state: &mut State) {
-        for table in crate::silver::COMMIT_ORDER {
-            match self.tables.compact(table, &TIERS, SMALL_FILES).await {
-                Ok(false) => {}
-                // The version has moved on; the progress is read again at the next commit.
-                Ok(true) => drop(state.progress.remove(&table)),
-                Err(TablesError::Conflict { table, reason }) => {
-                    tracing::info!(table, reason, "not compacted");
-                }
-                Err(e) => tracing::warn!(error = %e, "not compacted"),
-            }
-        }
-    }
-
     fn warn(&mut self, offenders: BTreeMap<(String, String), String>) {
         for ((site, device), reason) in offenders {
             if self.warned.len() < WARNED && self.warned.insert((site.clone(), device.clone())) {
                 tracing::warn!(site, device, reason, "readings quarantined");
             }
+        }
+    }
+}
+
+/// Packs the small files of every table that a plan writes.
+async fn compact(tables: Tables) {
+    for table in crate::silver::COMMIT_ORDER {
+        match tables.compact(table, &TIERS, SMALL_FILES).await {
+            Ok(_) => {}
+            Err(TablesError::Conflict { table, reason }) => tracing::info!(table, reason, "not compacted"),
+            Err(e) => tracing::warn!(error = %e, "not compacted"),
         }
     }
 }

@@ -15,6 +15,7 @@
 
 mod rewrite;
 mod runs;
+mod splice;
 mod write;
 
 use std::{

@@ -3,14 +3,14 @@
 //! Gateway `g` (from 0) is `fleet/gw-{g}`; its device `m` is `gw-{g}/dev-{m}`. Reading `n` of each device has
 //!
 //! ```text
-//! ts    = start + n seconds
+//! ts    = start + n intervals
 //! value = low + (high - low) * u,   u = splitmix64(seed + g * 2^48 + m * 2^32 + n) / 2^64, of which 53 bits are kept
 //! ```
 //!
 //! with the type, unit, low and high of `KINDS[m mod 4]`: a pure function of (seed, device, n), so that an
 //! outside reader can compute the whole set. `start` is printed with the result; by default it lies so far back that
 //! no reading is from the future. Readings go round the devices: reading `i` of a gateway is reading
-//! `i / devices` of device `i mod devices`.
+//! `first + i / devices` of device `i mod devices`.
 //!
 //! A gateway keeps each Arrow message until the cloud's `ack` names it, and sends it again after a new
 //! connection or a minute's silence; a JSON message has no name and is done when the broker has it.
@@ -94,9 +94,15 @@ pub struct Options {
     /// Seed of the values
     #[arg(long, default_value_t = 1)]
     pub(crate) seed: u64,
-    /// Event time of the first readings (RFC 3339)
+    /// Event time of reading 0 of each device (RFC 3339)
     #[arg(long)]
     pub(crate) start: Option<Timestamp>,
+    /// From one reading of a device to its next, by event time
+    #[arg(long, value_name = "DURATION", default_value = "1s", value_parser = common::time::duration::parse)]
+    pub(crate) interval: Duration,
+    /// Number of each device's first reading: where an earlier fleet has ended, to carry on
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) first: u64,
     /// Of every gateway, for a broker with the shipped ACL, as file:PATH or env:NAME; the user names are fleet/gw-{g}
     #[arg(long, value_name = "REFERENCE", default_value = "")]
     pub(crate) password: SecretRef,
@@ -117,7 +123,7 @@ pub(crate) enum Format {
 /// When the broker cannot be used, or nothing moves any more.
 pub async fn run(options: Options) -> anyhow::Result<()> {
     let seed = options.seed;
-    let Sent { readings, messages, seconds, start } = send(options).await?;
+    let Sent { readings, messages, seconds, start } = send(options, None).await?;
     let result = serde_json::json!({
         "readings": readings, "messages": messages, "seconds": seconds, "start": start.to_string(), "seed": seed,
     });
@@ -131,24 +137,37 @@ pub(crate) struct Sent {
     pub(crate) readings: u64,
     pub(crate) messages: u64,
     pub(crate) seconds: f64,
-    /// Event time of the first readings.
+    /// Event time of reading 0.
     pub(crate) start: Timestamp,
 }
+
+/// The last reading of a message that was published for the first time.
+#[derive(Clone, Debug)]
+pub(crate) struct Published {
+    pub(crate) gateway: u64,
+    pub(crate) device: String,
+    pub(crate) ts: Timestamp,
+    pub(crate) at: Instant,
+}
+
+/// Is told of each message, in order by device.
+pub(crate) type Watch = Arc<dyn Fn(Published) + Send + Sync>;
 
 /// Sends everything; returns once it is acknowledged.
 ///
 /// # Errors
 /// When the broker cannot be used, or nothing moves any more.
-pub(crate) async fn send(options: Options) -> anyhow::Result<Sent> {
+pub(crate) async fn send(options: Options, watch: Option<Watch>) -> anyhow::Result<Sent> {
     let (gateways, devices) = (u64::from(options.gateways), u64::from(options.devices));
-    let per_device = options.readings.div_ceil(gateways * devices);
-    let back = Duration::from_secs(per_device + 60);
+    let per_device = options.first + options.readings.div_ceil(gateways * devices);
+    let back = options.interval.mul_f64(per_device as f64) + Duration::from_secs(60);
     let start = options.start.unwrap_or_else(|| (SystemClock.now() - back).floor(Duration::from_secs(1)));
     let options = Arc::new(options);
     let began = Instant::now();
     let mut running = tokio::task::JoinSet::new();
     for index in 0..gateways {
-        let gateway = Gateway::new(Arc::clone(&options), index, options.share(index), start)?;
+        let mut gateway = Gateway::new(Arc::clone(&options), index, options.share(index), start)?;
+        gateway.watch.clone_from(&watch);
         running.spawn(gateway.run());
     }
     let mut messages = 0;
@@ -158,7 +177,7 @@ pub(crate) async fn send(options: Options) -> anyhow::Result<Sent> {
     Ok(Sent { readings: options.readings, messages, seconds: began.elapsed().as_secs_f64(), start })
 }
 
-/// What the lake must hold of each device: site, id, readings, sum of their values, first and last event time.
+/// What the lake must hold of each device that has sent something.
 pub(crate) fn truth(options: &Options, start: Timestamp) -> anyhow::Result<Vec<Told>> {
     let options = Arc::new(options.clone());
     let mut told = Vec::new();
@@ -168,8 +187,9 @@ pub(crate) fn truth(options: &Options, start: Timestamp) -> anyhow::Result<Vec<T
         for (m, device) in (0..).zip(&gateway.registry.devices) {
             let count = (gateway.readings + devices - 1 - m) / devices;
             if count > 0 {
-                let sum = (0..count).map(|n| gateway.value(m, n)).sum();
-                let (first, last) = (gateway.ts(0), gateway.ts(count - 1));
+                let numbers = options.first..options.first + count;
+                let (first, last) = (gateway.ts(numbers.start), gateway.ts(numbers.end - 1));
+                let sum = numbers.map(|n| gateway.value(m, n)).sum();
                 told.push(Told { site: SITE, device: device.id.clone(), count, sum, first, last });
             }
         }
@@ -208,6 +228,7 @@ struct Gateway {
     /// Readings and messages made so far.
     made: u64,
     head: u64,
+    watch: Option<Watch>,
     /// Messages that nobody has answered for, by number, with the readings before each.
     open: BTreeMap<u64, Open>,
     progress: Instant,
@@ -233,7 +254,7 @@ impl Gateway {
                 device_type: device_type.to_owned(),
                 asset: asset.clone(),
                 unit: unit.to_owned(),
-                interval: Some(Duration::from_secs(1)),
+                interval: Some(options.interval),
                 ..Device::default()
             }
         });
@@ -250,6 +271,7 @@ impl Gateway {
             epoch: Uuid::now_v7(),
             made: 0,
             head: 0,
+            watch: None,
             open: BTreeMap::new(),
             progress: Instant::now(),
         })
@@ -386,12 +408,21 @@ impl Gateway {
         while room > 0 && self.made < self.readings && self.open.len() < UNACKED {
             if let Some(rate) = self.options.rate {
                 let share = rate / f64::from(self.options.gateways);
-                let due = began + Duration::from_secs_f64((self.made - made_before) as f64 / share.max(1e-6));
+                // Gateways do not seal at one moment.
+                let phase =
+                    self.index as f64 / f64::from(self.options.gateways) * f64::from(self.options.batch);
+                let made = (self.made - made_before) as f64 + phase;
+                let due = began + Duration::from_secs_f64(made / share.max(1e-6));
                 if due > now {
                     return Ok(due);
                 }
             }
             let seq = self.make()?;
+            if let Some(watch) = &self.watch {
+                let (m, n) = self.place(self.made - 1);
+                let device = self.registry.devices[m as usize].id.clone();
+                watch(Published { gateway: self.index, device, ts: self.ts(n), at: Instant::now() });
+            }
             self.publish(client, seq).await?;
             given.push_back(Some(seq));
             room -= 1;
@@ -455,11 +486,12 @@ impl Gateway {
     /// Device and number of the gateway's reading `i`.
     fn place(&self, i: u64) -> (u64, u64) {
         let devices = u64::from(self.options.devices);
-        (i % devices, i / devices)
+        (i % devices, self.options.first + i / devices)
     }
 
     fn ts(&self, n: u64) -> Timestamp {
-        self.start + Duration::from_secs(n)
+        let micros = i128::from(n) * self.options.interval.as_micros() as i128;
+        self.start.shifted(i64::try_from(micros).unwrap_or(i64::MAX))
     }
 
     fn value(&self, m: u64, n: u64) -> f64 {
@@ -580,8 +612,11 @@ mod tests {
             rate: None,
             seed: 1,
             start: None,
+            interval: Duration::from_millis(100),
+            first: 10,
             password: SecretRef::default(),
         };
+        let told = truth(&options, "2026-03-01T06:00:00Z".parse().unwrap()).unwrap();
         let start = "2026-03-01T06:00:00Z".parse().unwrap();
         let mut gateway = Gateway::new(Arc::new(options), 0, 7, start).unwrap();
         for (seq, rows, before) in [(0, 5, 0), (1, 2, 5)] {
@@ -592,7 +627,11 @@ mod tests {
             let batch = wire::decode(Lane::Readings, &open.payload).unwrap();
             assert_eq!(batch.num_rows() as u64, rows);
         }
-        assert_eq!(gateway.place(6), (0, 2));
+        assert_eq!(gateway.place(6), (0, 12));
+        let of_device_0 = [10, 11, 12].map(|n| gateway.value(0, n)).iter().sum::<f64>();
+        assert_eq!((told[0].count, told[0].sum), (3, of_device_0));
+        let times = [told[0].first, told[0].last].map(|ts| ts.to_string());
+        assert_eq!(times, ["2026-03-01T06:00:01Z", "2026-03-01T06:00:01.200Z"]);
         gateway.acknowledged(br#"{"v":1,"ranges":[]}"#);
         assert_eq!(gateway.open.len(), 2);
         let ranges =

@@ -28,7 +28,10 @@ use datafusion::{
 use crate::{
     lake::{SegmentName, Table},
     plan::Plan,
-    serve::{catalog::live_tables, functions, live::Live},
+    serve::{
+        functions,
+        live::{self, Live},
+    },
     tables::{CATALOG, Tables},
 };
 
@@ -216,7 +219,7 @@ pub async fn session(
         catalog.register_schema(schema, Arc::new(MemorySchemaProvider::new()))?;
     }
     if needs.live {
-        for (name, table) in live_tables(live) {
+        for (name, table) in live::tables(live) {
             context.register_table(TableReference::partial("live", name), table)?;
         }
     }

@@ -17,8 +17,8 @@ use arrow::datatypes::SchemaRef;
 use async_trait::async_trait;
 use datafusion::{
     catalog::{
-        CatalogProvider, MemTable, MemoryCatalogProvider, MemorySchemaProvider, ScanArgs, ScanResult,
-        SchemaProvider, Session, TableProvider,
+        CatalogProvider, MemoryCatalogProvider, MemorySchemaProvider, ScanArgs, ScanResult, SchemaProvider,
+        Session, TableProvider,
     },
     common::Statistics,
     datasource::{TableType, ViewTable},
@@ -41,7 +41,10 @@ use tokio::{
     time::Instant,
 };
 
-use super::{functions, live::Live};
+use super::{
+    functions,
+    live::{self, Live},
+};
 
 /// The database that clients connect to.
 pub const DATABASE: &str = "tailrace";
@@ -114,7 +117,7 @@ impl Catalog {
             snapshot: AsyncRwLock::default(),
         };
         this.adopt(&lake).await?;
-        for (name, table) in live_tables(live) {
+        for (name, table) in live::tables(live) {
             this.schema("live")?.register_table(name.into(), table)?;
         }
         if this.schema("silver")?.table_exist("sensor_readings") {
@@ -263,46 +266,5 @@ impl TableProvider for Current {
 
     fn statistics(&self) -> Option<Statistics> {
         self.now().statistics()
-    }
-}
-
-/// The tables of the schema `live`.
-pub(crate) fn live_tables(live: &Live) -> [(&'static str, Arc<dyn TableProvider>); 2] {
-    let (readings, status) = (LiveTable::Readings(live.clone()), LiveTable::Status(live.clone()));
-    [("readings", Arc::new(readings)), ("status", Arc::new(status))]
-}
-
-/// What is in memory when the scan is planned.
-#[derive(Debug)]
-enum LiveTable {
-    Readings(Live),
-    Status(Live),
-}
-
-#[async_trait]
-impl TableProvider for LiveTable {
-    fn schema(&self) -> SchemaRef {
-        match self {
-            Self::Readings(_) => super::live::readings_schema(),
-            Self::Status(_) => super::live::status_schema(),
-        }
-    }
-
-    fn table_type(&self) -> TableType {
-        TableType::Base
-    }
-
-    async fn scan(
-        &self,
-        state: &dyn Session,
-        projection: Option<&Vec<usize>>,
-        filters: &[Expr],
-        limit: Option<usize>,
-    ) -> PlanResult<Arc<dyn ExecutionPlan>> {
-        let batch = match self {
-            Self::Readings(live) => live.readings()?,
-            Self::Status(live) => live.status()?,
-        };
-        MemTable::try_new(self.schema(), vec![vec![batch]])?.scan(state, projection, filters, limit).await
     }
 }

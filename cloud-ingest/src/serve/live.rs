@@ -11,6 +11,8 @@
 //!   of the last `keep` and up to its share of [`MAX_ROWS`], where [`ROW_BYTES`] count as a row at least.
 //! * Open anomalies: raised and not cleared, by event id; the newest [`MAX_EVENTS`].
 
+mod table;
+
 use std::{
     collections::{BTreeMap, VecDeque},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -18,14 +20,8 @@ use std::{
 };
 
 use arrow::{
-    array::{
-        Array, ArrayRef, AsArray, BooleanBuilder, Float64Builder, Int64Builder, RecordBatch, StringBuilder,
-        TimestampMicrosecondBuilder,
-    },
-    datatypes::{
-        DataType, Field, Float64Type, Int32Type, Schema, SchemaRef, TimestampMicrosecondType, UInt8Type,
-    },
-    error::ArrowError,
+    array::{Array, ArrayRef, AsArray, RecordBatch},
+    datatypes::{Float64Type, Int32Type, TimestampMicrosecondType, UInt8Type},
 };
 use bytes::Bytes;
 use common::{
@@ -33,7 +29,7 @@ use common::{
     reading::Quality,
     time::{Clock, Timestamp},
     topic_filter,
-    wire::{self, Identity, Lane, Stream, Topic, instant},
+    wire::{self, Identity, Lane, Stream, Topic},
 };
 use rumqttc::v5::{
     AsyncClient, Event, MqttOptions,
@@ -45,6 +41,8 @@ use rumqttc::v5::{
 use tokio::sync::watch;
 use tracing::{debug, info, warn};
 
+pub(crate) use self::table::tables;
+pub use self::table::{readings_schema, status_schema};
 use crate::{
     decode::{self, JsonSource, Sample},
     settings::Settings,
@@ -226,37 +224,6 @@ impl std::fmt::Debug for Live {
     }
 }
 
-/// Columns of `live.readings`.
-pub fn readings_schema() -> SchemaRef {
-    let text = |name: &str| Field::new(name, DataType::Utf8, false);
-    Arc::new(Schema::new(vec![
-        Field::new("ts", instant(), false),
-        text("site"),
-        text("device_id"),
-        text("device_type"),
-        text("asset_id"),
-        Field::new("value", DataType::Float64, true),
-        text("unit"),
-        text("quality"),
-        Field::new("received_at", instant(), false),
-    ]))
-}
-
-/// Columns of `live.status`.
-pub fn status_schema() -> SchemaRef {
-    let text = |name: &str| Field::new(name, DataType::Utf8, false);
-    Arc::new(Schema::new(vec![
-        text("site"),
-        text("gateway_id"),
-        Field::new("online", DataType::Boolean, false),
-        Field::new("last_heard", instant(), false),
-        Field::new("unknown_since", instant(), true),
-        text("version"),
-        text("epoch"),
-        Field::new("outbox", DataType::Int64, true),
-    ]))
-}
-
 impl Live {
     /// Nothing heard so far.
     pub fn new(keep: Keep, clock: Arc<dyn Clock>) -> Self {
@@ -324,66 +291,6 @@ impl Live {
         self.lock()
     }
 
-    /// `live.readings` as it is now.
-    ///
-    /// # Errors
-    /// Never, as long as the columns are those of [`readings_schema`].
-    pub fn readings(&self) -> Result<RecordBatch, ArrowError> {
-        let state = self.read();
-        let mut ts = instants();
-        let mut received = instants();
-        let mut value = Float64Builder::new();
-        let mut texts: [StringBuilder; 6] = Default::default();
-        for ((site, device), ring) in &state.devices {
-            for point in &ring.points {
-                ts.append_value(point.ts.as_micros());
-                received.append_value(point.received_at.as_micros());
-                value.append_option(point.value);
-                let row: [&str; 6] =
-                    [site, device, &ring.device_type, &ring.asset, &ring.unit, point.quality.as_str()];
-                texts.iter_mut().zip(row).for_each(|(column, text)| column.append_value(text));
-            }
-        }
-        drop(state);
-        let [site, device, device_type, asset, unit, quality] =
-            texts.map(|mut column| Arc::new(column.finish()) as ArrayRef);
-        let (ts, value, received) =
-            (Arc::new(ts.finish()), Arc::new(value.finish()), Arc::new(received.finish()));
-        let columns: Vec<ArrayRef> =
-            vec![ts, site, device, device_type, asset, value, unit, quality, received];
-        RecordBatch::try_new(readings_schema(), columns)
-    }
-
-    /// `live.status` as it is now.
-    ///
-    /// # Errors
-    /// Never, as long as the columns are those of [`status_schema`].
-    pub fn status(&self) -> Result<RecordBatch, ArrowError> {
-        let mut texts: [StringBuilder; 4] = Default::default();
-        let (mut online, mut outbox) = (BooleanBuilder::new(), Int64Builder::new());
-        let (mut heard, mut unknown) = (instants(), instants());
-        for gateway in self.gateways() {
-            let row = [&gateway.site, &gateway.gateway_id, &gateway.version, &gateway.epoch];
-            texts.iter_mut().zip(row).for_each(|(column, text)| column.append_value(text));
-            online.append_value(gateway.online);
-            heard.append_value(gateway.last_heard.as_micros());
-            unknown.append_option(gateway.unknown_since.map(Timestamp::as_micros));
-            outbox.append_option(gateway.outbox.and_then(|n| i64::try_from(n).ok()));
-        }
-        let [site, gateway, version, epoch] = texts.map(|mut column| Arc::new(column.finish()) as ArrayRef);
-        let columns: Vec<ArrayRef> = vec![
-            site,
-            gateway,
-            Arc::new(online.finish()),
-            Arc::new(heard.finish()),
-            Arc::new(unknown.finish()),
-            version,
-            epoch,
-            Arc::new(outbox.finish()),
-        ];
-        RecordBatch::try_new(status_schema(), columns)
-    }
-
     /// Every gateway that was ever heard.
     pub fn gateways(&self) -> Vec<GatewayView> {
         let now = self.clock.now();
@@ -434,10 +341,6 @@ impl Live {
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-fn instants() -> TimestampMicrosecondBuilder {
-    TimestampMicrosecondBuilder::new().with_timezone("UTC")
 }
 
 impl State {

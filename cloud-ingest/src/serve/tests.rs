@@ -22,6 +22,7 @@ use crate::{lake::Table, store::Store};
 
 struct Lake {
     tables: Tables,
+    live: Live,
     queries: Arc<Queries>,
 }
 
@@ -31,7 +32,7 @@ async fn lake(limits: Limits) -> Lake {
     let live = Live::new(settings.keep, Arc::new(SystemClock));
     let ledger = Arc::new(LedgerTable::new(tables.clone(), Arc::new(SystemClock)));
     let queries = Arc::new(queries(&settings, &tables, &live, &ledger).await.unwrap());
-    Lake { tables, queries }
+    Lake { tables, live, queries }
 }
 
 fn limits() -> Limits {
@@ -131,7 +132,7 @@ async fn a_query_ends_in_time() {
 
 #[tokio::test]
 async fn a_prepared_statement_sees_new_snapshots() {
-    let Lake { tables, queries } = lake(limits()).await;
+    let Lake { tables, queries, .. } = lake(limits()).await;
     let text = "SELECT asset_id FROM gold.assets WHERE asset_id <> $1 ORDER BY 1";
     let parsed = datafusion::sql::sqlparser::parser::Parser::parse_sql(
         &datafusion::sql::sqlparser::dialect::PostgreSqlDialect {},
@@ -228,7 +229,77 @@ fn a_silent_gateway_is_unknown_since_it_was_last_heard() {
     live.push(&topic, &Bytes::from_static(b"no JSON"), 1, false);
     let readings = Topic { stream: Stream::Lane(Lane::Readings), ..topic.clone() };
     live.push(&readings, &Bytes::from_static(b"poison"), 1, false);
-    assert_eq!(live.readings().unwrap().num_rows(), 0);
+    assert_eq!(in_memory(&live).num_rows(), 0);
+}
+
+/// All of `live.readings`.
+fn in_memory(live: &Live) -> RecordBatch {
+    let every = |devices: &RecordBatch| vec![true; devices.num_rows()].into();
+    let batches = live.readings(&[0, 1, 2, 3, 4, 5, 6, 7, 8], every).unwrap();
+    arrow::compute::concat_batches(&live::readings_schema(), &batches).unwrap()
+}
+
+/// So many readings of each device of a gateway, a second apart, as a message of JSON.
+fn push_json(live: &Live, gateway: &str, devices: usize, readings: usize) {
+    let topic = Topic { site: "s".into(), gateway: gateway.into(), stream: Stream::Json };
+    let row = |m: usize, n: usize| {
+        let (kind, unit) = [("flow", "L/min"), ("pressure", "bar")][m % 2];
+        serde_json::json!({
+            "device_id": format!("{gateway}/{m}"), "device_type": kind, "unit": unit, "asset_id": gateway,
+            "timestamp": 1_700_000_000 + n, "value": m as f64,
+        })
+    };
+    for n in 0..readings {
+        let rows: serde_json::Value = (0..devices).map(|m| row(m, n)).collect();
+        live.push(&topic, &rows.to_string().into(), 0, false);
+    }
+}
+
+#[tokio::test]
+async fn live_readings_are_found_by_whatever_is_asked_of_devices() {
+    let lake = lake(limits()).await;
+    push_json(&lake.live, "a", 7, 9);
+    push_json(&lake.live, "b", 4, 3);
+    let answer = async |sql: String| {
+        let answer = lake.queries.run(&sql, 1_000).await.unwrap_or_else(|e| panic!("{sql}: {e}"));
+        json::rows(&answer.batches)
+    };
+    for (filter, found) in [
+        ("true", 75),
+        ("device_id = 'a/3'", 9),
+        ("'a/3' = r.device_id AND site = 's'", 9),
+        ("device_id IN ('a/1', 'b/1', 'c/1', 'd/1', 'e/1')", 12),
+        ("device_id NOT IN ('a/1', 'b/1')", 63),
+        ("device_type = 'pressure' OR asset_id = 'b'", 39),
+        ("device_id LIKE 'b/%' AND unit = 'bar'", 6),
+        ("upper(asset_id) = 'B' AND value > 1.5", 6),
+        ("device_id = 'a/0' AND ts > to_timestamp(1700000006)", 2),
+        ("device_id = 'a/0' OR value = 3.0", 21),
+        ("CASE WHEN asset_id = 'b' THEN NULL ELSE true END", 63),
+        ("device_id = 'nobody'", 0),
+    ] {
+        let order = "ORDER BY device_id, ts";
+        let rows = answer(format!("SELECT * FROM live.readings r WHERE {filter} {order}")).await;
+        // A limit lets no filter through.
+        let all = "SELECT * FROM live.readings LIMIT 1000";
+        let expected = answer(format!("SELECT * FROM ({all}) r WHERE {filter} {order}")).await;
+        assert_eq!((rows.len(), &rows), (found, &expected), "{filter}");
+        let count = answer(format!("SELECT count(*) FROM live.readings r WHERE {filter}")).await;
+        assert_eq!(count, [serde_json::json!([found])], "{filter}");
+    }
+    let gateways = answer("SELECT gateway_id FROM live.status WHERE site = 's'".into()).await;
+    assert!(gateways.is_empty(), "what stands for other people's devices sends no heartbeat: {gateways:?}");
+}
+
+#[tokio::test]
+async fn live_readings_need_no_more_memory_than_is_asked_for() {
+    // All of them, as rows, are more than all queries may hold.
+    let lake = lake(limits()).await;
+    push_json(&lake.live, "a", 1_000, 400);
+    let sql = "SELECT device_type, count(*), max(ts) FROM live.readings WHERE device_id LIKE 'a/%' GROUP BY device_type";
+    let answer = lake.queries.run(sql, 10).await.unwrap();
+    let rows = json::rows(&answer.batches);
+    assert_eq!((rows.len(), &rows[0][1], &rows[1][1]), (2, &200_000.into(), &200_000.into()), "{rows:?}");
 }
 
 #[test]
@@ -269,7 +340,7 @@ fn readings_wait_for_whoever_looks_and_each_gateway_keeps_its_share() {
         live.push(&topic, &wire::encode(&batch, &identity).unwrap().into(), claimed, false);
     };
     let seen = || -> Vec<(String, i64)> {
-        let rows = live.readings().unwrap();
+        let rows = in_memory(&live);
         let (ts, device) = (rows.column(0), rows.column(2));
         let ts = ts.as_primitive::<arrow::datatypes::TimestampMicrosecondType>();
         (0..rows.num_rows()).map(|i| (device.as_string::<i32>().value(i).to_owned(), ts.value(i))).collect()

@@ -7,8 +7,8 @@
 //! each other, so files are packed while writers go on.
 //!
 //! **Sizes.** Files are packed by tiers, so that a row is written a few times, not once for every 24 commits:
-//! small ones into files of [`TIERS`] each in turn. One file is written at a time, and its bytes stream to the
-//! store: a compaction takes the memory of one row group.
+//! small ones into files of [`TIERS`] each in turn, the larger ones without decoding them ([`splice`]). One file is
+//! written at a time, and its bytes stream to the store: a compaction takes the memory of one row group.
 //!
 //! **Retention** removes whole files all of whose rows are older than the cutoff, so it rewrites nothing and a row
 //! may live longer, up to its file's youngest. The cutoff stands in the table as `txn("retain", µs)`.
@@ -40,7 +40,7 @@ use deltalake::{
 use futures::{StreamExt, TryStreamExt};
 use object_store::{ObjectStore, ObjectStoreExt, path::Path};
 
-use super::{Tables, TablesError, version, writer_properties};
+use super::{Tables, TablesError, splice::splice, version, writer_properties};
 use crate::lake::Table;
 
 /// Most bytes of a file that compaction makes, by tier.
@@ -122,10 +122,15 @@ impl Tables {
         let failed = |e| TablesError::of(table, e);
         let mut actions = Vec::new();
         for bin in bins {
+            let paths: Vec<String> = bin.iter().map(|file| file.order.1.clone()).collect();
+            let spliced = splice(self.store(), table, &base, &paths).await;
+            if let Some(add) = spliced.map_err(|e| TablesError::failed(table, e))? {
+                actions.push(Action::Add(add));
+                continue;
+            }
             let mut writer = RecordBatchWriter::for_table(&base)
                 .map_err(failed)?
                 .with_writer_properties(writer_properties(table));
-            let paths: Vec<String> = bin.iter().map(|file| file.order.1.clone()).collect();
             let mut rows = scan(&base, &paths).await.map_err(|e| TablesError::failed(table, e))?;
             while let Some(batch) = rows.try_next().await.map_err(|e| TablesError::failed(table, e))? {
                 let batch = conform(&batch, table).map_err(|e| TablesError::failed(table, e))?;

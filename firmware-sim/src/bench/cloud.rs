@@ -12,42 +12,31 @@
 //! The bare limit is silver's own data files, read back into batches and written once more, with the same writer
 //! properties, into memory by one thread of this program.
 //!
+//! `--live` ([`live`]) sends in real time instead, and `--backlog` ([`backlog`]) what has piled up, behind live data.
+//!
 //! JSON has no `ack`, and its limit is the broker. So that sending takes nothing from taking, the broker queues
 //! everything first, twice: for a subscriber that does nothing but acknowledge ([`Null`]), which goes first and
 //! measures what the broker delivers, and for the cloud, which then takes the same messages.
 
-use std::{
-    collections::HashMap,
-    fs,
-    path::{Path, PathBuf},
-    process::ExitCode,
-    time::Duration,
-};
+mod backlog;
+mod compare;
+mod latency;
+mod live;
+
+use std::{fs, path::PathBuf, process::ExitCode, time::Duration};
 
 use anyhow::{Context as _, ensure};
-use arrow::{
-    array::{AsArray as _, RecordBatch},
-    datatypes::{Float64Type, Int64Type},
-};
-use cloud_ingest::{
-    lake::Table,
-    store::Store,
-    tables::{Tables, writer_properties},
-};
-use common::{config::SecretRef, telemetry::print_line};
-use object_store::ObjectStoreExt as _;
-use parquet::arrow::{ArrowWriter, arrow_reader::ParquetRecordBatchReaderBuilder};
+use cloud_ingest::{store::Store, tables::Tables};
+use common::{config::SecretRef, telemetry::print_line, time::Timestamp};
 use serde::Serialize;
 use tempfile::TempDir;
 use tokio::{
-    task::{JoinHandle, spawn_blocking},
+    task::JoinHandle,
     time::{Instant, sleep},
 };
 
-use super::{
-    null::Null,
-    usage::{Usage, thread_cpu},
-};
+use self::compare::{Limit, compare, folder_bytes, limit};
+use super::{null::Null, usage::Usage};
 use crate::{
     chaos::configs::broker,
     demo::{configs::store_url, loopback},
@@ -72,15 +61,33 @@ pub struct Options {
     /// Devices, a hundred to a gateway
     #[arg(long, value_name = "M", default_value_t = 2_000, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     devices: u32,
-    /// Readings that all of them send together
-    #[arg(long, value_name = "TOTAL", default_value_t = 10_000_000, value_parser = clap::value_parser!(u64).range(1..))]
+    /// Readings that all of them send together; with --backlog twice, in order and as a backlog
+    #[arg(long, value_name = "TOTAL", conflicts_with = "live", default_value_t = 10_000_000, value_parser = clap::value_parser!(u64).range(1..))]
     readings: u64,
     /// Readings in a message
-    #[arg(long, value_name = "ROWS", default_value_t = 1_000, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    #[arg(long, value_name = "ROWS", conflicts_with = "live", default_value_t = 1_000, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     batch: u32,
     /// What messages are made of
-    #[arg(long, default_value = "arrow")]
+    #[arg(long, default_value = "arrow", conflicts_with_all = ["live", "backlog"])]
     format: Format,
+    /// In real time for so long, instead of as fast as they are taken: how soon SQL has them, and what memory does
+    #[arg(long, value_name = "DURATION", value_parser = common::time::duration::parse, conflicts_with = "backlog")]
+    live: Option<Duration>,
+    /// What was measured in so long before now, sent behind live data of the same devices
+    #[arg(long, value_name = "DURATION", value_parser = common::time::duration::parse)]
+    backlog: Option<Duration>,
+    /// Readings a second of a device, of live data
+    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    hz: u32,
+    /// How often a gateway seals a message of live data
+    #[arg(long, value_name = "DURATION", default_value = "1s", value_parser = common::time::duration::parse)]
+    seal: Duration,
+    /// So much of the backlog is stored already, sent by another message
+    #[arg(long, value_name = "PERCENT", default_value_t = 0, requires = "backlog", value_parser = clap::value_parser!(u32).range(0..=100))]
+    again: u32,
+    /// The cloud begins anew before the backlog: then it knows of what is stored only what it finds in silver
+    #[arg(long, requires = "backlog")]
+    restart: bool,
     /// The cloud that is measured; without it the one beside this program
     #[arg(long, value_name = "PATH")]
     cloud: Option<PathBuf>,
@@ -125,18 +132,20 @@ struct Report {
 
 /// Prepares, runs, compares, and prints the report.
 pub(super) async fn run(options: Options) -> anyhow::Result<ExitCode> {
+    match (options.live, options.backlog) {
+        (Some(lasting), _) => return live::run(options, lasting).await,
+        (None, Some(reach)) => return backlog::run(options, reach).await,
+        (None, None) => {}
+    }
     let mut bench = Bench::begin(options).await?;
     let sent = bench.load().await?;
     let truth = fleet::truth(&bench.fleet(), sent.start)?;
-    eprintln!("comparing the lake with what was sent, and writing silver once more");
     let tables = Tables::open(&Store::open(&bench.store)?).await?;
-    let wrong = compare(&tables, &truth).await?;
-    for what in &wrong {
-        eprintln!("failed: {what}");
-    }
+    let right = bench.is_right(&tables, &truth).await?;
+    eprintln!("writing silver once more");
     let limit = limit(&tables).await?;
     let balanced = bench.report(&sent, &limit)?;
-    Ok(if wrong.is_empty() && balanced { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(if right && balanced { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 /// The programs under load.
@@ -275,7 +284,8 @@ impl Bench {
 
     fn fleet(&self) -> fleet::Options {
         let Options { devices, readings, batch, format, .. } = self.options;
-        let gateways = devices.div_ceil(TO_A_GATEWAY);
+        let least = if self.options.backlog.is_some() { backlog::GATEWAYS.min(devices) } else { 1 };
+        let gateways = devices.div_ceil(TO_A_GATEWAY).max(least);
         fleet::Options {
             url: format!("mqtt://127.0.0.1:{}", self.mqtt),
             root: common::wire::DEFAULT_ROOT.to_owned(),
@@ -287,6 +297,8 @@ impl Bench {
             rate: None,
             seed: 1,
             start: None,
+            interval: Duration::from_secs(1),
+            first: 0,
             password: SecretRef::default(),
         }
     }
@@ -295,11 +307,31 @@ impl Bench {
     async fn load(&mut self) -> anyhow::Result<Sent> {
         match self.options.format {
             Format::Arrow => {
-                let fleet = tokio::spawn(fleet::send(self.fleet()));
                 self.begun = Instant::now();
-                self.follow(fleet).await
+                let fleet = tokio::spawn(fleet::send(self.fleet(), None));
+                let sent = self.follow(fleet, self.options.readings).await?;
+                self.end().await?;
+                Ok(sent)
             }
             Format::Json => self.queued().await,
+        }
+    }
+
+    /// Live data of all devices from `start` on, for so long, in messages as gateways seal them.
+    fn paced(&self, start: Timestamp, lasting: Duration) -> fleet::Options {
+        let Options { hz, seal, .. } = self.options;
+        let fleet = self.fleet();
+        let messages = |span: Duration| (span.as_secs_f64() * f64::from(hz)).round().max(1.0);
+        let (of_gateway, all) =
+            (f64::from(fleet.devices), f64::from(fleet.devices) * f64::from(fleet.gateways));
+        fleet::Options {
+            readings: (messages(lasting) * all) as u64,
+            batch: (messages(seal) * of_gateway) as u32,
+            rate: Some(f64::from(hz) * all),
+            // What is sealed has been measured by then.
+            start: Some(start - seal),
+            interval: Duration::from_secs(1) / hz,
+            ..fleet
         }
     }
 
@@ -309,19 +341,29 @@ impl Bench {
         let null = Null::subscribe(loopback(self.mqtt), &options.root).await?;
         self.end_cloud().await?;
         eprintln!("the broker takes {} readings", self.options.readings);
-        let sent = fleet::send(options).await?;
+        let sent = fleet::send(options, None).await?;
         let took = null.take(sent.messages).await?;
         eprintln!("it delivers them in {:.1} s to somebody who does nothing", took.as_secs_f64());
         self.null = Some(took);
-        (self.usage, self.seen) = (Usage::default(), Seen::default());
-        self.begun = Instant::now();
-        self.cloud.start()?;
-        self.follow(tokio::spawn(async move { Ok(sent) })).await
+        self.start_cloud()?;
+        self.follow(tokio::spawn(async move { Ok(sent) }), self.options.readings).await?;
+        self.end().await?;
+        Ok(sent)
     }
 
-    /// Waits until silver has everything, and the cloud has ended.
-    async fn follow(&mut self, mut fleet: JoinHandle<anyhow::Result<Sent>>) -> anyhow::Result<Sent> {
-        let readings = self.options.readings;
+    /// Starts the cloud, once more, and counts anew.
+    fn start_cloud(&mut self) -> anyhow::Result<()> {
+        (self.usage, self.seen) = (Usage::default(), Seen::default());
+        self.begun = Instant::now();
+        self.cloud.start()
+    }
+
+    /// Waits until the fleet has sent, and the cloud has refined so many readings.
+    async fn follow(
+        &mut self,
+        mut fleet: JoinHandle<anyhow::Result<Sent>>,
+        readings: u64,
+    ) -> anyhow::Result<Sent> {
         let messages = readings.div_ceil(u64::from(self.options.batch));
         let deadline = Instant::now() + PATIENCE + Duration::from_secs(messages / SLOWEST);
         let (mut sent, mut told) = (None, self.begun);
@@ -330,9 +372,7 @@ impl Bench {
                 done = &mut fleet, if sent.is_none() => sent = Some(done.context("the fleet's task")??),
                 () = sleep(LOOK_EVERY) => {}
             }
-            self.look(&mut told).await?;
-            self.broker.check()?;
-            ensure!(!self.usage.ended, "cloud-ingest has ended; see its log in {}", self.lake.display());
+            self.look(&mut told, readings).await?;
             ensure!(
                 Instant::now() < deadline,
                 "only {} of {readings} readings came in time",
@@ -340,11 +380,15 @@ impl Bench {
             );
         }
         self.to_silver = self.begun.elapsed();
+        sent.context("the fleet has not sent")
+    }
+
+    /// Ends the cloud, which makes gold take its last step, and then the broker.
+    async fn end(&mut self) -> anyhow::Result<()> {
         self.end_cloud().await?;
-        self.to_the_end = self.begun.elapsed();
         self.broker.terminate().await?;
         ensure!(self.broker.ended_within(PATIENCE).await?, "mosquitto did not end within {PATIENCE:?}");
-        sent.context("the fleet has not sent")
+        Ok(())
     }
 
     /// Asks the cloud to end, and counts what it costs until it is gone.
@@ -357,22 +401,41 @@ impl Bench {
             ensure!(Instant::now() < deadline, "cloud-ingest did not end within {PATIENCE:?}");
         }
         ensure!(self.cloud.ended_within(LOOK_EVERY).await?, "a zombie does not end");
+        self.to_the_end = self.begun.elapsed();
         Ok(())
     }
 
-    async fn look(&mut self, told: &mut Instant) -> anyhow::Result<()> {
+    /// CPU time of the cloud so far.
+    fn cpu(&mut self) -> anyhow::Result<Duration> {
+        self.usage.look(self.cloud.pid().context("the cloud has no pid")?, false)?;
+        Ok(self.usage.cpu)
+    }
+
+    async fn look(&mut self, told: &mut Instant, of: u64) -> anyhow::Result<()> {
         let tells = told.elapsed() >= TELL_EVERY;
         self.usage.look(self.cloud.pid().context("the cloud has no pid")?, tells)?;
+        self.broker.check()?;
+        ensure!(!self.usage.ended, "cloud-ingest has ended; see its log in {}", self.lake.display());
         if let Ok(text) = http::get(loopback(self.http), "/metrics").await {
             self.seen = Seen::of(&text);
         }
         if tells {
             *told = Instant::now();
             let (seconds, cpu) = (self.begun.elapsed().as_secs_f64(), self.usage.cpu.as_secs_f64());
-            let (seen, of, mb) = (self.seen.all(), self.options.readings, self.usage.peak_rss as f64 / 1e6);
+            let (seen, mb) = (self.seen.all(), self.usage.peak_rss as f64 / 1e6);
             eprintln!("{seconds:>5.0} s  {seen} of {of} in silver  {cpu:.1} s of CPU  {mb:.0} MB");
         }
         Ok(())
+    }
+
+    /// Whether the lake holds what was sent, and nothing else; says what is wrong.
+    async fn is_right(&self, tables: &Tables, truth: &[Told]) -> anyhow::Result<bool> {
+        eprintln!("comparing the lake with what was sent");
+        let wrong = compare(tables, truth).await?;
+        for what in &wrong {
+            eprintln!("failed: {what}");
+        }
+        Ok(wrong.is_empty())
     }
 
     /// Prints the report; whether every reading is stored.
@@ -404,104 +467,4 @@ impl Bench {
         })?);
         Ok(self.seen.stored == self.options.readings)
     }
-}
-
-/// What the lake does not hold as it was sent; empty when all is well.
-async fn compare(tables: &Tables, truth: &[Told]) -> anyhow::Result<Vec<String>> {
-    const SILVER: &str = "select site, device_id, count(*) n, count(distinct ts) times, sum(value) total, \
-                          cast(min(ts) as bigint) first, cast(max(ts) as bigint) last \
-                          from silver.sensor_readings group by site, device_id";
-    const GOLD: &str = "select site, device_id, sum(count) n, sum(count) times, sum(mean * count) total, \
-                        cast(null as bigint) first, cast(null as bigint) last \
-                        from gold.hourly_aggregates group by site, device_id";
-    let mut wrong = Vec::new();
-    let session = tables.session().await?;
-    for (layer, sql) in [("silver", SILVER), ("gold", GOLD)] {
-        let mut awaited: HashMap<(String, String), &Told> =
-            truth.iter().map(|told| ((told.site.to_owned(), told.device.clone()), told)).collect();
-        for batch in session.sql(sql).await?.collect().await? {
-            for row in 0..batch.num_rows() {
-                let text = |i: usize| batch.column(i).as_string::<i32>().value(row);
-                match awaited.remove(&(text(0).to_owned(), text(1).to_owned())) {
-                    Some(told) if agrees(&batch, row, told) => {}
-                    Some(told) => wrong.push(format!("{layer}: {} is not what was sent: {told:?}", text(1))),
-                    None => wrong.push(format!("{layer}: nobody sent {}/{}", text(0), text(1))),
-                }
-            }
-        }
-        wrong.extend(awaited.values().map(|told| format!("{layer}: {} is missing", told.device)));
-    }
-    let hours = "select count(*) - count(distinct (hour, site, device_id)) from gold.hourly_aggregates";
-    for batch in session.sql(hours).await?.collect().await? {
-        if batch.column(0).as_primitive::<Int64Type>().value(0) != 0 {
-            wrong.push("gold: an hour of a device stands there twice".to_owned());
-        }
-    }
-    let found = wrong.len();
-    wrong.truncate(10);
-    if found > 10 {
-        wrong.push(format!("and {} more", found - 10));
-    }
-    Ok(wrong)
-}
-
-fn agrees(batch: &RecordBatch, row: usize, told: &Told) -> bool {
-    let number = |i: usize| {
-        let column = batch.column(i).as_primitive::<Int64Type>();
-        arrow::array::Array::is_valid(column, row).then(|| column.value(row))
-    };
-    let total = batch.column(4).as_primitive::<Float64Type>().value(row);
-    let count = i64::try_from(told.count).ok();
-    number(2) == count
-        && number(3) == count
-        && (total - told.sum).abs() <= 1e-9 * told.sum.abs()
-        && number(5).is_none_or(|first| first == told.first.as_micros())
-        && number(6).is_none_or(|last| last == told.last.as_micros())
-}
-
-/// The bare writer.
-#[derive(Debug, Default)]
-struct Limit {
-    rows: u64,
-    /// Of silver's files as they are.
-    bytes: u64,
-    cpu: Duration,
-}
-
-async fn limit(tables: &Tables) -> anyhow::Result<Limit> {
-    let table = Table::SensorReadings;
-    let snapshot = tables.snapshot(table).await?.context("silver/sensor_readings is not there")?;
-    let mut limit = Limit::default();
-    let paths: Vec<_> = snapshot.snapshot()?.log_data().iter().map(|file| file.path().into_owned()).collect();
-    for path in paths {
-        let path = object_store::path::Path::from(format!("{}/{path}", table.path()));
-        let bytes = tables.store().objects().get(&path).await?.bytes().await?;
-        limit.bytes += bytes.len() as u64;
-        let (rows, cpu) = spawn_blocking(move || {
-            let reader = ParquetRecordBatchReaderBuilder::try_new(bytes)?.with_batch_size(64 * 1024);
-            let schema = reader.schema().clone();
-            let batches = reader.build()?.collect::<Result<Vec<_>, _>>()?;
-            let before = thread_cpu()?;
-            let mut writer = ArrowWriter::try_new(Vec::new(), schema, Some(writer_properties(table)))?;
-            batches.iter().try_for_each(|batch| writer.write(batch))?;
-            std::hint::black_box(writer.into_inner()?);
-            let rows = batches.iter().map(|batch| batch.num_rows() as u64).sum::<u64>();
-            anyhow::Ok((rows, thread_cpu()?.saturating_sub(before)))
-        })
-        .await??;
-        limit.rows += rows;
-        limit.cpu += cpu;
-    }
-    Ok(limit)
-}
-
-/// Bytes of all files below a folder.
-fn folder_bytes(folder: &Path) -> anyhow::Result<u64> {
-    let mut bytes = 0;
-    for entry in fs::read_dir(folder).with_context(|| format!("reading {}", folder.display()))? {
-        let entry = entry?;
-        let about = entry.metadata()?;
-        bytes += if about.is_dir() { folder_bytes(&entry.path())? } else { about.len() };
-    }
-    Ok(bytes)
 }

@@ -17,6 +17,9 @@ const TICKS: u64 = 100;
 pub(super) struct Usage {
     /// All threads, user and system.
     pub(super) cpu: Duration,
+    /// Bytes, now; PSS when it was last looked at.
+    pub(super) rss: u64,
+    pub(super) pss: u64,
     /// Bytes.
     pub(super) peak_rss: u64,
     /// Bytes, highest sample.
@@ -35,9 +38,11 @@ impl Usage {
             let text = fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap_or_default();
             kib(&text, field).unwrap_or(0) * 1024
         };
+        self.rss = of("status", "VmRSS:");
         self.peak_rss = self.peak_rss.max(of("status", "VmHWM:"));
         if pss {
-            self.peak_pss = self.peak_pss.max(of("smaps_rollup", "Pss:"));
+            self.pss = of("smaps_rollup", "Pss:");
+            self.peak_pss = self.peak_pss.max(self.pss);
         }
         Ok(())
     }

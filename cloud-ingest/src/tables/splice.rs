@@ -1,0 +1,334 @@
+//! Data files of one partition put together as one without looking at a row: their row groups are copied as they are.
+//!
+//! A row is encoded twice at most: when it comes, and when the tiny file it came in is packed with others. From then on
+//! its file's row groups are large enough to stay, and the tiers above cost no more than copying.
+
+use std::{cmp::Ordering, collections::HashMap};
+
+use anyhow::Context;
+use bytes::Bytes;
+use common::time::{Clock, SystemClock, Timestamp};
+use deltalake::{DeltaTable, kernel::Add};
+use object_store::{ObjectStoreExt, buffered::BufWriter, path::Path};
+use parquet::{
+    column::writer::ColumnCloseResult,
+    file::{
+        metadata::{PageIndexPolicy, ParquetMetaData, ParquetMetaDataReader},
+        writer::SerializedFileWriter,
+    },
+};
+use serde_json::{Map, Value, json};
+use tokio::io::AsyncWriteExt;
+use uuid::Uuid;
+
+use super::writer_properties;
+use crate::{lake::Table, store::Store};
+
+/// Files that are smaller than this, on average, have row groups that are too small to keep.
+const SMALL: u64 = 512 << 10;
+/// Bytes of a part of an upload.
+const PART: usize = 8 << 20;
+
+/// Puts the files at `paths` together, in that order; `None` when that has to be done row by row. The file is no part
+/// of the table until the log says so.
+///
+/// # Errors
+/// When the store fails, or a file is not what the log says.
+pub(super) async fn splice(
+    store: &Store,
+    table: Table,
+    base: &DeltaTable,
+    paths: &[String],
+) -> anyhow::Result<Option<Add>> {
+    let adds = adds(base, paths)?;
+    let bytes = adds.iter().map(|add| u64::try_from(add.size).unwrap_or(0)).sum::<u64>();
+    // Names that are encoded, and rows that are deleted within a file, are other writers' doing.
+    let plain = adds.iter().all(|add| !add.path.contains('%') && add.deletion_vector.is_none());
+    if bytes < SMALL * adds.len() as u64 || !plain {
+        return Ok(None);
+    }
+    let folder = adds[0].path.rsplit_once('/').map_or(String::new(), |(folder, _)| format!("{folder}/"));
+    let path = format!("{folder}part-{}.zstd.parquet", Uuid::now_v7());
+    let place = Path::from(format!("{}/{path}", table.path()));
+    let mut upload = BufWriter::with_capacity(store.objects(), place.clone(), PART);
+    let copied = copy(store, table, &adds, &mut upload).await;
+    let Some((rows, size)) = copied.with_context(|| format!("writing {place}"))? else {
+        upload.abort().await.with_context(|| format!("not writing {place}"))?;
+        return Ok(None);
+    };
+    upload.shutdown().await.with_context(|| format!("writing {place}"))?;
+    Ok(Some(Add {
+        path,
+        size: i64::try_from(size)?,
+        modification_time: SystemClock.now().as_micros() / 1000,
+        data_change: false,
+        stats: Some(statistics(table, rows, &adds).to_string()),
+        ..adds[0].clone()
+    }))
+}
+
+/// What the log says of files.
+fn adds(base: &DeltaTable, paths: &[String]) -> anyhow::Result<Vec<Add>> {
+    let mut found: HashMap<String, Add> = HashMap::new();
+    for file in
+        base.snapshot()?.log_data().iter().filter(|file| paths.iter().any(|path| *path == file.path()))
+    {
+        let add = Add {
+            path: file.path().into_owned(),
+            size: file.size(),
+            stats: file.stats(),
+            partition_values: file.partition_values_map(),
+            deletion_vector: file.deletion_vector_descriptor(),
+            ..Add::default()
+        };
+        found.insert(add.path.clone(), add);
+    }
+    let add = |path| found.remove(path).with_context(|| format!("{path} is not in the table"));
+    paths.iter().map(add).collect()
+}
+
+/// Rows and bytes; `None` when the files do not have the same columns. One of them is held at a time.
+async fn copy(
+    store: &Store,
+    table: Table,
+    adds: &[Add],
+    upload: &mut BufWriter,
+) -> anyhow::Result<Option<(i64, usize)>> {
+    let mut to: Option<SerializedFileWriter<Vec<u8>>> = None;
+    let (mut rows, mut size) = (0, 0);
+    for add in adds {
+        let from = Path::from(format!("{}/{}", table.path(), add.path));
+        let from = async { store.objects().get(&from).await?.bytes().await }
+            .await
+            .with_context(|| format!("reading {from}"))?;
+        let about = ParquetMetaDataReader::new()
+            .with_page_index_policy(PageIndexPolicy::Optional)
+            .parse_and_finish(&from)
+            .with_context(|| format!("reading {}", add.path))?;
+        let schema = about.file_metadata().schema_descr().root_schema_ptr();
+        let writer = match &mut to {
+            None => {
+                let properties = writer_properties(table).into();
+                to.insert(SerializedFileWriter::new(Vec::new(), schema, properties)?)
+            }
+            Some(writer) if *writer.schema_descr().root_schema() == *schema => writer,
+            Some(_) => return Ok(None),
+        };
+        row_groups(writer, &from, &about).with_context(|| format!("copying {}", add.path))?;
+        rows += about.file_metadata().num_rows();
+        size += drain(writer.inner_mut(), upload).await?;
+    }
+    let mut writer = to.context("no file")?;
+    writer.finish()?;
+    size += drain(writer.inner_mut(), upload).await?;
+    Ok(Some((rows, size)))
+}
+
+async fn drain(from: &mut Vec<u8>, to: &mut BufWriter) -> anyhow::Result<usize> {
+    let bytes = std::mem::take(from);
+    let size = bytes.len();
+    if size > 0 {
+        to.put(bytes.into()).await?;
+    }
+    Ok(size)
+}
+
+/// Copies what a file holds, with what it says of its columns and pages.
+fn row_groups(
+    to: &mut SerializedFileWriter<Vec<u8>>,
+    from: &Bytes,
+    about: &ParquetMetaData,
+) -> anyhow::Result<()> {
+    for (n, group) in about.row_groups().iter().enumerate() {
+        let mut copy = to.next_row_group()?;
+        for (i, column) in group.columns().iter().enumerate() {
+            let index = about.column_index().and_then(|of| of.get(n)?.get(i)).cloned();
+            let offsets = about.offset_index().and_then(|of| of.get(n)?.get(i)).cloned();
+            let close = ColumnCloseResult {
+                bytes_written: u64::try_from(column.compressed_size())?,
+                rows_written: u64::try_from(group.num_rows())?,
+                metadata: column.clone(),
+                bloom_filter: None,
+                column_index: index,
+                offset_index: offsets,
+            };
+            copy.append_column(from, close)?;
+        }
+        copy.close()?;
+    }
+    Ok(())
+}
+
+/// What the log says of the files together: only what it says of each of them.
+fn statistics(table: Table, rows: i64, adds: &[Add]) -> Value {
+    let parse = |add: &Add| serde_json::from_str::<Value>(add.stats.as_deref()?).ok();
+    let all: Option<Vec<Value>> = adds.iter().map(parse).collect();
+    let Some(all) = all else { return json!({ "numRecords": rows }) };
+    let merged = |of: &str, merge: &dyn Fn(&str, &Value, &Value) -> Option<Value>| -> Map<String, Value> {
+        let mut of_each = all.iter().map(|stats| stats.get(of).and_then(Value::as_object));
+        let mut merged = of_each.next().flatten().cloned().unwrap_or_default();
+        for other in of_each {
+            let both = |(name, value): (String, Value)| {
+                let value = merge(&name, &value, other?.get(&name)?)?;
+                Some((name, value))
+            };
+            merged = merged.into_iter().filter_map(both).collect();
+        }
+        merged
+    };
+    let end = |wanted: Ordering| {
+        move |name: &str, a: &Value, b: &Value| {
+            let instant = table.schema().field_with_name(name).is_ok_and(|f| f.data_type().is_temporal());
+            let order = order(instant, a, b)?;
+            Some(if order == wanted { a.clone() } else { b.clone() })
+        }
+    };
+    json!({
+        "numRecords": rows,
+        "minValues": merged("minValues", &end(Ordering::Less)),
+        "maxValues": merged("maxValues", &end(Ordering::Greater)),
+        "nullCount": merged("nullCount", &|_, a, b| Some((a.as_i64()? + b.as_i64()?).into())),
+    })
+}
+
+/// `None` where it is not known.
+fn order(instant: bool, a: &Value, b: &Value) -> Option<Ordering> {
+    match (a, b) {
+        (Value::String(a), Value::String(b)) if instant => {
+            let [a, b] = [a, b].map(|text| text.parse::<Timestamp>().ok());
+            Some(a?.cmp(&b?))
+        }
+        (Value::String(a), Value::String(b)) => Some(a.cmp(b)),
+        (Value::Number(a), Value::Number(b)) => match (a.as_i64(), b.as_i64()) {
+            (Some(a), Some(b)) => Some(a.cmp(&b)),
+            _ => a.as_f64()?.partial_cmp(&b.as_f64()?),
+        },
+        (Value::Bool(a), Value::Bool(b)) => Some(a.cmp(b)),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use arrow::{
+        array::{
+            ArrayRef, AsArray, Float64Array, Int64Array, RecordBatch, StringArray, TimestampMicrosecondArray,
+        },
+        datatypes::{DataType, Float64Type, Int64Type},
+    };
+
+    use super::{super::Tables, *};
+
+    const TABLE: Table = Table::SensorReadings;
+
+    /// Values that cannot be compressed, of a device of its own, one every 10 ms.
+    fn rows(device: &str, from: i64, count: i64) -> RecordBatch {
+        let numbers = || from..from + count;
+        let columns = TABLE.schema().fields().iter().map(|field| -> ArrayRef {
+            match (field.name().as_str(), field.data_type()) {
+                ("device_id", _) => Arc::new(StringArray::from_iter_values(numbers().map(|_| device))),
+                ("value", _) => {
+                    let noise = |n: i64| (n as f64 * 12.9898).sin() * 43_758.545_3;
+                    Arc::new(Float64Array::from_iter_values(numbers().map(noise)))
+                }
+                (_, DataType::Timestamp(..)) => {
+                    let ts = numbers().map(|n| 1_700_000_000_000_123 + n * 10_000);
+                    Arc::new(TimestampMicrosecondArray::from_iter_values(ts).with_timezone("UTC"))
+                }
+                (_, DataType::Int64) => Arc::new(Int64Array::from_iter_values(numbers().map(|_| 7))),
+                _ => Arc::new(StringArray::from_iter_values(numbers().map(|_| "x"))),
+            }
+        });
+        RecordBatch::try_new(TABLE.schema(), columns.collect()).unwrap()
+    }
+
+    async fn ask(tables: &Tables, of: &str, filter: &str) -> (i64, f64) {
+        let sql =
+            format!("select count(*), coalesce(sum({of}), 0.0) from silver.sensor_readings where {filter}");
+        let batches = tables.session().await.unwrap().sql(&sql).await.unwrap().collect().await.unwrap();
+        let [count, sum] = [0, 1].map(|i| batches[0].column(i));
+        (count.as_primitive::<Int64Type>().value(0), sum.as_primitive::<Float64Type>().value(0))
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn large_files_are_put_together_as_they_are() {
+        const EACH: i64 = 80_000;
+        let folder = tempfile::tempdir().unwrap();
+        let tables = Tables::open(&Store::open(folder.path().to_str().unwrap()).unwrap()).await.unwrap();
+        for (n, device) in (0..).zip(["c", "a", "b"]) {
+            let base = tables.snapshot(TABLE).await.unwrap();
+            tables.append(TABLE, base, vec![rows(device, n * EACH, EACH)], ("refine", n)).await.unwrap();
+        }
+        let filters = [
+            ("true", 3 * EACH),
+            ("device_id = 'a'", EACH),
+            ("device_id < 'b' or device_id > 'b'", 2 * EACH),
+            ("ts >= '2023-11-14T22:13:20.000123Z' and ts < '2023-11-14T22:13:21.000123Z'", 100),
+            ("ts > '2023-11-14T23:00:00Z' and device_id = 'a'", 0),
+            ("value is null", 0),
+        ];
+        let mut before = Vec::new();
+        for (filter, count) in filters {
+            let answer = ask(&tables, "value", filter).await;
+            assert_eq!(answer.0, count, "{filter}");
+            before.push(answer);
+        }
+        let base = tables.snapshot(TABLE).await.unwrap().unwrap();
+        let paths: Vec<String> =
+            base.snapshot().unwrap().log_data().iter().map(|file| file.path().into_owned()).collect();
+        let one =
+            splice(tables.store(), TABLE, &base, &paths).await.unwrap().expect("files as large as these");
+        assert!(tables.compact(TABLE, &[1 << 30], 2).await.unwrap());
+        let snapshot = tables.snapshot(TABLE).await.unwrap().unwrap();
+        let packed: Vec<i64> =
+            snapshot.snapshot().unwrap().log_data().iter().map(|file| file.size()).collect();
+        assert_eq!(packed, [one.size]);
+        for ((filter, _), before) in filters.into_iter().zip(before) {
+            let after = ask(&tables, "value", filter).await;
+            assert_eq!(after.0, before.0, "{filter}");
+            assert!((after.1 - before.1).abs() <= 1e-9 * before.1.abs(), "{filter}: {after:?}, {before:?}");
+        }
+        let stats: Value = serde_json::from_str(one.stats.as_deref().unwrap()).unwrap();
+        assert_eq!(
+            (&stats["numRecords"], &stats["nullCount"]["ts"]),
+            (&json!(3 * EACH), &json!(0)),
+            "{stats}"
+        );
+        assert_eq!(
+            (&stats["minValues"]["device_id"], &stats["maxValues"]["device_id"]),
+            (&json!("a"), &json!("c"))
+        );
+        let times = [&stats["minValues"]["ts"], &stats["maxValues"]["ts"]];
+        let times = times.map(|ts| ts.as_str().unwrap().parse::<Timestamp>().unwrap().as_micros());
+        assert_eq!(times, [1_700_000_000_000_123, 1_700_000_000_000_123 + (3 * EACH - 1) * 10_000]);
+
+        let file = tables.store().objects().get(&Path::from(format!("{}/{}", TABLE.path(), one.path)));
+        let bytes = file.await.unwrap().bytes().await.unwrap();
+        assert_eq!(bytes.len(), usize::try_from(one.size).unwrap());
+        let about = ParquetMetaDataReader::new()
+            .with_page_index_policy(PageIndexPolicy::Required)
+            .parse_and_finish(&bytes)
+            .unwrap();
+        assert_eq!(about.num_row_groups(), 3, "nothing was encoded again");
+    }
+
+    #[test]
+    fn what_is_said_of_one_file_only_is_not_said_of_all() {
+        let add = |stats: Value| Add { stats: Some(stats.to_string()), ..Add::default() };
+        let adds = [
+            add(json!({ "minValues": { "ts": "2026-01-01T00:00:00.123Z", "value": 9, "epoch": "a" },
+                        "maxValues": { "ts": "2026-01-01T00:00:00.123Z" }, "nullCount": { "value": 1 } })),
+            add(json!({ "minValues": { "ts": "2026-01-01T00:00:00.123456Z", "value": 10.5 },
+                        "maxValues": { "ts": "2026-01-01T00:00:00.123456Z" }, "nullCount": { "value": 2 } })),
+        ];
+        let expected = json!({
+            "numRecords": 7, "minValues": { "ts": "2026-01-01T00:00:00.123Z", "value": 9 },
+            "maxValues": { "ts": "2026-01-01T00:00:00.123456Z" }, "nullCount": { "value": 3 },
+        });
+        assert_eq!(statistics(TABLE, 7, &adds), expected);
+        let silent = Add { stats: None, ..Add::default() };
+        assert_eq!(statistics(TABLE, 7, &[adds[0].clone(), silent]), json!({ "numRecords": 7 }));
+    }
+}

@@ -3,7 +3,7 @@
     judge_chaos.py BINARY --data-dir DIR [--kills N] [--seed S] [--only agent,broker] [--store WEED]
 
 The truth is the file that the agent replayed; DuckDB compares it with silver value by value. Then messages, gaps,
-closings, the census, and gold computed again from silver, as judge_lake has them. A lake that was on a server is copied
+closings, the census, and gold computed again from silver, as judge_lake has them; and every payload says whose it is. A lake that was on a server is copied
 to `DIR/lake` first, by Arrow's own S3 client, from a server that was started again on the same data.
 """
 
@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow as pa
 from pyarrow import fs
 
 from judge_lake import judge_account, judge_days, judge_hours, judge_keys, judge_messages, judge_minutes, number, open_lake
@@ -69,6 +70,23 @@ def judge_values(report, db, rows, result):
     report.none(absent[result["declared"]:], f"every value of the file is in silver, or one of {result['declared']} declared")
 
 
+def judge_senders(report, db, lake):
+    """Every payload of bronze repeats site and gateway, and they are its topic's."""
+    messages = db.execute(f"""
+        SELECT topic, content_type, payload FROM read_parquet('{lake}/bronze/sensor_data/**/*.parquet')""").fetchall()
+    wrong = []
+    for topic, content_type, payload in messages:
+        if content_type == "application/vnd.apache.arrow.stream":
+            with pa.ipc.open_stream(payload) as reader:
+                said = {key.decode(): value.decode() for key, value in reader.schema.metadata.items()}
+                reader.read_all()
+        else:
+            said = json.loads(payload)
+        if topic.split("/")[-3:-1] != [said.get("site"), said.get("gateway")]:
+            wrong.append((topic, said))
+    report.none(wrong, f"each of {len(messages)} payloads says whose it is")
+
+
 def fetch(args, lake):
     """The lake of a run with --store, as a folder."""
     key, secret = ((args.data_dir / name).read_text() for name in ("store.key-id", "store.secret"))
@@ -99,6 +117,7 @@ def main():
         judge_messages(report, db, lake)
         # Which instants an agent has sealed, it knows also after a SIGKILL: none is sealed twice.
         judge_account(report, db, False)
+        judge_senders(report, db, lake)
         judge_keys(report, db)
         judge_hours(report, db)
         judge_minutes(report, db)

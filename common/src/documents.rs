@@ -11,6 +11,18 @@ use crate::{
     wire::{Lane, VERSION},
 };
 
+/// A gateway's document as it is published, with its sender at the top: see [`crate::wire`].
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Signed<'a, T> {
+    /// The plant.
+    pub site: &'a str,
+    /// The edge agent.
+    pub gateway: &'a str,
+    /// What it says.
+    #[serde(flatten)]
+    pub document: &'a T,
+}
+
 /// `status`, retained: birth, last will, and every minute.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Status {

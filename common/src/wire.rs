@@ -17,9 +17,10 @@
 //!
 //! A message is named for ever by (site, gateway, epoch, lane, seq). Site and gateway are in the topic;
 //! the rest travels as MQTT 5 user properties, and is repeated in the Arrow schema's metadata under the
-//! same keys, so that neither acknowledging nor storing a message needs its payload to be understood. A payload may
-//! also repeat its `site` and `gateway`, in the schema's metadata or at the top of a JSON document. The cloud
-//! quarantines a payload that contradicts its topic or its user properties.
+//! same keys, so that neither acknowledging nor storing a message needs its payload to be understood. A sender also
+//! repeats its `site` and `gateway`, in the schema's metadata ([`with_sender`]) or at the top of a JSON document
+//! ([`crate::documents::Signed`]), so that a bridge or a broker that mixes up topics is noticed: the cloud quarantines
+//! a payload that contradicts its topic or its user properties. What a payload does not say is not asked for.
 //!
 //! | key | meaning |
 //! |---|---|
@@ -91,6 +92,8 @@ pub const ARROW_STREAM: &str = "application/vnd.apache.arrow.stream";
 pub const JSON: &str = "application/json";
 /// Largest payload in bytes by default: AWS IoT Core's limit for one message.
 pub const MAX_MESSAGE: usize = 128 * 1024;
+/// Most bytes that [`with_sender`] adds to a payload.
+pub const SENDER_BYTES: usize = 320;
 
 /// A queue of messages with its own sequence; the order of the variants is the order of sending.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -449,6 +452,32 @@ pub fn encode(batch: &RecordBatch, identity: &Identity) -> Result<Vec<u8>, Arrow
     let mut writer = StreamWriter::try_new_with_options(Vec::with_capacity(4096), &schema, options)?;
     writer.write(&batch)?;
     writer.into_inner()
+}
+
+/// A payload that [`encode`] has made, with its sender in the schema's metadata, beside the identity; what follows the
+/// schema stays as it is. The same payload and sender give the same bytes.
+///
+/// # Errors
+/// When the payload does not begin with a schema.
+pub fn with_sender(payload: &[u8], site: &str, gateway: &str) -> Result<Vec<u8>, WireError> {
+    let malformed = |e: ArrowError| WireError::Payload(e.to_string());
+    let cut_short = || WireError::Payload("it ends within its schema".into());
+    // A marker, the length of the message, the message: a schema has no body.
+    let length = payload.get(4..8).and_then(|bytes| bytes.try_into().ok()).ok_or_else(cut_short)?;
+    let length = u32::from_le_bytes(length) as usize;
+    let rest = payload.get(8..).and_then(|behind| behind.get(length..)).ok_or_else(cut_short)?;
+    // As for [`decode_with_metadata`].
+    let read = std::panic::catch_unwind(|| StreamReader::try_new(payload, None).map(|r| r.schema()));
+    let read = read.map_err(|_| WireError::Payload("malformed metadata".into()))?.map_err(malformed)?;
+    let mut schema = read.as_ref().clone();
+    schema.metadata.insert("site".to_owned(), site.to_owned());
+    schema.metadata.insert("gateway".to_owned(), gateway.to_owned());
+    let signed = Vec::with_capacity(payload.len() + SENDER_BYTES);
+    let mut writer = StreamWriter::try_new(signed, &schema).map_err(malformed)?;
+    // The schema is written at once, the end of the stream only by `finish`.
+    let mut signed = std::mem::take(writer.get_mut());
+    signed.extend_from_slice(rest);
+    Ok(signed)
 }
 
 /// Decodes a payload of `lane` and checks that its columns are the stream's, so that callers may index

@@ -120,6 +120,13 @@ fn golden_bytes_of_version_1_still_decode() {
         }
         let decoded = wire::decode(lane, &std::fs::read(&path).unwrap()).unwrap();
         assert_eq!(decoded, sample(lane), "{lane}");
+        let signed = path.with_file_name(format!("v1-{lane}-signed.arrow"));
+        if std::env::var_os("TAILRACE_WRITE_GOLDEN").is_some() {
+            let payload = wire::with_sender(&std::fs::read(&path).unwrap(), "plant", "gw-1").unwrap();
+            std::fs::write(&signed, payload).unwrap();
+        }
+        let decoded = wire::decode(lane, &std::fs::read(&signed).unwrap()).unwrap();
+        assert_eq!(decoded, sample(lane), "{lane}, signed");
     }
 }
 
@@ -131,6 +138,51 @@ fn identity_travels_as_properties_and_in_the_schema() {
     let reader = arrow::ipc::reader::StreamReader::try_new(bytes.as_slice(), None).unwrap();
     let metadata: Vec<_> = reader.schema().metadata().iter().map(|(k, v)| (k.clone(), v.clone())).collect();
     assert_eq!(Identity::from_properties(&metadata).unwrap(), identity);
+}
+
+fn metadata_of(payload: &[u8]) -> Vec<(String, String)> {
+    let reader = arrow::ipc::reader::StreamReader::try_new(payload, None).unwrap();
+    reader.schema().metadata().iter().map(|(k, v)| (k.clone(), v.clone())).collect()
+}
+
+#[test]
+fn a_payload_says_whose_it_is_beside_what_it_is() {
+    let longest = "x".repeat(64);
+    for lane in Lane::ALL {
+        let golden = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(format!("tests/golden/v1-{lane}.arrow"));
+        let encoded = wire::encode(&sample(lane), &identity(lane)).unwrap();
+        for payload in [encoded, std::fs::read(golden).unwrap()] {
+            let signed = wire::with_sender(&payload, "plant", "gw-1").unwrap();
+            assert_eq!(wire::with_sender(&payload, "plant", "gw-1").unwrap(), signed, "the same bytes again");
+            let (rows, metadata) = wire::decode_with_metadata(lane, &signed).unwrap();
+            assert_eq!(rows, sample(lane), "{lane}");
+            assert_eq!((metadata["site"].as_str(), metadata["gateway"].as_str()), ("plant", "gw-1"));
+            assert_eq!(Identity::from_properties(&metadata_of(&signed)).unwrap(), identity(lane));
+            // Another's name takes its place.
+            let again = wire::with_sender(&signed, "plant", "gw-2").unwrap();
+            assert_eq!(again, wire::with_sender(&payload, "plant", "gw-2").unwrap());
+            let long = wire::with_sender(&payload, &longest, &longest).unwrap();
+            assert!(long.len() <= payload.len() + wire::SENDER_BYTES, "{}", long.len() - payload.len());
+        }
+    }
+}
+
+proptest! {
+    #[test]
+    fn what_is_no_payload_gets_no_sender(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
+        // No panic; and an error, since nothing like a schema comes about by chance.
+        prop_assert!(wire::with_sender(&bytes, "plant", "gw").is_err());
+    }
+
+    #[test]
+    fn no_damage_panics_the_signer(damage in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..8)) {
+        let mut bytes = wire::encode(&sample(Lane::Readings), &identity(Lane::Readings)).unwrap();
+        for (at, value) in damage {
+            let at = at.index(bytes.len());
+            bytes[at] = value;
+        }
+        let _ = wire::with_sender(&bytes, "plant", "gw");
+    }
 }
 
 #[test]

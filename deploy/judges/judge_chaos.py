@@ -1,9 +1,10 @@
 """Runs `firmware-sim chaos` and judges its lake with readers that share no code with it.
 
-    judge_chaos.py BINARY --data-dir DIR [--kills N] [--seed S] [--only agent,broker]
+    judge_chaos.py BINARY --data-dir DIR [--kills N] [--seed S] [--only agent,broker] [--store WEED]
 
 The truth is the file that the agent replayed; DuckDB compares it with silver value by value. Then messages, gaps,
-closings and the census, as judge_lake has them.
+closings, the census, and gold computed again from silver, as judge_lake has them; and every payload says whose it is. A lake that was on a server is copied
+to `DIR/lake` first, by Arrow's own S3 client, from a server that was started again on the same data.
 """
 
 import argparse
@@ -13,8 +14,12 @@ import sys
 import time
 from pathlib import Path
 
-from judge_lake import judge_account, judge_messages, number, open_lake
+import pyarrow as pa
+from pyarrow import fs
+
+from judge_lake import judge_account, judge_days, judge_hours, judge_keys, judge_messages, judge_minutes, number, open_lake
 from report import Report
+from seaweed import client, seaweed
 
 KEYS = ["kills", "kills_with_inflight", "readings", "missing", "doubled", "declared"]
 
@@ -23,6 +28,7 @@ def judge_result(report, args):
     """The command's own verdict: exit status and last line."""
     command = [args.binary, "chaos", "--kills", str(args.kills), "--seed", str(args.seed), "--data-dir", args.data_dir]
     command += ["--only", args.only] if args.only else []
+    command += ["--store", args.store] if args.store else []
     began = time.monotonic()
     done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
     print(f"        it took {time.monotonic() - began:.0f} s")
@@ -64,23 +70,58 @@ def judge_values(report, db, rows, result):
     report.none(absent[result["declared"]:], f"every value of the file is in silver, or one of {result['declared']} declared")
 
 
+def judge_senders(report, db, lake):
+    """Every payload of bronze repeats site and gateway, and they are its topic's."""
+    messages = db.execute(f"""
+        SELECT topic, content_type, payload FROM read_parquet('{lake}/bronze/sensor_data/**/*.parquet')""").fetchall()
+    wrong = []
+    for topic, content_type, payload in messages:
+        if content_type == "application/vnd.apache.arrow.stream":
+            with pa.ipc.open_stream(payload) as reader:
+                said = {key.decode(): value.decode() for key, value in reader.schema.metadata.items()}
+                reader.read_all()
+        else:
+            said = json.loads(payload)
+        if topic.split("/")[-3:-1] != [said.get("site"), said.get("gateway")]:
+            wrong.append((topic, said))
+    report.none(wrong, f"each of {len(messages)} payloads says whose it is")
+
+
+def fetch(args, lake):
+    """The lake of a run with --store, as a folder."""
+    key, secret = ((args.data_dir / name).read_text() for name in ("store.key-id", "store.secret"))
+    with seaweed(args.store, args.data_dir / "store", key, secret, "chaos") as port:
+        fs.copy_files(
+            "chaos/lake", str(lake),
+            source_filesystem=client(port, key, secret), destination_filesystem=fs.LocalFileSystem(),
+        )  # fmt: skip
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("binary", type=Path)
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--only", help="agent,broker,cloud: who is killed")
+    parser.add_argument("--only", help="agent,broker,cloud,store: who is killed")
+    parser.add_argument("--store", type=Path, help="SeaweedFS's program: the lake is on it, and it is killed too")
     args = parser.parse_args()
     report = Report("judge_chaos")
     result = judge_result(report, args)
     if result is not None:
         lake = args.data_dir / "lake"
+        if args.store:
+            fetch(args, lake)
         db = open_lake(lake)
         judge_values(report, db, args.data_dir / "load.csv", result)
         judge_messages(report, db, lake)
         # Which instants an agent has sealed, it knows also after a SIGKILL: none is sealed twice.
         judge_account(report, db, False)
+        judge_senders(report, db, lake)
+        judge_keys(report, db)
+        judge_hours(report, db)
+        judge_minutes(report, db)
+        judge_days(report, db)
     return report.finish()
 
 

@@ -243,12 +243,17 @@ def judge_days(report, db):
     report.check(outside == 0, "every reading of silver is within a day of gold.daily_aggregates", outside)
 
 
-def judge_gold(report, db):
+def judge_keys(report, db):
     for table, key in GOLD.items():
-        rows = number(db, f"SELECT count(*) FROM gold_{table}")
-        report.check(rows > 0, f"gold.{table} has rows ({rows})")
         doubled = db.execute(f"SELECT {key}, count(*) AS n FROM gold_{table} GROUP BY ALL HAVING n > 1").fetchall()
         report.none(doubled, f"({key}) is unique in gold.{table}")
+
+
+def judge_gold(report, db):
+    for table in GOLD:
+        rows = number(db, f"SELECT count(*) FROM gold_{table}")
+        report.check(rows > 0, f"gold.{table} has rows ({rows})")
+    judge_keys(report, db)
     unknown = db.execute("""
         SELECT DISTINCT site, device_id FROM silver_sensor_readings
         ANTI JOIN gold_devices USING (site, device_id) ORDER BY ALL""").fetchall()

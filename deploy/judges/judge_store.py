@@ -11,7 +11,6 @@ condition of a put.
 
 import argparse
 import contextlib
-import glob
 import json
 import os
 import subprocess
@@ -21,79 +20,15 @@ import time
 from pathlib import Path
 
 from deltalake import DeltaTable
-from pyarrow import fs
 
 from faulty import FAULTS, Faulty
 from process import free_port, running, wait_for_port
 from report import Report
+from seaweed import seaweed
 
 BUCKET = "lake"
 KEY, SECRET = "tailrace", "a secret that stays one"
 SHARE = 0.12
-
-
-def free_ports(n):
-    """Ports with which those 10,000 above are free too: SeaweedFS listens on both."""
-    ports = []
-    while len(ports) < n:
-        port = free_port()
-        if not wait_for_port(port + 10_000, 0.01):
-            ports.append(port)
-    return ports
-
-
-@contextlib.contextmanager
-def seaweed(weed, folder):
-    """The port of a SeaweedFS with an empty bucket."""
-    s3, filer, master, volume = ports = free_ports(4)
-    identity = {"name": "lake", "credentials": [{"accessKey": KEY, "secretKey": SECRET}]}
-    identity["actions"] = ["Admin", "Read", "Write", "List", "Tagging"]
-    config = folder / "s3.json"
-    config.write_text(json.dumps({"identities": [identity]}))
-    data = folder / "seaweed"
-    data.mkdir()
-    # Without Iceberg and Lance there are no fixed ports.
-    command = [weed, "server", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-dir={data}", "-volume.max=0"]
-    command += ["-master.telemetry=false", "-s3", f"-s3.port={s3}", f"-s3.config={config}", "-filer"]
-    command += ["-s3.port.iceberg=0", "-s3.port.lance=0", "-s3.autoCreateBucket=false", "-volume.preStopSeconds=0"]
-    command += [f"-filer.port={filer}", f"-master.port={master}", f"-volume.port={volume}"]
-    log = folder / "seaweed.log"
-    try:
-        with running(command, log) as process:
-            if not wait_for_port(s3, 60, process):
-                sys.exit(f"SeaweedFS did not start:\n{log.read_text()[-2000:]}")
-            try:
-                create_bucket(s3)
-                yield s3
-            finally:
-                # A clean stop takes it 20 s.
-                process.kill()
-    finally:
-        for port in ports:
-            for n in (port, port + 10_000):
-                for socket in glob.glob(f"/tmp/seaweedfs-*-{n}.sock"):
-                    with contextlib.suppress(OSError):
-                        os.unlink(socket)
-
-
-def create_bucket(port):
-    """Once the filer and its volumes are there, which takes a moment longer than the port."""
-    client = fs.S3FileSystem(
-        access_key=KEY, secret_key=SECRET, endpoint_override=f"127.0.0.1:{port}", scheme="http",
-        region="us-east-1", allow_bucket_creation=True,
-    )  # fmt: skip
-    deadline = time.monotonic() + 60
-    while True:
-        try:
-            client.create_dir(BUCKET)
-            with client.open_output_stream(f"{BUCKET}/ready") as f:
-                f.write(b"x")
-            client.delete_file(f"{BUCKET}/ready")
-            return
-        except OSError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.5)
 
 
 def environment(port, folder, **more):
@@ -252,7 +187,9 @@ def main():
     report = Report("store")
     arguments.data_dir.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(dir=arguments.data_dir))
-    with seaweed(arguments.weed, folder) as port:
+    data = folder / "seaweed"
+    data.mkdir()
+    with seaweed(arguments.weed, data, KEY, SECRET, BUCKET) as port:
         judge_test(report, unit, "store::tests::contract_on_s3", environment(port, "contract"))
         judge_test(report, unit, "tables::tests::tables_on_s3", environment(port, "tables"))
         judge_refusals(report, arguments.cloud_ingest, port)

@@ -63,6 +63,13 @@ def main():
     folder = Path(sys.argv[1])
     report = Report("judge_wire")
     rows = {lane: judge_file(report, folder / f"v1-{lane}.arrow", lane) for lane in COLUMNS}
+    for lane in COLUMNS:
+        # The same as its sender has signed it.
+        path = folder / f"v1-{lane}-signed.arrow"
+        report.check(judge_file(report, path, lane) == rows[lane], f"{path.name} holds the same rows")
+        with pa.ipc.open_stream(path) as reader:
+            said = [reader.schema.metadata.get(key) for key in (b"site", b"gateway")]
+        report.check(said == [b"plant", b"gw-1"], f"{path.name} says whose it is", said)
     # Values, as common/tests/wire.rs wrote them.
     if rows["readings"]:
         first, second = rows["readings"]

@@ -19,7 +19,7 @@ use common::{
     documents::{AckRange, ModelStatus},
     reading::Registry,
     time::Clock,
-    wire::{ARROW_STREAM, Lane, Stream, Topic},
+    wire::{ARROW_STREAM, Lane, Stream, Topic, with_sender},
 };
 use prometheus_client::{
     encoding::EncodeLabelSet,
@@ -413,9 +413,12 @@ impl Uplink {
             ..Default::default()
         };
         let topic = self.topics[lane as usize].clone();
+        let Settings { site, gateway, .. } = self.settings.as_ref();
+        // What cannot be read here cannot be read there: the cloud keeps it, with the reason.
+        let payload = with_sender(&message.payload, site, gateway).map_or(message.payload, Into::into);
         connection
             .client
-            .try_publish_with_properties(topic, QoS::AtLeastOnce, false, message.payload, properties)
+            .try_publish_with_properties(topic, QoS::AtLeastOnce, false, payload, properties)
             .is_ok()
     }
 

@@ -29,7 +29,7 @@ use arrow::{
 };
 use common::{
     config::SecretRef,
-    documents::{Ack, Devices, LaneStatus, Status},
+    documents::{Ack, Devices, LaneStatus, Signed, Status},
     reading::{Asset, Device, Kind, Registry},
     time::{Clock as _, SystemClock, Timestamp},
     wire::{self, ClockState, Identity, Lane, Stream, Topic},
@@ -41,6 +41,7 @@ use rumqttc::v5::{
         v5::{Packet, PublishProperties},
     },
 };
+use serde::Serialize;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 use uuid::Uuid;
 
@@ -277,8 +278,16 @@ impl Gateway {
         })
     }
 
+    fn name(&self) -> String {
+        format!("gw-{}", self.index)
+    }
+
     fn topic(&self, stream: Stream) -> String {
-        Topic { site: SITE.into(), gateway: format!("gw-{}", self.index), stream }.under(&self.options.root)
+        Topic { site: SITE.into(), gateway: self.name(), stream }.under(&self.options.root)
+    }
+
+    fn signed(&self, document: &impl Serialize) -> serde_json::Result<Vec<u8>> {
+        serde_json::to_vec(&Signed { site: SITE, gateway: &self.name(), document })
     }
 
     /// Sends all readings; the number of messages that they were in.
@@ -364,7 +373,7 @@ impl Gateway {
     /// Publishes `status` and `devices`.
     async fn introduce(&self, client: &AsyncClient) -> anyhow::Result<()> {
         let now = SystemClock.now();
-        let devices = serde_json::to_vec(&Devices::new(now, &self.registry))?;
+        let devices = self.signed(&Devices::new(now, &self.registry))?;
         client.publish(self.topic(Stream::Status), QoS::AtLeastOnce, true, self.status(true)?).await?;
         client.publish(self.topic(Stream::Devices), QoS::AtLeastOnce, true, devices).await?;
         Ok(())
@@ -375,7 +384,7 @@ impl Gateway {
         let readings =
             LaneStatus { epoch: self.epoch, lane: Lane::Readings, head: self.head, rows: self.made, oldest };
         let lanes = if self.options.format == Format::Arrow { vec![readings] } else { Vec::new() };
-        Ok(serde_json::to_vec(&Status {
+        Ok(self.signed(&Status {
             v: wire::VERSION,
             online,
             at: SystemClock.now(),
@@ -463,6 +472,7 @@ impl Gateway {
                     clock: ClockState::Synced,
                 };
                 let payload = wire::encode(&self.batch(rows)?, &identity)?;
+                let payload = wire::with_sender(&payload, SITE, &self.name())?;
                 let topic = self.topic(Stream::Lane(Lane::Readings));
                 Open { topic, payload, identity: Some(identity), sent: None, at_broker: false }
             }

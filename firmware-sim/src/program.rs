@@ -57,6 +57,7 @@ pub(crate) fn theirs(name: &str, package: &str) -> anyhow::Result<PathBuf> {
 pub(crate) struct Program {
     pub(crate) name: &'static str,
     command: Vec<PathBuf>,
+    env: Vec<(&'static str, String)>,
     log: PathBuf,
     running: Option<Child>,
 }
@@ -72,7 +73,14 @@ impl Program {
         let leash = theirs("setpriv", "util-linux")?;
         let mut command = vec![leash, "--pdeathsig".into(), "KILL".into(), "--".into(), path];
         command.extend(args.iter().map(|arg| arg.to_path_buf()));
-        Ok(Program { name, command, log, running: None })
+        Ok(Program { name, command, env: Vec::new(), log, running: None })
+    }
+
+    /// The same, with these variables in its environment: where a secret may stand, and no command line.
+    #[must_use]
+    pub(crate) fn with_env(mut self, env: impl IntoIterator<Item = (&'static str, String)>) -> Program {
+        self.env.extend(env);
+        self
     }
 
     /// Starts it, unless it runs. To be called from the main thread: the kernel takes that for the parent.
@@ -84,6 +92,7 @@ impl Program {
         let opening = || format!("opening the log {}", self.log.display());
         let child = Command::new(&self.command[0])
             .args(&self.command[1..])
+            .envs(self.env.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::null())
             .stdout(opened().with_context(opening)?)
             .stderr(opened().with_context(opening)?)

@@ -38,7 +38,7 @@ use datafusion_postgres::datafusion_pg_catalog::pg_catalog::{
 use futures::future::BoxFuture;
 use tokio::{
     sync::{Mutex as AsyncMutex, RwLock as AsyncRwLock, RwLockReadGuard},
-    time::Instant,
+    time::{Instant, timeout},
 };
 
 use super::{
@@ -138,10 +138,29 @@ impl Catalog {
     /// # Errors
     /// When the tables cannot be read.
     pub async fn refresh(&self) -> anyhow::Result<()> {
-        let mut refreshed = self.refreshed.lock().await;
-        if refreshed.elapsed() >= FRESH_FOR {
+        self.refresh_within(Duration::MAX).await
+    }
+
+    /// [`Self::refresh`] of a lake that answers within `patience`: a store that is away is asked again and again for
+    /// longer than who wants to know will wait.
+    ///
+    /// # Errors
+    /// When the tables cannot be read, or not in time.
+    pub async fn refresh_within(&self, patience: Duration) -> anyhow::Result<()> {
+        let read = async {
+            let refreshed = self.refreshed.lock().await;
+            if refreshed.elapsed() < FRESH_FOR {
+                return anyhow::Ok(None);
+            }
             let asked_at = Instant::now();
             let lake = (self.source)().await.context("reading the newest snapshots")?;
+            Ok(Some((refreshed, asked_at, lake)))
+        };
+        // What follows is not cut short, since all tables change together.
+        let read = timeout(patience, read)
+            .await
+            .map_err(|_| anyhow!("the lake has not answered for {patience:?}: is its store there?"))??;
+        if let Some((mut refreshed, asked_at, lake)) = read {
             self.adopt(&lake).await?;
             *refreshed = asked_at;
         }

@@ -45,6 +45,8 @@ use super::{
 pub(super) const MAX_JSON_ROWS: u64 = 50_000;
 /// Bytes in a request's body.
 const MAX_BODY: usize = 64 * 1024;
+/// `/readyz` waits so long for the lake.
+const READY_WITHIN: Duration = Duration::from_secs(3);
 
 const PAGE: &str = include_str!("dashboard/index.html");
 const STYLE: &str = include_str!("dashboard/style.css");
@@ -364,9 +366,9 @@ async fn metrics(State(app): State<App>) -> Response {
     ([(header::CONTENT_TYPE, common::telemetry::EXPOSITION_TYPE)], Body::from(text)).into_response()
 }
 
-/// Ready when the lake can be read.
+/// Ready when the lake can be read. Says no before who asks has lost patience.
 async fn ready(State(app): State<App>) -> Response {
-    match app.queries.catalog().refresh().await {
+    match app.queries.catalog().refresh_within(READY_WITHIN).await {
         Ok(()) => "ready\n".into_response(),
         Err(e) => Problem::new(StatusCode::SERVICE_UNAVAILABLE, format!("{e:#}")).into_response(),
     }

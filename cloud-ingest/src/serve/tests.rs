@@ -1,6 +1,6 @@
 //! The servers as clients see them, over a lake in memory.
 
-use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 
 use arrow::array::{ArrayRef, AsArray, RecordBatch, StringArray, TimestampMicrosecondArray, new_null_array};
 use bytes::Bytes;
@@ -17,7 +17,11 @@ use tokio::{
     time::Instant,
 };
 
-use super::{sql::SqlError, *};
+use super::{
+    catalog::{Catalog, FRESH_FOR, SessionSource},
+    sql::SqlError,
+    *,
+};
 use crate::{lake::Table, store::Store};
 
 struct Lake {
@@ -53,6 +57,30 @@ async fn add_asset(tables: &Tables, id: &str, version: i64) {
     let batch = RecordBatch::try_new(Arc::clone(&schema), columns.collect()).unwrap();
     let base = tables.snapshot(Table::Assets).await.unwrap();
     tables.append(Table::Assets, base, vec![batch], ("test", version)).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_lake_that_does_not_answer_keeps_nobody_waiting() {
+    let tables = Tables::open(&Store::open("memory:///").unwrap()).await.unwrap();
+    let away = Arc::new(AtomicBool::new(false));
+    let of_source = Arc::clone(&away);
+    let source: SessionSource = Arc::new(move || {
+        let (tables, away) = (tables.clone(), Arc::clone(&of_source));
+        Box::pin(async move {
+            if away.load(Ordering::Relaxed) {
+                std::future::pending::<()>().await;
+            }
+            tables.session().await
+        })
+    });
+    let live = Live::new(ServeSettings::loopback().keep, Arc::new(SystemClock));
+    let catalog = Catalog::open(source, &live, 64 << 20).await.unwrap();
+    away.store(true, Ordering::Relaxed);
+    tokio::time::sleep(FRESH_FOR).await;
+    let error = catalog.refresh_within(Duration::from_millis(10)).await.unwrap_err().to_string();
+    assert_eq!(error, "the lake has not answered for 10ms: is its store there?");
+    away.store(false, Ordering::Relaxed);
+    catalog.refresh().await.unwrap();
 }
 
 #[tokio::test]

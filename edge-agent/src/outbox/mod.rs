@@ -67,7 +67,7 @@ use arrow::error::ArrowError;
 use common::{
     documents::{AckRange, LaneStatus},
     time::Timestamp,
-    wire::Lane,
+    wire::{Lane, SENDER_BYTES},
 };
 use tokio::sync::Notify;
 use uuid::Uuid;
@@ -107,7 +107,8 @@ impl From<&OutboxSettings> for Limits {
             max_age: settings.max_age,
             min_free_disk: settings.min_free_disk,
             generation_bytes: settings.generation_bytes,
-            max_message_bytes: settings.max_message_bytes,
+            // The uplink adds the sender's names.
+            max_message_bytes: settings.max_message_bytes.saturating_sub(SENDER_BYTES),
             census_every: settings.census_every,
         }
     }

@@ -5,7 +5,7 @@
 use std::{sync::Arc, time::Duration};
 
 use common::{
-    documents::{Ack, AckRange, CloudStatus, Devices, Status},
+    documents::{Ack, AckRange, CloudStatus, Devices, Signed, Status},
     reading::Registry,
     time::Clock,
     wire::{JSON, Stream, VERSION, cloud_status_topic},
@@ -51,7 +51,7 @@ pub(super) struct Link {
 
 impl Link {
     pub(super) async fn run(self) -> anyhow::Result<()> {
-        let will = serde_json::to_vec(&self.status(false).await?)?;
+        let will = self.signed(&self.status(false).await?)?;
         let will = LastWill::new(self.topic(Stream::Status), will, QoS::AtLeastOnce, true, None);
         let mut options = self.settings.options("link")?;
         options.set_last_will(will);
@@ -183,12 +183,17 @@ impl Link {
 
     fn publish(&self, client: &AsyncClient, stream: Stream, document: &impl Serialize) -> anyhow::Result<()> {
         let properties = PublishProperties { content_type: Some(JSON.to_owned()), ..Default::default() };
-        let (topic, payload) = (self.topic(stream), serde_json::to_vec(document)?);
+        let (topic, payload) = (self.topic(stream), self.signed(document)?);
         // A full queue means a broker that stands still: its connection ends by keep-alive, the next one is told.
         if client.try_publish_with_properties(topic, QoS::AtLeastOnce, true, payload, properties).is_err() {
             tracing::debug!("the status connection is stuck");
         }
         Ok(())
+    }
+
+    fn signed(&self, document: &impl Serialize) -> anyhow::Result<Vec<u8>> {
+        let super::Settings { site, gateway, .. } = self.settings.as_ref();
+        Ok(serde_json::to_vec(&Signed { site, gateway, document })?)
     }
 
     fn topic(&self, stream: Stream) -> String {

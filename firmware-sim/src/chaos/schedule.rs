@@ -16,11 +16,13 @@ pub(super) enum Victim {
     Broker,
     /// `cloud-ingest run`
     Cloud,
+    /// SeaweedFS, where the lake is on one
+    Store,
 }
 
 impl Victim {
     /// Everybody, in the order in which data flows.
-    pub(super) const ALL: [Victim; 3] = [Victim::Agent, Victim::Broker, Victim::Cloud];
+    pub(super) const ALL: [Victim; 4] = [Victim::Agent, Victim::Broker, Victim::Cloud, Victim::Store];
 }
 
 /// Longest wait for a moment to strike once it is due.
@@ -74,9 +76,9 @@ mod tests {
         let share = |of: &dyn Fn(&Strike) -> bool| strikes.iter().filter(|s| of(s)).count() as f64 / 4000.0;
         for victim in among {
             let first = share(&|s| s.victims[0] == victim);
-            assert!((first - 1.0 / 3.0).abs() < 0.03, "{victim:?} is first in {first} of all");
+            assert!((first - 1.0 / 4.0).abs() < 0.03, "{victim:?} is first in {first} of all");
             let second = share(&|s| s.victims.get(1) == Some(&victim));
-            assert!((second - 1.0 / 24.0).abs() < 0.02, "{victim:?} is second in {second} of all");
+            assert!((second - 1.0 / 32.0).abs() < 0.02, "{victim:?} is second in {second} of all");
         }
         assert!((share(&|s| s.again.is_some()) - 0.25).abs() < 0.03);
         assert!((share(&|s| s.pause < Duration::from_millis(125)) - 0.5).abs() < 0.03);

@@ -47,6 +47,8 @@ use crate::{
 
 /// Gap in event time, in µs, below which two committed spans of a device are held as one: 5 min.
 const TIME_SLACK: i64 = 300_000_000;
+/// Readings that room is made for before they are read, at most: what messages say of themselves may be wrong.
+const MOST_SAID: usize = 4_000_000;
 /// Most spans held for a device or a lane.
 const SPANS: usize = 16;
 
@@ -189,6 +191,9 @@ impl Step {
         committed: &HashMap<Name, String>,
     ) -> anyhow::Result<Step> {
         let mut step = Step::new(rules, plan);
+        let said = segments.iter().map(messages::rows_said).collect::<anyhow::Result<Vec<u64>>>()?;
+        let said = said.into_iter().fold(0, u64::saturating_add);
+        step.candidates.reserve(usize::try_from(said)?.min(MOST_SAID));
         let mut seen = committed.clone();
         for segment in segments {
             step.read_segment(segment, &mut seen)?;

@@ -72,6 +72,7 @@ use arrow::{
     error::ArrowError,
     ipc::{
         CompressionType,
+        reader::StreamReader,
         writer::{IpcWriteOptions, StreamWriter},
     },
 };
@@ -466,7 +467,7 @@ pub fn with_sender(payload: &[u8], site: &str, gateway: &str) -> Result<Vec<u8>,
     let length = payload.get(4..8).and_then(|bytes| bytes.try_into().ok()).ok_or_else(cut_short)?;
     let length = u32::from_le_bytes(length) as usize;
     let rest = payload.get(8..).and_then(|behind| behind.get(length..)).ok_or_else(cut_short)?;
-    // As for [`decode_with_metadata`].
+    // As for [`Decoder::decode`].
     let read = std::panic::catch_unwind(|| StreamReader::try_new(payload, None).map(|r| r.schema()));
     let read = read.map_err(|_| WireError::Payload("malformed metadata".into()))?.map_err(malformed)?;
     let mut schema = read.as_ref().clone();

@@ -154,7 +154,7 @@ fn a_payload_says_whose_it_is_beside_what_it_is() {
         for payload in [encoded, std::fs::read(golden).unwrap()] {
             let signed = wire::with_sender(&payload, "plant", "gw-1").unwrap();
             assert_eq!(wire::with_sender(&payload, "plant", "gw-1").unwrap(), signed, "the same bytes again");
-            let (rows, metadata) = wire::decode_with_metadata(lane, &signed).unwrap();
+            let (rows, metadata) = wire::Decoder::default().decode(lane, &signed).unwrap();
             assert_eq!(rows, sample(lane), "{lane}");
             assert_eq!((metadata["site"].as_str(), metadata["gateway"].as_str()), ("plant", "gw-1"));
             assert_eq!(Identity::from_properties(&metadata_of(&signed)).unwrap(), identity(lane));

@@ -56,6 +56,14 @@ pub fn names(segment: &Segment) -> anyhow::Result<Vec<Name>> {
     Ok((0..segment.rows.num_rows()).filter_map(|row| columns.name(row)).collect())
 }
 
+/// The readings that the messages of a segment say they have.
+pub(super) fn rows_said(segment: &Segment) -> anyhow::Result<u64> {
+    let columns = Columns::of(segment)?;
+    let readings =
+        (0..segment.rows.num_rows()).filter(|row| columns.lane.value(*row) == Lane::Readings.as_str());
+    Ok(readings.map(|row| columns.number(1, row).unsigned_abs()).fold(0, u64::saturating_add))
+}
+
 /// A message, and what became of its readings.
 #[derive(Debug)]
 pub(super) struct Delivered {

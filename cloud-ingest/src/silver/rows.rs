@@ -12,12 +12,12 @@ use std::{
 use arrow::{
     array::{
         Array, ArrayRef, ArrowPrimitiveType, AsArray, BooleanArray, DictionaryArray, Float64Array,
-        Int32Array, Int64Array, NullBufferBuilder, PrimitiveArray, RecordBatch, StringArray,
+        Int32Array, Int64Array, NullBufferBuilder, PrimitiveArray, RecordBatch, StringArray, new_null_array,
         TimestampMicrosecondArray,
     },
     datatypes::{Float64Type, Int32Type, Int64Type, TimestampMicrosecondType, UInt8Type},
 };
-use common::{reading::Quality, time::Timestamp};
+use common::{reading::Quality, time::Timestamp, wire::dict};
 
 use super::{
     Answers, Committed, Counts, Known, News, Question, TIME_SLACK,
@@ -33,6 +33,8 @@ use crate::{
 
 /// Rows in one batch of `sensor_readings`.
 const BATCH: usize = 64 * 1024;
+/// A key that stands for no word: there are several.
+const MANY: i32 = i32::MIN;
 /// Microseconds in a day.
 const DAY: i64 = 86_400_000_000;
 
@@ -158,7 +160,6 @@ impl Candidates {
         let values = batch.column(6).as_primitive::<Float64Type>();
         let quality = batch.column(7).as_primitive::<UInt8Type>().values();
         let site = message.site.clone().unwrap_or_default();
-        self.reserve(batch.num_rows());
         // By the device's key in this message: the keys of its other words, and the slot they lead to.
         let mut cache: Vec<Option<Resolved>> = vec![None; words[0].values().len()];
         for row in 0..batch.num_rows() {
@@ -263,7 +264,8 @@ impl Candidates {
         }
     }
 
-    fn reserve(&mut self, rows: usize) {
+    /// Makes room for so many more.
+    pub(super) fn reserve(&mut self, rows: usize) {
         self.ts.reserve(rows);
         self.value.reserve(rows);
         self.quality.reserve(rows);
@@ -539,36 +541,54 @@ pub(super) fn sensor_readings(
     let text = |keys: Int32Array| -> anyhow::Result<ArrayRef> {
         Ok(Arc::new(DictionaryArray::<Int32Type>::try_new(keys, Arc::clone(&words))?))
     };
+    // Most columns say one word throughout; they share their keys.
+    let first = Int32Array::from(vec![0; stored.len().min(BATCH)]);
+    let constant = |key: i32, rows: usize| -> anyhow::Result<ArrayRef> {
+        let Ok(key) = usize::try_from(key) else { return Ok(new_null_array(&dict(), rows)) };
+        Ok(Arc::new(DictionaryArray::<Int32Type>::try_new(first.slice(0, rows), words.slice(key, 1))?))
+    };
     let schema = with_dictionaries(&Table::SensorReadings.schema());
     let mut batches = Vec::new();
     for ((device_type, year, month), rows) in partitions(candidates, stored) {
+        let [years, months] = [year, month].map(|n| Int64Array::from(vec![n; rows.len().min(BATCH)]));
         for rows in rows.chunks(BATCH) {
+            let n = rows.len();
             let runs = runs(candidates, rows, delivered);
-            let word =
-                |key: &dyn Fn(&Run<'_>) -> i32| text(column(&runs, |run| Some(key(run)).filter(|k| *k >= 0)));
+            let word = |key: &dyn Fn(&Run<'_>) -> i32| match runs
+                .iter()
+                .map(key)
+                .reduce(|a, b| if a == b { a } else { MANY })
+            {
+                Some(MANY) => text(column(&runs, |run| Some(key(run)).filter(|k| *k >= 0))),
+                one => constant(one.unwrap_or(-1), n),
+            };
             let instant = |micros: TimestampMicrosecondArray| Arc::new(micros.with_timezone("UTC"));
             let ts: Vec<i64> = rows.iter().map(|i| candidates.ts[*i as usize]).collect();
             let value: Vec<f64> = rows.iter().map(|i| candidates.value[*i as usize]).collect();
             let valid = value.iter().any(|v| v.is_nan()).then(|| value.iter().map(|v| !v.is_nan()).collect());
-            let quality: Vec<i32> =
-                rows.iter().map(|i| qualities[usize::from(candidates.quality[*i as usize].min(2))]).collect();
+            let quality = |i: &u32| qualities[usize::from(candidates.quality[*i as usize].min(2))];
+            let of_first = quality(&rows[0]);
+            let quality = match rows.iter().all(|i| quality(i) == of_first) {
+                true => constant(of_first, n)?,
+                false => text(rows.iter().map(quality).collect::<Vec<_>>().into())?,
+            };
             let columns: Vec<ArrayRef> = vec![
                 instant(ts.into()),
                 word(&|run| run.slot.device_id)?,
-                word(&|_| device_type)?,
+                constant(device_type, n)?,
                 word(&|run| run.slot.asset_id)?,
                 word(&|run| run.slot.site)?,
                 word(&|run| messages[run.message].0)?,
                 Arc::new(Float64Array::new(value.into(), valid)),
                 word(&|run| run.slot.unit)?,
                 word(&|run| run.slot.kind)?,
-                text(quality.into())?,
+                quality,
                 instant(column(&runs, |run| Some(run.from.received_at.as_micros()))),
                 word(&|run| messages[run.message].1)?,
                 Arc::new(column::<Int64Type>(&runs, |run| run.from.name.as_ref().map(|n| n.seq))),
                 word(&|run| segments[run.from.segment])?,
-                Arc::new(Int64Array::from(vec![year; rows.len()])),
-                Arc::new(Int64Array::from(vec![month; rows.len()])),
+                Arc::new(years.slice(0, n)),
+                Arc::new(months.slice(0, n)),
             ];
             batches.push(RecordBatch::try_new(Arc::clone(&schema), columns)?);
         }

@@ -12,7 +12,7 @@ use common::{
     documents::{Ack, CloudStatus, Devices, Status},
     reading::{Asset, Registry},
     time::{SystemClock, Timestamp},
-    wire::{Identity, VERSION, cloud_status_topic, decode_with_metadata, schema},
+    wire::{Decoder, Identity, VERSION, cloud_status_topic, schema},
 };
 use rumqttc::v5::{AsyncClient, MqttOptions};
 use rumqttd::{Broker, Config, ConnectionSettings, RouterConfig, ServerSettings};
@@ -130,7 +130,7 @@ async fn cloud(at: SocketAddr, acks: bool, seen: Seen) {
                             let properties = publish.properties.unwrap();
                             assert_eq!(properties.content_type.as_deref(), Some(ARROW_STREAM));
                             let identity = Identity::from_properties(&properties.user_properties).unwrap();
-                            let (rows, said) = decode_with_metadata(lane, &publish.payload).unwrap();
+                            let (rows, said) = Decoder::default().decode(lane, &publish.payload).unwrap();
                             assert_eq!((said["site"].as_str(), said["gateway"].as_str()), ("plant", "gw"));
                             let rows = rows.num_rows() as u64;
                             assert_eq!((identity.lane, identity.rows), (lane, rows), "{identity:?}");

@@ -28,8 +28,9 @@ use crate::{
     upkeep,
 };
 
-/// What is logged unless `TAILRACE_LOG` says otherwise: the libraries below Delta tell of every snapshot at INFO.
-pub const LOG_FILTER: &str = "info,buoyant_kernel=warn,deltalake_core=warn,datafusion=warn";
+/// What is logged unless `TAILRACE_LOG` says otherwise: the libraries below Delta tell of every snapshot at INFO,
+/// and Delta's kernel three times of each failure that its caller tells of.
+pub const LOG_FILTER: &str = "info,buoyant_kernel=off,deltalake_core=warn,datafusion=warn";
 
 /// Keeps a bronze, silver and gold lake of factory sensor data and serves it by SQL.
 #[derive(Debug, Parser)]

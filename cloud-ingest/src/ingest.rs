@@ -70,7 +70,8 @@ async fn put(
             tokio::task::spawn_blocking(move || anyhow::Ok(bronze::encode(&bronze::rows(&rows)?)?)).await;
         let written = match encoded {
             Ok(Ok(bytes)) => {
-                bronze::put(store.objects().as_ref(), &name, Bytes::from(bytes)).await.map_err(Into::into)
+                let put = bronze::put(store.objects().as_ref(), &name, Bytes::from(bytes)).await;
+                put.map_err(|e| store.explain(e))
             }
             Ok(Err(e)) => Err(e),
             Err(e) => Err(e.into()),
@@ -79,7 +80,8 @@ async fn put(
             Ok(()) => break,
             Err(e) => {
                 metrics.put_failed();
-                tracing::error!(segment = name.path(), error = %e, retry_in = ?retry, "bronze cannot be written");
+                let (segment, error) = (name.path(), format!("{e:#}"));
+                tracing::error!(segment, error, retry_in = ?retry, "bronze cannot be written");
                 tokio::time::sleep(retry).await;
                 retry = (retry * 2).min(MAX_RETRY);
             }

@@ -87,6 +87,7 @@ pub async fn run(
         (None, closed_at(&mut stages, &stop))
     };
     if settings.has(Role::Refine) {
+        tables.settle_columns().await?;
         tables.create_missing().await.with_context(|| format!("creating tables in {}", store.url()))?;
         let refiner = Refiner::new(&store, &tables, rules(&settings), limits(&settings), metrics);
         let (refined, silver) = watch::channel(0);

@@ -121,6 +121,14 @@ impl Store {
         Ok(DeltaTable::new(log))
     }
 
+    /// What an error of this store means, and what to check, for people.
+    pub(crate) fn explain(&self, error: Error) -> anyhow::Error {
+        match &self.place {
+            Some(place) => cloud::explain(error, place),
+            None => error.into(),
+        }
+    }
+
     /// Asks a server for an object, so that wrong names and keys are found at the start.
     ///
     /// # Errors

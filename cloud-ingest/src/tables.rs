@@ -13,6 +13,7 @@
 //!   fenced against each other (`rewrite.rs`).
 //! * No commit looks for old log entries, which would list the whole log; [`Tables::tidy_log`] does.
 
+mod columns;
 mod rewrite;
 mod runs;
 mod splice;
@@ -208,14 +209,15 @@ impl Tables {
         Ok(Some(snapshot))
     }
 
-    /// The last version of `app` that was committed to the table at this snapshot. Reads the log since the
-    /// last checkpoint.
+    /// The last version of `app` that was committed to the table at this snapshot; `None` also when it was taken back
+    /// ([`Self::settle_columns`]). Reads the log since the last checkpoint.
     ///
     /// # Errors
     /// When the log cannot be read.
     pub async fn progress(snapshot: &DeltaTable, app: &str) -> anyhow::Result<Option<i64>> {
         let log = snapshot.log_store();
-        Ok(snapshot.snapshot()?.transaction_version(log.as_ref(), app).await?)
+        let version = snapshot.snapshot()?.transaction_version(log.as_ref(), app).await?;
+        Ok(version.filter(|version| *version >= 0))
     }
 
     /// Appends rows and sets `txn` (app id and version) in one commit from `base`, which is the snapshot in

@@ -3,8 +3,9 @@
     judge_chaos.py BINARY --data-dir DIR [--kills N] [--seed S] [--only agent,broker] [--store WEED]
 
 The truth is the file that the agent replayed; DuckDB compares it with silver value by value. Then messages, gaps,
-closings, the census, and gold computed again from silver, as judge_lake has them; and every payload says whose it is. A lake that was on a server is copied
-to `DIR/lake` first, by Arrow's own S3 client, from a server that was started again on the same data.
+closings, the census, and gold computed again from silver, as judge_lake has them; and every payload says whose it is.
+A lake that was on a server is copied to `DIR/lake` first, by Arrow's own S3 client, from a server that was started again
+on the same data.
 """
 
 import argparse

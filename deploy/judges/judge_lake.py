@@ -187,6 +187,9 @@ def judge_hours(report, db):
     report.none(missing.fetchall(), "no hour of silver is missing in gold.hourly_aggregates")
     extra = db.execute(f"SELECT {key}, count FROM gold_hours ANTI JOIN hours USING ({key}) ORDER BY ALL")
     report.none(extra.fetchall(), "no hour of gold.hourly_aggregates is without readings in silver")
+    kinds = "SELECT DISTINCT site, device_id, device_type, unit FROM"
+    unlike = db.execute(f"{kinds} gold_hours EXCEPT {kinds} silver_sensor_readings ORDER BY ALL").fetchall()
+    report.none(unlike, "type and unit of every device are silver's")
     compared = number(db, f"SELECT count(*) FROM gold_hours JOIN hours USING ({key}) WHERE hours.count > 0")
     report.check(compared > 0, f"{compared} device hours are compared")
     for column in ("count", "bad_count", "min", "max", "mean", "stddev", "p50", "p95", "first", "last"):

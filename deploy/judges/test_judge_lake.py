@@ -91,7 +91,8 @@ def grouped(readings, column, floor):
     rows = []
     for (device, at), members in groups.items():
         values = [r["value"] for r in members if r["quality"] != "bad"]
-        row = {"site": SITE, "device_id": device, column: at, "count": len(values), "bad_count": len(members) - len(values)}
+        row = {"site": SITE, "device_id": device, "device_type": members[0]["device_type"], "unit": members[0]["unit"]}
+        row |= {column: at, "count": len(values), "bad_count": len(members) - len(values)}
         for name, function in (("min", min), ("max", max), ("mean", statistics.fmean), ("first", lambda v: v[0]),
                                ("last", lambda v: v[-1]), ("p50", lambda v: quantile(v, 0.5)),
                                ("p95", lambda v: quantile(v, 0.95))):
@@ -181,6 +182,7 @@ DEFECTS = [
     ("an hour of nothing", at(HOURLY, 5, hour=minutes(60 * 30)), "without readings in silver"),
     ("an hour twice", again(HOURLY), "(site, device_id, hour) is unique"),
     ("a wrong count", at(HOURLY, 5, count=2), "count of every hour"),
+    ("a type in quotes", at(HOURLY, 5, device_type="'flow'"), "type and unit of every device"),
     ("a mean off by 1e-7", lambda t: t[HOURLY][5].update(mean=t[HOURLY][5]["mean"] * (1 + 1e-7)), "mean of every hour"),
     ("a null mean", at(HOURLY, 5, mean=None), "mean of every hour"),
     ("a wrong minimum", at(HOURLY, 5, min=-1.0), "min of every hour"),

@@ -36,6 +36,7 @@ use anyhow::Context;
 use common::time::{Clock, Timestamp};
 use tokio::sync::watch;
 
+pub(crate) use self::publish::SILVER;
 pub use self::{calendar::Calendars, windows::WindowsDone};
 use crate::tables::Tables;
 

@@ -34,7 +34,7 @@ use crate::{
 };
 
 /// App id of gold's progress: the version of the silver table that was read.
-pub(super) const SILVER: &str = "silver";
+pub(crate) const SILVER: &str = "silver";
 /// App id of a commit after which more of the same step follows.
 const PARTLY: &str = "silver-partly";
 /// A table's progress is committed without rows once it is this many versions behind.

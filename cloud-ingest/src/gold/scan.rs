@@ -13,7 +13,7 @@ use arrow::{
 };
 use bytes::Bytes;
 use common::{time::Timestamp, wire::dict};
-use deltalake::DeltaTable;
+use deltalake::{DeltaTable, kernel::scalars::ScalarExt};
 use futures::{FutureExt, TryFutureExt, TryStreamExt, future::BoxFuture};
 use object_store::{ObjectStore, ObjectStoreExt, path::Path};
 use parquet::{
@@ -63,7 +63,7 @@ pub(super) async fn scan(
         let named = values.iter().flat_map(|values| values.fields().iter().zip(values.values()));
         let partition: Vec<(String, String)> = named
             .filter(|(field, _)| scan.columns.contains(&field.name().as_str()))
-            .map(|(field, value)| (field.name().clone(), value.to_string()))
+            .map(|(field, value)| (field.name().clone(), value.serialize()))
             .collect();
         let path = file.object_store_path();
         let size = u64::try_from(file.size()).unwrap_or(0);

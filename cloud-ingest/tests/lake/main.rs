@@ -3,6 +3,7 @@
 
 mod arrivals;
 mod faults;
+mod older;
 mod on_s3;
 mod quarantine;
 mod rebuild;

@@ -437,7 +437,9 @@ async fn gateway_by_gateway_hours_are_the_same() {
             rows.extend(hourly::hours(&series, &within, hold).iter().map(|row| format!("{row:?}")));
             let minutes = minutes::batch(&minutes::minutes(&series, &within), &series).unwrap();
             let minutes = pretty_format_batches(&[minutes]).unwrap().to_string();
-            rows.extend(minutes.lines().filter(|line| line.starts_with("| 2")).map(str::to_owned));
+            // Columns are as wide as what is in them.
+            let words = |line: &str| line.split_whitespace().collect::<Vec<_>>().join(" ");
+            rows.extend(minutes.lines().filter(|line| line.starts_with("| 2")).map(words));
         }
         rows.sort();
         made.push(rows);

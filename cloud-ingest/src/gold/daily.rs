@@ -243,7 +243,7 @@ async fn days(
     let hold = i64::try_from(settings.hold.as_micros()).unwrap_or(HOUR_MICROS);
     for (hour, parts) in parts {
         let end = Timestamp::from_micros(hour.as_micros() + HOUR_MICROS);
-        let series = silver.read(&(hour..end), settings.hold).await?;
+        let series = silver.read(&(hour..end), settings.hold, None).await?;
         for ((site, _), device) in &series.devices {
             for (_, at, part) in parts.iter().filter(|(of, ..)| *of == named(site)) {
                 let span = part.start.as_micros()..part.end.as_micros();

@@ -22,6 +22,7 @@ mod health;
 pub mod hourly;
 pub mod maintenance;
 pub mod minutes;
+mod parts;
 pub(crate) mod publish;
 pub mod registry;
 mod scan;

@@ -10,6 +10,7 @@ use anyhow::Context;
 use arrow::{
     array::{ArrayRef, AsArray, BooleanArray, DictionaryArray, Int32Array, RecordBatch, StringArray},
     datatypes::{Field, Int32Type, Schema, TimestampMicrosecondType},
+    error::ArrowError,
 };
 use bytes::Bytes;
 use common::{time::Timestamp, wire::dict};
@@ -19,14 +20,16 @@ use object_store::{ObjectStore, ObjectStoreExt, path::Path};
 use parquet::{
     arrow::{
         ParquetRecordBatchStreamBuilder, ProjectionMask,
-        arrow_reader::{ArrowPredicateFn, ArrowReaderMetadata, ArrowReaderOptions, RowFilter},
+        arrow_reader::{
+            ArrowPredicate, ArrowPredicateFn, ArrowReaderMetadata, ArrowReaderOptions, RowFilter,
+        },
         async_reader::{AsyncFileReader, ParquetRecordBatchStream},
     },
     errors::ParquetError,
     file::metadata::{ParquetMetaData, ParquetMetaDataReader},
 };
 
-use super::changes::limits;
+use super::{changes::limits, parts::Gateways};
 use crate::lake::with_dictionaries;
 
 /// Rows decoded at a time.
@@ -42,6 +45,23 @@ pub(super) struct Scan<'a> {
     /// Name of the column of instants that the span is about.
     pub(super) time: &'a str,
     pub(super) span: Range<Timestamp>,
+    /// Whose rows; `None` for everybody's.
+    pub(super) of: Option<Gateways>,
+}
+
+/// Rows within the scan's span, by what the log says of its files: as if they lay evenly in their times. Gateways do not
+/// count.
+pub(super) fn rows(scan: &Scan<'_>) -> anyhow::Result<u64> {
+    let span = scan.span.start.as_micros()..scan.span.end.as_micros();
+    let mut rows = 0.0;
+    for file in scan.snapshot.snapshot()?.log_data().iter() {
+        let count = file.num_records().unwrap_or(0) as f64;
+        let known = file.stats().and_then(|stats| limits(&stats, scan.time));
+        let (from, to) = known.unwrap_or((span.start, span.end - 1));
+        let inside = (to.min(span.end - 1) - from.max(span.start) + 1).max(0);
+        rows += count * inside as f64 / (to - from + 1).max(1) as f64;
+    }
+    Ok(rows.ceil() as u64)
 }
 
 /// Gives every batch of the scan's columns to `take`; text comes as dictionaries.
@@ -125,17 +145,43 @@ async fn read(
     let time = ProjectionMask::columns(parquet, [scan.time]);
     let builder = ParquetRecordBatchStreamBuilder::new_with_metadata(reader, metadata.clone());
     let builder = builder.with_projection(wanted).with_batch_size(BATCH);
-    let builder = match span {
-        None => builder,
-        Some(span) => builder.with_row_filter(RowFilter::new(vec![Box::new(ArrowPredicateFn::new(
-            time,
-            move |batch: RecordBatch| {
-                let times = batch.column(0).as_primitive::<TimestampMicrosecondType>();
-                Ok(times.values().iter().map(|ts| Some(span.contains(ts))).collect::<BooleanArray>())
-            },
-        ))])),
-    };
+    let mut filters: Vec<Box<dyn ArrowPredicate>> = Vec::new();
+    if let Some(span) = span {
+        filters.push(Box::new(ArrowPredicateFn::new(time, move |batch: RecordBatch| {
+            let times = batch.column(0).as_primitive::<TimestampMicrosecondType>();
+            Ok(times.values().iter().map(|ts| Some(span.contains(ts))).collect::<BooleanArray>())
+        })));
+    }
+    if let Some(gateways) = scan.of.clone() {
+        let who = ProjectionMask::columns(parquet, ["site", "gateway_id"]);
+        filters.push(Box::new(ArrowPredicateFn::new(who, move |batch| sent_by(&batch, &gateways))));
+    }
+    let builder = if filters.is_empty() { builder } else { builder.with_row_filter(RowFilter::new(filters)) };
     Ok(builder.build()?)
+}
+
+/// Which rows are of these gateways. What repeats is looked up once a run.
+fn sent_by(batch: &RecordBatch, gateways: &Gateways) -> Result<BooleanArray, ArrowError> {
+    let column = |name: &str| {
+        let column = batch.column_by_name(name).and_then(|column| column.as_dictionary_opt::<Int32Type>());
+        column.ok_or_else(|| ArrowError::SchemaError(format!("{name} is no dictionary")))
+    };
+    let columns = [column("site")?, column("gateway_id")?];
+    let word = |column: &DictionaryArray<Int32Type>, row: usize| {
+        column.key(row).map_or("", |key| column.values().as_string::<i32>().value(key)).to_owned()
+    };
+    let mut last: Option<([Option<usize>; 2], bool)> = None;
+    let mut sent = Vec::with_capacity(batch.num_rows());
+    for row in 0..batch.num_rows() {
+        let keys = columns.map(|column| column.key(row));
+        let here = match last {
+            Some((same, here)) if same == keys => here,
+            _ => gateways.contains(&(word(columns[0], row), word(columns[1], row))),
+        };
+        last = Some((keys, here));
+        sent.push(here);
+    }
+    Ok(sent.into())
 }
 
 /// Adds the partition's columns, which are not in the file, as text.

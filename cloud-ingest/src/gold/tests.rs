@@ -150,7 +150,7 @@ fn readings(rows: &[Row]) -> RecordBatch {
             same("flow", n),
             same("pump", n),
             same("s", n),
-            same("g", n),
+            Arc::new(StringArray::from_iter_values(rows.iter().map(|r| gateway(r.0)))),
             Arc::new(rows.iter().map(|r| (r.3 != Quality::Bad).then_some(r.2)).collect::<Float64Array>()),
             same("L/min", n),
             Arc::new(StringArray::from_iter_values(rows.iter().map(|r| kind(r.0)))),
@@ -170,6 +170,11 @@ fn kind(device: &str) -> &str {
     if matches!(device, "counter" | "state") { device } else { "gauge" }
 }
 
+/// Devices are named after theirs; most hang on `g`.
+fn gateway(device: &str) -> &str {
+    device.split_once('/').map_or("g", |(gateway, _)| gateway)
+}
+
 fn aggregates(windows: &[(&'static str, i64, i64, f64)]) -> RecordBatch {
     let n = windows.len();
     let start = || windows.iter().map(|w| START + w.1 * 60 * SECOND);
@@ -184,7 +189,7 @@ fn aggregates(windows: &[(&'static str, i64, i64, f64)]) -> RecordBatch {
             same("flow", n),
             same("pump", n),
             same("s", n),
-            same("g", n),
+            Arc::new(StringArray::from_iter_values(windows.iter().map(|w| gateway(w.0)))),
             same("L/min", n),
             same("gauge", n),
             Arc::new(Int64Array::from_iter_values(windows.iter().map(|w| w.2))),
@@ -407,6 +412,42 @@ async fn where_only_aggregates_come_hours_are_made_of_them() {
     assert_eq!(lake.int("SELECT count(*) FROM gold.timeseries_1m").await, 1);
     assert_eq!(lake.int("SELECT count(*) FROM gold.hourly_aggregates WHERE source <> 'readings'").await, 0);
     assert_eq!(lake.int("SELECT count(*) FROM gold.hourly_aggregates WHERE device_id = 'a'").await, 0);
+}
+
+#[tokio::test]
+async fn gateway_by_gateway_hours_are_the_same() {
+    let mut lake = Lake::new().await;
+    lake.readings(
+        &[wave("a", 0, 9_000, 7), wave("h/a", 900, 8_000, 5), wave("i/a", 4_000, 9_000, 3)].concat(),
+    )
+    .await;
+    // Of gateways that send readings too, in some hours, and of one that does not.
+    let windows = [("b", 3, 60, 1.0), ("h/b", 121, 60, 2.0), ("i/b", 1, 60, 3.0), ("j/b", 1, 60, 4.0)];
+    lake.aggregates(&windows, &wave("h/c", 0, 9_000, 11)).await;
+    let silver = windows::Silver::newest(&lake.tables).await.unwrap().unwrap();
+    let within = Timestamp::from_micros(START)..Timestamp::from_micros(START + 3 * HOUR_MICROS);
+    let hold = lake.settings.hold;
+    let mut made = Vec::new();
+    for (most, groups) in [(u64::MAX, 1), (3_600, 2), (1, 4)] {
+        let parts = silver.groups_of(&within, hold, most).await.unwrap();
+        assert_eq!(parts.len(), groups, "{parts:?}");
+        let mut rows = Vec::new();
+        for of in parts {
+            let series = silver.read(&within, hold, of).await.unwrap();
+            rows.extend(hourly::hours(&series, &within, hold).iter().map(|row| format!("{row:?}")));
+            let minutes = minutes::batch(&minutes::minutes(&series, &within), &series).unwrap();
+            let minutes = pretty_format_batches(&[minutes]).unwrap().to_string();
+            // Columns are as wide as what is in them.
+            let words = |line: &str| line.split_whitespace().collect::<Vec<_>>().join(" ");
+            rows.extend(minutes.lines().filter(|line| line.starts_with("| 2")).map(words));
+        }
+        rows.sort();
+        made.push(rows);
+    }
+    // 3 + 3 + 2 + 3 hours of readings, and what only aggregates tell: an hour of `i` and one of `j`.
+    assert_eq!(made[0].iter().filter(|row| !row.starts_with('|')).count(), 13, "{:?}", made[0]);
+    assert_eq!(made[0], made[1]);
+    assert_eq!(made[0], made[2]);
 }
 
 fn anomalies(records: &[Record]) -> RecordBatch {

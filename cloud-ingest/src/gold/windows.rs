@@ -3,8 +3,9 @@
 //! Both tables are made in one pass, then days and health, which are made of them. Progress is the version of
 //! `silver/sensor_readings`; the refiner commits that table last of a plan, so what the other tables hold of the plans
 //! named in its new commits is there.
-//! Many touched hours are taken in blocks of [`BLOCK_HOURS`]: each block is published by itself, the last one
-//! with the progress, so memory is bounded and a crash repeats work only.
+//! Many touched hours are taken in blocks of [`BLOCK_HOURS`], or fewer where they have many rows: each block is
+//! published by itself, the last one with the progress, so memory is bounded ([`super::parts`]) and a crash repeats work
+//! only.
 //!
 //! Hours of which retention has removed readings or rows are final: they are neither computed again nor missed
 //! ([`floor`]).
@@ -12,6 +13,7 @@
 use std::{collections::BTreeSet, ops::Range, time::Duration};
 
 use anyhow::Context;
+use arrow::{array::RecordBatch, compute::concat_batches};
 use common::time::{HOUR_MICROS, Timestamp};
 use deltalake::DeltaTable;
 
@@ -20,6 +22,7 @@ use super::{
     calendar::Calendars,
     changes::{self, Changes},
     daily, health, hourly, minutes,
+    parts::Gateways,
     publish::{self, Keyed, Progress, SILVER},
     scan::{self, Scan},
     series::{AGGREGATE_COLUMNS, READING_COLUMNS, Series, SeriesBuilder},
@@ -28,8 +31,8 @@ use crate::{lake::Table, tables::Tables};
 
 /// Hours that are published together.
 const BLOCK_HOURS: usize = 48;
-/// Hours whose readings are in memory together.
-const CHUNK_HOURS: usize = 6;
+/// Rows of minutes at which a part of a block is published by itself. Tests take all paths.
+const MINUTE_ROWS: usize = if cfg!(test) { 100 } else { 500_000 };
 /// Spans of hours in one commit; nearer ones are joined beyond this, so that a predicate stays short.
 const MAX_SPANS: usize = 32;
 
@@ -69,7 +72,7 @@ pub(super) struct Silver {
 }
 
 impl Silver {
-    async fn newest(tables: &Tables) -> anyhow::Result<Option<Silver>> {
+    pub(super) async fn newest(tables: &Tables) -> anyhow::Result<Option<Silver>> {
         let Some(readings) = tables.snapshot(Table::SensorReadings).await? else { return Ok(None) };
         let aggregates = tables.snapshot(Table::Aggregates).await?;
         Ok(Some(Silver { readings, aggregates, anomalies: tables.snapshot(Table::Anomalies).await? }))
@@ -80,17 +83,46 @@ impl Silver {
         changes::version(&self.readings)
     }
 
-    /// Everything from `hold` before `within` on.
-    pub(super) async fn read(&self, within: &Range<Timestamp>, hold: Duration) -> anyhow::Result<Series> {
-        let span = within.start - hold..within.end;
+    /// Everything from `hold` before `within` on, of some gateways or all.
+    pub(super) async fn read(
+        &self,
+        within: &Range<Timestamp>,
+        hold: Duration,
+        of: Option<Gateways>,
+    ) -> anyhow::Result<Series> {
         let mut builder = SeriesBuilder::default();
-        let of = Scan { snapshot: &self.readings, columns: &READING_COLUMNS, time: "ts", span: span.clone() };
-        scan::scan(&of, |batch| builder.readings(batch)).await?;
-        if let Some(aggregates) = &self.aggregates {
-            let of = Scan { snapshot: aggregates, columns: &AGGREGATE_COLUMNS, time: "window_start", span };
-            scan::scan(&of, |batch| builder.aggregates(batch)).await?;
+        for (of, readings) in self.scans(within, hold, of).iter().zip([true, false]) {
+            let add = |batch: &RecordBatch| {
+                if readings { builder.readings(batch) } else { builder.aggregates(batch) }
+            };
+            scan::scan(of, add).await?;
         }
         Ok(builder.finish())
+    }
+
+    /// Readings, then aggregates if there are any.
+    pub(super) fn scans(
+        &self,
+        within: &Range<Timestamp>,
+        hold: Duration,
+        of: Option<Gateways>,
+    ) -> Vec<Scan<'_>> {
+        let span = within.start - hold..within.end;
+        let readings = Scan {
+            snapshot: &self.readings,
+            columns: &READING_COLUMNS,
+            time: "ts",
+            span: span.clone(),
+            of: of.clone(),
+        };
+        let aggregates = self.aggregates.as_ref().map(|aggregates| Scan {
+            snapshot: aggregates,
+            columns: &AGGREGATE_COLUMNS,
+            time: "window_start",
+            span,
+            of,
+        });
+        std::iter::once(readings).chain(aggregates).collect()
     }
 }
 
@@ -143,31 +175,82 @@ pub(super) async fn step(
     if blocks.is_empty() {
         let partial = Progress::Complete(version);
         for keyed in [HOURLY, MINUTES] {
-            let none = arrow::array::RecordBatch::new_empty(keyed.table.schema());
+            let none = RecordBatch::new_empty(keyed.table.schema());
             publish::publish(tables, keyed, &[], none, partial, now).await?;
         }
     }
     for (n, block) in blocks.iter().enumerate() {
-        let last = n + 1 == blocks.len();
-        let progress = if last { Progress::Complete(version) } else { Progress::Partly(version) };
-        let spans = publish::spans(block);
-        let (mut hour_batches, mut minute_batches) = (Vec::new(), Vec::new());
-        for chunk in spans.iter().flat_map(chunks) {
-            let series = silver.read(&chunk, settings.hold).await?;
-            hour_batches.push(hourly::batch(&hourly::hours(&series, &chunk, settings.hold), now)?);
-            minute_batches.push(minutes::batch(&minutes::minutes(&series, &chunk), &series)?);
+        let mut chunks = Vec::new();
+        for span in publish::spans(block) {
+            chunks.extend(silver.chunks(&span, settings.hold)?);
         }
-        let hours = arrow::compute::concat_batches(&HOURLY.table.schema(), &hour_batches)?;
-        let minutes = arrow::compute::concat_batches(&MINUTES.table.schema(), &minute_batches)?;
+        let mut made = Made::default();
+        for (m, chunk) in chunks.iter().enumerate() {
+            for of in silver.groups(chunk, settings.hold).await? {
+                let series = silver.read(chunk, settings.hold, of).await?;
+                made.add(chunk, &series, settings.hold, now)?;
+            }
+            let of_block = m + 1 == chunks.len();
+            let last = of_block && n + 1 == blocks.len();
+            if of_block || made.minute_rows() >= MINUTE_ROWS {
+                let progress = if last { Progress::Complete(version) } else { Progress::Partly(version) };
+                let (hourly, minutes) = std::mem::take(&mut made).publish(tables, progress, now).await?;
+                done.hourly += hourly;
+                done.minutes += minutes;
+            }
+        }
         done.hours += block.len();
-        done.hourly += publish::publish(tables, HOURLY, &spans, hours, progress, now).await?;
-        done.minutes += publish::publish(tables, MINUTES, &spans, minutes, progress, now).await?;
     }
     let touched = known.days.map(|_| &due.hours);
     done.days = daily::step(tables, &silver, settings, touched, now).await.context("days")?;
     let touched = known.health.map(|_| &due);
     done.health = health::step(tables, &silver, settings, touched, now).await.context("health")?;
     Ok(done)
+}
+
+/// Rows that are published together.
+#[derive(Default)]
+struct Made {
+    spans: Vec<Range<Timestamp>>,
+    hours: Vec<RecordBatch>,
+    minutes: Vec<RecordBatch>,
+}
+
+impl Made {
+    /// Takes the rows of a span, or of a part of its devices.
+    fn add(
+        &mut self,
+        span: &Range<Timestamp>,
+        series: &Series,
+        hold: Duration,
+        now: Timestamp,
+    ) -> anyhow::Result<()> {
+        self.hours.push(hourly::batch(&hourly::hours(series, span, hold), now)?);
+        self.minutes.push(minutes::batch(&minutes::minutes(series, span), series)?);
+        match self.spans.last_mut() {
+            Some(last) if last.end >= span.start => last.end = span.end,
+            _ => self.spans.push(span.clone()),
+        }
+        Ok(())
+    }
+
+    fn minute_rows(&self) -> usize {
+        self.minutes.iter().map(RecordBatch::num_rows).sum()
+    }
+
+    /// Returns the changed rows of hours and minutes.
+    async fn publish(
+        self,
+        tables: &Tables,
+        progress: Progress,
+        now: Timestamp,
+    ) -> anyhow::Result<(usize, usize)> {
+        let hours = concat_batches(&HOURLY.table.schema(), &self.hours)?;
+        let hourly = publish::publish(tables, HOURLY, &self.spans, hours, progress, now).await?;
+        let minutes = concat_batches(&MINUTES.table.schema(), &self.minutes)?;
+        drop(self.minutes);
+        Ok((hourly, publish::publish(tables, MINUTES, &self.spans, minutes, progress, now).await?))
+    }
 }
 
 /// The first hour that is not final: of those before it, retention has removed what they were made of, or them.
@@ -301,15 +384,6 @@ fn join(block: &mut BTreeSet<Timestamp>, gap: i64) {
     }
 }
 
-/// Parts of a span that are short enough to hold in memory.
-fn chunks(span: &Range<Timestamp>) -> impl Iterator<Item = Range<Timestamp>> {
-    let end = span.end;
-    let width = Duration::from_micros(HOUR_MICROS.unsigned_abs()) * CHUNK_HOURS as u32;
-    std::iter::successors(Some(span.start), move |start| Some(*start + width))
-        .take_while(move |start| *start < end)
-        .map(move |start| start..(start + width).min(end))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -328,11 +402,5 @@ mod tests {
         }
         let held: BTreeSet<Timestamp> = blocks.into_iter().flatten().collect();
         assert!(touched.is_subset(&held));
-    }
-
-    #[test]
-    fn a_span_is_read_in_chunks() {
-        let parts: Vec<_> = chunks(&(hour(0)..hour(14))).collect();
-        assert_eq!(parts, [hour(0)..hour(6), hour(6)..hour(12), hour(12)..hour(14)]);
     }
 }

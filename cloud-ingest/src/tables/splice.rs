@@ -226,7 +226,8 @@ mod tests {
     /// Values that cannot be compressed, of a device of its own, one every 10 ms.
     fn rows(device: &str, from: i64, count: i64) -> RecordBatch {
         let numbers = || from..from + count;
-        let columns = TABLE.schema().fields().iter().map(|field| -> ArrayRef {
+        let schema = TABLE.schema();
+        let columns = schema.fields().iter().map(|field| -> ArrayRef {
             match (field.name().as_str(), field.data_type()) {
                 ("device_id", _) => Arc::new(StringArray::from_iter_values(numbers().map(|_| device))),
                 ("value", _) => {
@@ -241,7 +242,7 @@ mod tests {
                 _ => Arc::new(StringArray::from_iter_values(numbers().map(|_| "x"))),
             }
         });
-        RecordBatch::try_new(TABLE.schema(), columns.collect()).unwrap()
+        RecordBatch::try_new(Arc::clone(&schema), columns.collect()).unwrap()
     }
 
     async fn ask(tables: &Tables, of: &str, filter: &str) -> (i64, f64) {
@@ -304,8 +305,9 @@ mod tests {
         let times = times.map(|ts| ts.as_str().unwrap().parse::<Timestamp>().unwrap().as_micros());
         assert_eq!(times, [1_700_000_000_000_123, 1_700_000_000_000_123 + (3 * EACH - 1) * 10_000]);
 
-        let file = tables.store().objects().get(&Path::from(format!("{}/{}", TABLE.path(), one.path)));
-        let bytes = file.await.unwrap().bytes().await.unwrap();
+        let (objects, path) =
+            (tables.store().objects(), Path::from(format!("{}/{}", TABLE.path(), one.path)));
+        let bytes = objects.get(&path).await.unwrap().bytes().await.unwrap();
         assert_eq!(bytes.len(), usize::try_from(one.size).unwrap());
         let about = ParquetMetaDataReader::new()
             .with_page_index_policy(PageIndexPolicy::Required)

@@ -12,8 +12,8 @@ use std::{
 use arrow::{
     array::{
         Array, ArrayRef, ArrowPrimitiveType, AsArray, BooleanArray, DictionaryArray, Float64Array,
-        Int32Array, Int64Array, NullBufferBuilder, PrimitiveArray, RecordBatch, StringArray, new_null_array,
-        TimestampMicrosecondArray,
+        Int32Array, Int64Array, NullBufferBuilder, PrimitiveArray, RecordBatch, StringArray,
+        TimestampMicrosecondArray, new_null_array,
     },
     datatypes::{Float64Type, Int32Type, Int64Type, TimestampMicrosecondType, UInt8Type},
 };

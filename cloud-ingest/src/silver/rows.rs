@@ -33,8 +33,6 @@ use crate::{
 
 /// Rows in one batch of `sensor_readings`.
 const BATCH: usize = 64 * 1024;
-/// A key that stands for no word: there are several.
-const MANY: i32 = i32::MIN;
 /// Microseconds in a day.
 const DAY: i64 = 86_400_000_000;
 
@@ -554,13 +552,12 @@ pub(super) fn sensor_readings(
         for rows in rows.chunks(BATCH) {
             let n = rows.len();
             let runs = runs(candidates, rows, delivered);
-            let word = |key: &dyn Fn(&Run<'_>) -> i32| match runs
-                .iter()
-                .map(key)
-                .reduce(|a, b| if a == b { a } else { MANY })
-            {
-                Some(MANY) => text(column(&runs, |run| Some(key(run)).filter(|k| *k >= 0))),
-                one => constant(one.unwrap_or(-1), n),
+            let word = |key: &dyn Fn(&Run<'_>) -> i32| {
+                let mut keys = runs.iter().map(key);
+                match keys.next().filter(|first| keys.all(|key| key == *first)) {
+                    Some(one) => constant(one, n),
+                    None => text(column(&runs, |run| Some(key(run)).filter(|key| *key >= 0))),
+                }
             };
             let instant = |micros: TimestampMicrosecondArray| Arc::new(micros.with_timezone("UTC"));
             let ts: Vec<i64> = rows.iter().map(|i| candidates.ts[*i as usize]).collect();

@@ -4,7 +4,7 @@
     judge_demo.py sigkill BINARY --data-dir DIR [--backfill 1h] [--for 15s]
 
 `whole`: psql, psycopg and HTTP against the live programs; a clean end and the equation; then judge_lake with the
-faults of the plant. `sigkill`: the demo is killed in the middle with SIGKILL; no child may survive; a second run on
+faults of the plant, and judge_readers. `sigkill`: the demo is killed in the middle with SIGKILL; no child may survive; a second run on
 the same folder must finish cleanly, with nothing missing and nothing stored twice.
 """
 
@@ -204,6 +204,8 @@ def whole(report, args):
         judge_end(report, demo, process, args.limit)
     print(f"        the demo took {time.monotonic() - began:.0f} s", flush=True)
     judge_lake(report, demo, "--plant", PLANT, "--demo", demo.data / "demo.json")
+    command = [sys.executable, "-W", "ignore", HERE / "judge_readers.py", demo.data / "lake"]
+    report.check(subprocess.run(command).returncode == 0, "judge_readers is content", "see above")
 
 
 def sigkill(report, args):

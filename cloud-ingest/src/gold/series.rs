@@ -378,16 +378,10 @@ impl MetaColumns {
         ]))
     }
 
-    /// How many rows from `row` on have the same keys: these are the same words, within a batch.
+    /// How many rows from `row` on say the same.
     fn run(&self, row: usize) -> usize {
-        let of = |words: &Words| match words.keys.null_count() {
-            0 => {
-                let keys = &words.keys.values()[row..];
-                keys.iter().take_while(|key| **key == keys[0]).count()
-            }
-            _ => (row..words.keys.len()).take_while(|other| words.key(*other) == words.key(row)).count(),
-        };
-        self.0.iter().map(of).fold(usize::MAX, usize::min)
+        let [site, gateway, device, rest @ ..] = &self.0;
+        [device, site, gateway].into_iter().chain(rest).fold(usize::MAX, |most, words| words.run(row, most))
     }
 }
 
@@ -412,6 +406,19 @@ impl Words {
 
     fn value(&self, row: usize) -> Option<&str> {
         self.key(row).map(|key| self.values.value(key))
+    }
+
+    /// How many rows from `row` on have the same key, and so the same word; at most `most`. Of several columns the one
+    /// that changes most is asked first, and the others no further than it goes.
+    fn run(&self, row: usize, most: usize) -> usize {
+        let end = row.saturating_add(most).min(self.keys.len());
+        match self.keys.null_count() {
+            0 => {
+                let keys = &self.keys.values()[row..end];
+                keys.iter().take_while(|key| **key == keys[0]).count()
+            }
+            _ => (row..end).take_while(|other| self.key(*other) == self.key(row)).count(),
+        }
     }
 }
 

@@ -242,13 +242,16 @@ async fn days(
     }
     let hold = i64::try_from(settings.hold.as_micros()).unwrap_or(HOUR_MICROS);
     for (hour, parts) in parts {
-        let end = Timestamp::from_micros(hour.as_micros() + HOUR_MICROS);
-        let series = silver.read(&(hour..end), settings.hold, None).await?;
-        for ((site, _), device) in &series.devices {
-            for (_, at, part) in parts.iter().filter(|(of, ..)| *of == named(site)) {
-                let span = part.start.as_micros()..part.end.as_micros();
-                if let Some(row) = hourly::row(device, &span, hold, &series.metas) {
-                    days.part(*at, &row, (span.end - span.start) as f64);
+        let within = hour..Timestamp::from_micros(hour.as_micros() + HOUR_MICROS);
+        for of in silver.groups(&within, settings.hold).await? {
+            let series = silver.read(&within, settings.hold, of).await?;
+            for device in series.devices() {
+                for (site, at, part) in &parts {
+                    let span = part.start.as_micros()..part.end.as_micros();
+                    let row = hourly::row(&device, &span, hold);
+                    if let Some(row) = row.filter(|row| *site == named(&row.meta.site)) {
+                        days.part(*at, &row, (span.end - span.start) as f64);
+                    }
                 }
             }
         }

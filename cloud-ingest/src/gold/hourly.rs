@@ -32,7 +32,7 @@ use common::{
     time::{HOUR_MICROS, Timestamp},
 };
 
-use super::series::{DeviceSeries, HourParts, Meta, Sample, Series, Source, Window};
+use super::series::{DeviceSeries, HourParts, Meta, Sample, Source, Window};
 use crate::lake::{Table, year_month};
 
 /// One row, without `revision` and `updated_at`, which depend on what stood there before.
@@ -59,33 +59,20 @@ pub struct HourRow {
     pub source: Source,
 }
 
-/// The rows of all devices for the hours in `within`, by hour, site and device. `series` must hold everything
-/// from `hold` before `within` on.
-pub fn hours(series: &Series, within: &Range<Timestamp>, hold: Duration) -> Vec<HourRow> {
+/// The rows of a device for the hours in `within`. `device` must hold everything from `hold` before `within` on.
+pub fn hours(device: &DeviceSeries<'_>, within: &Range<Timestamp>, hold: Duration) -> Vec<HourRow> {
     let hold = i64::try_from(hold.as_micros()).unwrap_or(HOUR_MICROS);
-    let mut rows: Vec<HourRow> = Vec::new();
-    for device in series.devices.values() {
-        for hour in device.hours(within) {
-            rows.extend(row(device, &(hour..hour + HOUR_MICROS), hold, &series.metas));
-        }
-    }
-    rows.sort_by(|a, b| {
-        let key = |r: &'_ HourRow| r.hour;
-        key(a)
-            .cmp(&key(b))
-            .then_with(|| a.meta.site.cmp(&b.meta.site))
-            .then_with(|| a.meta.device.cmp(&b.meta.device))
-    });
-    rows
+    let hours = device.hours(within).into_iter();
+    hours.filter_map(|hour| row(device, &(hour..hour + HOUR_MICROS), hold)).collect()
 }
 
 /// What the row of one device says of `span` (µs), which is an hour or a part of one.
-pub(super) fn row(device: &DeviceSeries, span: &Range<i64>, hold: i64, metas: &[Meta]) -> Option<HourRow> {
+pub(super) fn row(device: &DeviceSeries<'_>, span: &Range<i64>, hold: i64) -> Option<HourRow> {
     let (parts, hour) = (&device.parts(span), span.start);
     let source = parts.source()?;
     let samples = &device.samples[parts.samples.clone()];
     let meta = samples.last().map_or_else(|| parts.windows.last().map(|w| w.meta), |s| Some(s.meta))?;
-    let meta = metas[meta as usize].clone();
+    let meta = device.metas[meta as usize].clone();
     let kind = meta.kind;
     let mut values: Vec<f64> = samples.iter().filter(|s| s.usable()).map(|s| s.value).collect();
     let (first, last) = ends(samples, &parts.windows);
@@ -218,7 +205,7 @@ struct Held {
 }
 
 impl Held {
-    fn of(device: &DeviceSeries, parts: &HourParts<'_>, span: &Range<i64>, hold: i64) -> Held {
+    fn of(device: &DeviceSeries<'_>, parts: &HourParts<'_>, span: &Range<i64>, hold: i64) -> Held {
         let mut held = Held::default();
         let (hour, end) = (span.start, span.end);
         // The reading before the hour may still hold at its start, whatever the hour itself is made of.
@@ -253,7 +240,7 @@ impl Held {
 
 /// Pairs of neighbouring values that are not bad, of which the second lies in the hour.
 fn steps<'a>(
-    device: &'a DeviceSeries,
+    device: &'a DeviceSeries<'_>,
     parts: &HourParts<'_>,
     hour: i64,
     hold: i64,
@@ -269,7 +256,7 @@ fn steps<'a>(
 
 /// The same from windows: within each, and from one to the next.
 fn window_steps<'a>(
-    device: &'a DeviceSeries,
+    device: &'a DeviceSeries<'_>,
     parts: &'a HourParts<'_>,
     hour: i64,
     hold: i64,
@@ -293,11 +280,16 @@ fn rise(steps: impl Iterator<Item = (f64, f64)>) -> f64 {
     }))
 }
 
-/// The rows as the table's columns; `revision` 0 and `updated_at` `now`, which publishing sets right.
+/// The rows as the table's columns, by hour, site and device; `revision` 0 and `updated_at` `now`, which publishing sets
+/// right.
 ///
 /// # Errors
 /// When the columns do not fit the table's schema, which a test rules out.
-pub fn batch(rows: &[HourRow], now: Timestamp) -> Result<RecordBatch, ArrowError> {
+pub fn batch(mut rows: Vec<HourRow>, now: Timestamp) -> Result<RecordBatch, ArrowError> {
+    fn key(row: &HourRow) -> (Timestamp, &str, &str) {
+        (row.hour, &row.meta.site, &row.meta.device)
+    }
+    rows.sort_by(|a, b| key(a).cmp(&key(b)));
     let instants = |of: &dyn Fn(&HourRow) -> i64| -> ArrayRef {
         Arc::new(TimestampMicrosecondArray::from_iter_values(rows.iter().map(of)).with_timezone("UTC"))
     };
@@ -372,11 +364,10 @@ mod tests {
             meta: 0,
             quality: *quality,
         });
-        let device = DeviceSeries { samples: samples.collect(), windows: vec![] };
-        let devices = [(("s".to_owned(), "d".to_owned()), device)].into();
+        let device = DeviceSeries { samples: samples.collect(), windows: &[], metas: &[meta] };
         let start = Timestamp::from_micros(HOUR_MICROS);
         let within = start..start + Duration::from_secs(3600);
-        let mut rows = hours(&Series { metas: vec![meta], devices }, &within, HOLD);
+        let mut rows = hours(&device, &within, HOLD);
         assert!(rows.len() <= 1);
         rows.pop()
     }
@@ -494,7 +485,7 @@ mod tests {
     #[test]
     fn rows_fit_the_table() {
         let row = hour_of(Kind::Gauge, &[(0, 4.0, Good)]).unwrap();
-        let batch = batch(&[row], Timestamp::from_micros(7)).unwrap();
+        let batch = batch(vec![row], Timestamp::from_micros(7)).unwrap();
         assert_eq!(batch.num_rows(), 1);
     }
 }

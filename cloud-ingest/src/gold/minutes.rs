@@ -14,7 +14,7 @@ use common::time::Timestamp;
 
 use super::{
     hourly::Moments,
-    series::{DeviceSeries, HourParts, Series, Source, Window},
+    series::{DeviceSeries, HourParts, Meta, Source, Window},
 };
 use crate::lake::Table;
 
@@ -25,7 +25,7 @@ const MINUTE_MICROS: i64 = 60_000_000;
 #[expect(missing_docs, reason = "as the columns of gold/timeseries_1m")]
 pub struct MinuteRow {
     pub time: Timestamp,
-    /// Index into the series' metas.
+    /// Index into the metas of the series.
     pub meta: u32,
     pub count: i64,
     pub min: Option<f64>,
@@ -35,19 +35,16 @@ pub struct MinuteRow {
     pub source: Source,
 }
 
-/// The rows of all devices for the hours in `within`, by site, device and time.
-pub fn minutes(series: &Series, within: &Range<Timestamp>) -> Vec<MinuteRow> {
+/// The rows of a device for the hours in `within`, by time.
+pub fn minutes(device: &DeviceSeries<'_>, within: &Range<Timestamp>) -> Vec<MinuteRow> {
     let mut rows = Vec::new();
-    for device in series.devices.values() {
-        for hour in device.hours(within) {
-            let parts = device.hour(hour);
-            hour_rows(device, &parts, &mut rows);
-        }
+    for hour in device.hours(within) {
+        hour_rows(device, &device.hour(hour), &mut rows);
     }
     rows
 }
 
-fn hour_rows(device: &DeviceSeries, parts: &HourParts<'_>, rows: &mut Vec<MinuteRow>) {
+fn hour_rows(device: &DeviceSeries<'_>, parts: &HourParts<'_>, rows: &mut Vec<MinuteRow>) {
     let minute = |ts: i64| ts.div_euclid(MINUTE_MICROS);
     // A mixed hour has minutes of windows and minutes of readings; a minute that has both is of the readings.
     let mut windows: BTreeMap<i64, Vec<&Window>> = BTreeMap::new();
@@ -87,10 +84,9 @@ fn row(minute: i64, meta: u32, moments: Moments, last: Option<f64>, source: Sour
 ///
 /// # Errors
 /// When the columns do not fit the table's schema, which a test rules out.
-pub fn batch(rows: &[MinuteRow], series: &Series) -> Result<RecordBatch, ArrowError> {
-    let meta = |r: &MinuteRow| &series.metas[r.meta as usize];
-    let texts = |of: &dyn Fn(&MinuteRow) -> Option<String>| -> ArrayRef {
-        Arc::new(rows.iter().map(of).collect::<StringArray>())
+pub fn batch<'a>(rows: &[MinuteRow], metas: &'a [Meta]) -> Result<RecordBatch, ArrowError> {
+    let texts = |of: &dyn Fn(&'a Meta) -> Option<&'a str>| -> ArrayRef {
+        Arc::new(rows.iter().map(|r| of(&metas[r.meta as usize])).collect::<StringArray>())
     };
     let floats = |of: &dyn Fn(&MinuteRow) -> Option<f64>| -> ArrayRef {
         Arc::new(rows.iter().map(of).collect::<Float64Array>())
@@ -100,17 +96,17 @@ pub fn batch(rows: &[MinuteRow], series: &Series) -> Result<RecordBatch, ArrowEr
         Table::Timeseries1m.schema(),
         vec![
             Arc::new(times.with_timezone("UTC")),
-            texts(&|r| Some(meta(r).site.clone())),
-            texts(&|r| Some(meta(r).device.clone())),
-            texts(&|r| Some(meta(r).device_type.clone())),
-            texts(&|r| meta(r).asset.clone()),
-            texts(&|r| Some(meta(r).unit.clone())),
+            texts(&|meta| Some(&meta.site)),
+            texts(&|meta| Some(&meta.device)),
+            texts(&|meta| Some(&meta.device_type)),
+            texts(&|meta| meta.asset.as_deref()),
+            texts(&|meta| Some(&meta.unit)),
             Arc::new(Int64Array::from_iter_values(rows.iter().map(|r| r.count))),
             floats(&|r| r.min),
             floats(&|r| r.max),
             floats(&|r| r.mean),
             floats(&|r| r.last),
-            texts(&|r| Some(r.source.as_str().to_owned())),
+            Arc::new(rows.iter().map(|r| Some(r.source.as_str())).collect::<StringArray>()),
         ],
     )
 }

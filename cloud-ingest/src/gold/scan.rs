@@ -8,7 +8,10 @@ use std::{ops::Range, sync::Arc};
 
 use anyhow::Context;
 use arrow::{
-    array::{ArrayRef, AsArray, BooleanArray, DictionaryArray, Int32Array, RecordBatch, StringArray},
+    array::{
+        ArrayRef, AsArray, BooleanArray, BooleanBufferBuilder, DictionaryArray, Int32Array, RecordBatch,
+        StringArray,
+    },
     datatypes::{Field, Int32Type, Schema, TimestampMicrosecondType},
     error::ArrowError,
 };
@@ -29,7 +32,11 @@ use parquet::{
     file::metadata::{ParquetMetaData, ParquetMetaDataReader},
 };
 
-use super::{changes::limits, parts::Gateways};
+use super::{
+    changes::limits,
+    parts::Gateways,
+    series::{Words, run},
+};
 use crate::lake::with_dictionaries;
 
 /// Rows decoded at a time.
@@ -162,26 +169,15 @@ async fn read(
 
 /// Which rows are of these gateways. What repeats is looked up once a run.
 fn sent_by(batch: &RecordBatch, gateways: &Gateways) -> Result<BooleanArray, ArrowError> {
-    let column = |name: &str| {
-        let column = batch.column_by_name(name).and_then(|column| column.as_dictionary_opt::<Int32Type>());
-        column.ok_or_else(|| ArrowError::SchemaError(format!("{name} is no dictionary")))
-    };
-    let columns = [column("site")?, column("gateway_id")?];
-    let word = |column: &DictionaryArray<Int32Type>, row: usize| {
-        column.key(row).map_or("", |key| column.values().as_string::<i32>().value(key)).to_owned()
-    };
-    let mut last: Option<([Option<usize>; 2], bool)> = None;
-    let mut sent = Vec::with_capacity(batch.num_rows());
-    for row in 0..batch.num_rows() {
-        let keys = columns.map(|column| column.key(row));
-        let here = match last {
-            Some((same, here)) if same == keys => here,
-            _ => gateways.contains(&(word(columns[0], row), word(columns[1], row))),
-        };
-        last = Some((keys, here));
-        sent.push(here);
+    let column = |name| Words::of(batch, name).map_err(|e| ArrowError::SchemaError(format!("{e:#}")));
+    let columns = [column("gateway_id")?, column("site")?];
+    let mut sent = BooleanBufferBuilder::new(batch.num_rows());
+    while sent.len() < batch.num_rows() {
+        let row = sent.len();
+        let [gateway, site] = columns.each_ref().map(|of| of.value(row).unwrap_or("").to_owned());
+        sent.append_n(run(&columns, row), gateways.contains(&(site, gateway)));
     }
-    Ok(sent.into())
+    Ok(BooleanArray::new(sent.finish(), None))
 }
 
 /// Adds the partition's columns, which are not in the file, as text.

@@ -1,6 +1,7 @@
 //! Readings and edge aggregates of silver, sorted by device and time: what hours and minutes are made of.
 //!
-//! * A reading takes 24 bytes; the texts that repeat (device, type, unit, …) are kept once, as a [`Meta`].
+//! * A reading takes 17 bytes, in the columns as they were read; the texts that repeat (device, type, unit, …) are kept
+//!   once, as a [`Meta`]. Only the device that is looked at is laid out and sorted ([`Series::devices`]).
 //! * Of an edge window that was sent more than once the fullest is kept: a whole one before a partial one, then
 //!   the longer cover, then the higher revision, then the one that came last. Partial windows of one minute whose
 //!   covers do not overlap (before and after a restart) all count.
@@ -20,6 +21,7 @@ use arrow::{
         Array, ArrayRef, AsArray, BooleanArray, Float64Array, Int32Array, Int64Array, RecordBatch,
         StringArray,
     },
+    buffer::ScalarBuffer,
     compute::cast,
     datatypes::{DataType, Int32Type, TimestampMicrosecondType},
 };
@@ -112,12 +114,14 @@ impl Source {
 }
 
 /// Everything of one device, sorted by time.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct DeviceSeries {
+#[derive(Clone, Debug)]
+pub struct DeviceSeries<'a> {
     /// Unique by time.
     pub samples: Vec<Sample>,
     /// The chosen ones, by start.
-    pub windows: Vec<Window>,
+    pub windows: &'a [Window],
+    /// Texts of both.
+    pub metas: &'a [Meta],
 }
 
 /// What one hour of a device is made of.
@@ -140,16 +144,17 @@ impl HourParts<'_> {
     }
 }
 
-impl DeviceSeries {
+impl DeviceSeries<'_> {
     /// The hours in which something is, in order.
     pub fn hours(&self, within: &Range<Timestamp>) -> Vec<i64> {
         let within = within.start.as_micros()..within.end.as_micros();
-        let times = self.samples.iter().map(|s| s.ts).chain(self.windows.iter().map(|w| w.start));
-        let mut hours: Vec<i64> = Vec::new();
-        for hour in times.filter(|ts| within.contains(ts)).map(floor_hour) {
-            if hours.last() != Some(&hour) {
-                hours.push(hour);
-            }
+        let mut hours: Vec<i64> =
+            self.windows.iter().map(|w| w.start).filter(|at| within.contains(at)).map(floor_hour).collect();
+        let mut samples = self.samples_in(within);
+        while let Some(sample) = self.samples[samples.clone()].first() {
+            let hour = floor_hour(sample.ts);
+            hours.push(hour);
+            samples.start = self.samples_in(hour..hour + HOUR_MICROS).end;
         }
         hours.sort_unstable();
         hours.dedup();
@@ -175,13 +180,62 @@ impl DeviceSeries {
     }
 }
 
+/// Readings as they were read.
+#[derive(Debug)]
+struct Columns {
+    ts: ScalarBuffer<i64>,
+    /// NaN for null.
+    value: ScalarBuffer<f64>,
+    quality: Vec<Quality>,
+}
+
+/// Readings of one device that lie together in [`Columns`].
+#[derive(Debug)]
+struct Run {
+    /// Index of the columns.
+    of: usize,
+    rows: Range<usize>,
+    meta: u32,
+}
+
+/// What there is of a device, in any order.
+#[derive(Debug, Default)]
+struct Found {
+    runs: Vec<Run>,
+    windows: Vec<Window>,
+}
+
 /// Series of many devices.
 #[derive(Debug, Default)]
 pub struct Series {
     /// Texts of the samples and windows.
     pub metas: Vec<Meta>,
-    /// By (site, device).
-    pub devices: BTreeMap<(String, String), DeviceSeries>,
+    columns: Vec<Columns>,
+    /// By (site, device); windows are chosen.
+    found: BTreeMap<(String, String), Found>,
+}
+
+impl Series {
+    /// The devices by site and id, each laid out when its turn comes.
+    pub fn devices(&self) -> impl Iterator<Item = DeviceSeries<'_>> {
+        self.found.values().map(|found| {
+            let mut samples = Vec::with_capacity(found.runs.iter().map(|run| run.rows.len()).sum());
+            for Run { of, rows, meta } in &found.runs {
+                let Columns { ts, value, quality } = &self.columns[*of];
+                let sample = |row: usize| Sample {
+                    ts: ts[row],
+                    value: value[row],
+                    meta: *meta,
+                    quality: quality[row],
+                };
+                samples.extend(rows.clone().map(sample));
+            }
+            if !samples.is_sorted_by_key(|sample| sample.ts) {
+                samples.sort_by_key(|sample| sample.ts);
+            }
+            DeviceSeries { samples, windows: &found.windows, metas: &self.metas }
+        })
+    }
 }
 
 /// Collects batches of silver in any order.
@@ -192,7 +246,10 @@ pub struct SeriesBuilder {
     device_of: Vec<usize>,
     by_text: HashMap<String, u32>,
     by_device: HashMap<(String, String), usize>,
-    devices: Vec<DeviceSeries>,
+    devices: Vec<Found>,
+    columns: Vec<Columns>,
+    /// Hours (µs) in which readings came, and of whom.
+    speaking: HashSet<(u32, i64)>,
     key: String,
 }
 
@@ -213,24 +270,27 @@ impl SeriesBuilder {
     /// When a column is missing or of another type, which the lake's schema rules out.
     pub fn readings(&mut self, batch: &RecordBatch) -> anyhow::Result<()> {
         let texts = MetaColumns::of(batch)?;
-        let ts = micros(batch, "ts")?;
+        let ts = micros(batch, "ts")?.values().clone();
         let values = floats(batch, "value")?;
-        let quality = Words::of(batch, "quality")?;
-        let qualities: Vec<Quality> = quality.values.iter().map(quality_of).collect();
+        let value = match values.null_count() {
+            0 => values.values().clone(),
+            _ => values.iter().map(|value| value.unwrap_or(f64::NAN)).collect(),
+        };
+        let words = Words::of(batch, "quality")?;
+        let qualities: Vec<Quality> = words.values.iter().map(quality_of).collect();
+        let quality = |row| words.key(row).map_or(Quality::Bad, |key| qualities[key]);
         let mut row = 0;
         // Silver lies by device: what repeats is looked up once a run.
         while row < batch.num_rows() {
-            let run = texts.run(row);
-            let meta = self.meta(&texts, row);
-            let samples = &mut self.devices[self.device_of[meta as usize]].samples;
-            samples.reserve(run);
-            for row in row..row + run {
-                let value = if values.is_null(row) { f64::NAN } else { values.value(row) };
-                let quality = quality.key(row).map_or(Quality::Bad, |key| qualities[key]);
-                samples.push(Sample { ts: ts.value(row), value, meta, quality });
-            }
-            row += run;
+            let rows = row..row + texts.run(row);
+            row = rows.end;
+            let meta = self.meta(&texts, rows.start);
+            let hours = ts[rows.clone()].chunk_by(|a, b| floor_hour(*a) == floor_hour(*b));
+            self.speaking.extend(hours.map(|of_hour| (meta, floor_hour(of_hour[0]))));
+            let of = self.columns.len();
+            self.devices[self.device_of[meta as usize]].runs.push(Run { of, rows, meta });
         }
+        self.columns.push(Columns { ts, value, quality: (0..row).map(quality).collect() });
         Ok(())
     }
 
@@ -273,36 +333,23 @@ impl SeriesBuilder {
         Ok(())
     }
 
-    /// Sorts, and chooses among windows.
+    /// Chooses among windows.
     pub fn finish(self) -> Series {
-        let metas = self.metas;
+        let Self { metas, by_device, mut devices, columns, .. } = self;
         let gateway = |meta: u32| {
             let Meta { site, gateway, .. } = &metas[meta as usize];
             (site.as_str(), gateway.as_str())
         };
-        let mut speaking: HashSet<((&str, &str), i64)> = HashSet::new();
-        for device in &self.devices {
-            // One entry for each run of samples of the same gateway and hour.
-            let mut last = None;
-            for sample in &device.samples {
-                let of = (sample.meta, floor_hour(sample.ts));
-                if last != Some(of) {
-                    last = Some(of);
-                    speaking.insert((gateway(of.0), of.1));
-                }
-            }
+        let speaking: HashSet<_> = self.speaking.iter().map(|(meta, hour)| (gateway(*meta), *hour)).collect();
+        let mut found = BTreeMap::new();
+        for (key, at) in by_device {
+            let Found { mut runs, mut windows } = std::mem::take(&mut devices[at]);
+            // Runs are in order within themselves, and mostly do not overlap.
+            runs.sort_by_key(|run| columns[run.of].ts[run.rows.start]);
+            windows.retain(|w| !speaking.contains(&(gateway(w.meta), floor_hour(w.start))));
+            found.insert(key, Found { runs, windows: choose(windows, &metas) });
         }
-        let mut devices: BTreeMap<_, _> = BTreeMap::new();
-        let mut series = self.devices;
-        for (key, at) in self.by_device {
-            let mut device = std::mem::take(&mut series[at]);
-            // What came of each file is in order, and a stable sort merges that.
-            device.samples.sort_by_key(|s| s.ts);
-            device.windows.retain(|w| !speaking.contains(&(gateway(w.meta), floor_hour(w.start))));
-            device.windows = choose(device.windows, &metas);
-            devices.insert(key, device);
-        }
-        Series { metas, devices }
+        Series { metas, columns, found }
     }
 
     fn meta(&mut self, texts: &MetaColumns, row: usize) -> u32 {
@@ -325,7 +372,7 @@ impl SeriesBuilder {
             kind: at(6).parse().unwrap_or_default(),
         };
         let device = *self.by_device.entry((meta.site.clone(), meta.device.clone())).or_insert_with(|| {
-            self.devices.push(DeviceSeries::default());
+            self.devices.push(Found::default());
             self.devices.len() - 1
         });
         let ix = u32::try_from(self.metas.len()).expect("fewer than 2^32 devices");
@@ -381,19 +428,25 @@ impl MetaColumns {
     /// How many rows from `row` on say the same.
     fn run(&self, row: usize) -> usize {
         let [site, gateway, device, rest @ ..] = &self.0;
-        [device, site, gateway].into_iter().chain(rest).fold(usize::MAX, |most, words| words.run(row, most))
+        run([device, site, gateway].into_iter().chain(rest), row)
     }
 }
 
 /// A column of text as a dictionary.
-struct Words {
+pub(super) struct Words {
     keys: Int32Array,
     values: StringArray,
 }
 
+/// How many rows from `row` on say the same in all of these columns. The one that changes most goes first, so that the
+/// others are looked at no further.
+pub(super) fn run<'a>(columns: impl IntoIterator<Item = &'a Words>, row: usize) -> usize {
+    columns.into_iter().fold(usize::MAX, |most, words| words.run(row, most))
+}
+
 impl Words {
     /// Whatever encoding the scan chose.
-    fn of(batch: &RecordBatch, name: &str) -> anyhow::Result<Words> {
+    pub(super) fn of(batch: &RecordBatch, name: &str) -> anyhow::Result<Words> {
         let column = cast(column(batch, name)?, &common::wire::dict())?;
         let column = column.as_dictionary::<Int32Type>();
         Ok(Words { keys: column.keys().clone(), values: column.values().as_string::<i32>().clone() })
@@ -404,12 +457,11 @@ impl Words {
         if self.keys.is_null(row) { None } else { usize::try_from(self.keys.value(row)).ok() }
     }
 
-    fn value(&self, row: usize) -> Option<&str> {
+    pub(super) fn value(&self, row: usize) -> Option<&str> {
         self.key(row).map(|key| self.values.value(key))
     }
 
-    /// How many rows from `row` on have the same key, and so the same word; at most `most`. Of several columns the one
-    /// that changes most is asked first, and the others no further than it goes.
+    /// How many rows from `row` on have the same key, and so the same word; at most `most`.
     fn run(&self, row: usize, most: usize) -> usize {
         let end = row.saturating_add(most).min(self.keys.len());
         match self.keys.null_count() {

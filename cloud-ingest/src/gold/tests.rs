@@ -434,8 +434,11 @@ async fn gateway_by_gateway_hours_are_the_same() {
         let mut rows = Vec::new();
         for of in parts {
             let series = silver.read(&within, hold, of).await.unwrap();
-            rows.extend(hourly::hours(&series, &within, hold).iter().map(|row| format!("{row:?}")));
-            let minutes = minutes::batch(&minutes::minutes(&series, &within), &series).unwrap();
+            let hours = series.devices().flat_map(|device| hourly::hours(&device, &within, hold));
+            rows.extend(hours.map(|row| format!("{row:?}")));
+            let minutes: Vec<_> =
+                series.devices().flat_map(|device| minutes::minutes(&device, &within)).collect();
+            let minutes = minutes::batch(&minutes, &series.metas).unwrap();
             let minutes = pretty_format_batches(&[minutes]).unwrap().to_string();
             // Columns are as wide as what is in them.
             let words = |line: &str| line.split_whitespace().collect::<Vec<_>>().join(" ");
@@ -534,8 +537,8 @@ async fn days_and_shifts_equal_what_their_readings_give() {
         let mut expected = Vec::new();
         for (site, window) in calendars.windows(std::slice::from_ref(&all)) {
             let span = window.span.start.as_micros()..window.span.end.as_micros();
-            for device in series.devices.values().filter(|_| site.is_some()) {
-                let row = hourly::row(device, &span, hold, &series.metas);
+            for device in series.devices().filter(|_| site.is_some()) {
+                let row = hourly::row(&device, &span, hold);
                 expected.extend(row.map(|row| (window.clone(), row)));
             }
         }

@@ -225,8 +225,13 @@ impl Made {
         hold: Duration,
         now: Timestamp,
     ) -> anyhow::Result<()> {
-        self.hours.push(hourly::batch(&hourly::hours(series, span, hold), now)?);
-        self.minutes.push(minutes::batch(&minutes::minutes(series, span), series)?);
+        let (mut hours, mut minutes) = (Vec::new(), Vec::new());
+        for device in series.devices() {
+            hours.extend(hourly::hours(&device, span, hold));
+            minutes.extend(minutes::minutes(&device, span));
+        }
+        self.hours.push(hourly::batch(hours, now)?);
+        self.minutes.push(minutes::batch(&minutes, &series.metas)?);
         match self.spans.last_mut() {
             Some(last) if last.end >= span.start => last.end = span.end,
             _ => self.spans.push(span.clone()),

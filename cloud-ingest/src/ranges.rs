@@ -45,7 +45,12 @@ impl Ranges {
 
     /// Whether `n` may have been put in; surely so when the set is exact.
     pub fn contains(&self, n: i64) -> bool {
-        self.spans.range(..=n).next_back().is_some_and(|(_, end)| n <= *end)
+        self.overlap(n, n)
+    }
+
+    /// Whether anything of `from..=to` may have been put in; surely so when the set is exact.
+    pub fn overlap(&self, from: i64, to: i64) -> bool {
+        self.spans.range(..=to).next_back().is_some_and(|(_, end)| from <= *end)
     }
 
     /// The greatest that was put in, exactly.
@@ -89,6 +94,7 @@ mod tests {
             for n in -70..70 {
                 prop_assert_eq!(exact.contains(n), truth.contains(&n), "{}", n);
                 prop_assert!(coarse.contains(n) || !truth.contains(&n), "{}", n);
+                prop_assert_eq!(exact.overlap(n, n + 4), truth.range(n..=n + 4).next().is_some(), "{}", n);
             }
             prop_assert!(coarse.iter().count() <= 4);
             let exact: Vec<_> = exact.iter().collect();

@@ -16,6 +16,7 @@
 //! JSON messages have no name of their own; in `silver/messages` they stand with an empty epoch, lane `json`
 //! and their place in the segment as seq, so that what was received from them can be counted too.
 
+mod candidates;
 mod messages;
 mod replay;
 mod rows;
@@ -30,8 +31,9 @@ use arrow::array::RecordBatch;
 use common::{time::Timestamp, wire::Decoder};
 
 use self::{
+    candidates::Candidates,
     messages::{Delivered, Places},
-    rows::{Candidates, Quarantined},
+    rows::Quarantined,
     soft::Soft,
 };
 pub use self::{
@@ -228,8 +230,12 @@ impl Step {
         let mut soft = Soft::default();
         let (readings, mut news) =
             self.candidates.settle(answers, &mut self.delivered, &mut self.quarantine, &mut soft);
-        let sensor_readings =
-            rows::sensor_readings(&self.candidates, &readings, &self.delivered, &self.places)?;
+        let sensor_readings = rows::sensor_readings(
+            std::mem::take(&mut self.candidates),
+            &readings,
+            &self.delivered,
+            &self.places,
+        )?;
         // Candidates are settled by device; quarantine is kept in the order of arrival.
         self.quarantine.sort_by_key(|q| (q.message, q.row));
         news.messages = self.delivered.iter().filter_map(|d| d.name.clone()).collect();

@@ -122,8 +122,12 @@ impl Again {
         let mut soft = Soft::default();
         let (readings, news) =
             step.candidates.settle(answers, &mut step.delivered, &mut step.quarantine, &mut soft);
-        let sensor_readings =
-            rows::sensor_readings(&step.candidates, &readings, &step.delivered, &step.places)?;
+        let sensor_readings = rows::sensor_readings(
+            std::mem::take(&mut step.candidates),
+            &readings,
+            &step.delivered,
+            &step.places,
+        )?;
         step.quarantine.sort_by_key(|q| (q.message, q.row));
         let as_before = as_before(&step.quarantine, &self.held);
         let delivered = &mut step.delivered;

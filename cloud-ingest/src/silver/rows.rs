@@ -1,34 +1,32 @@
-//! Candidates for `sensor_readings`, how they are settled, and the rows of each table.
+//! The rows of each table.
 //!
-//! Candidates are columns, 25 bytes each and no text: a reading points at its *slot* (device, type, unit,
-//! kind, asset as this sender states them) and at its message, and words are interned once a plan. The
-//! columns of text are dictionaries over those words, all the way into the data files.
+//! Columns of text are dictionaries over the words of the plan, all the way into the data files, and laid out by runs of
+//! rows that say the same; instants and values are the candidates' own, where nothing lies between them.
 
-use std::{
-    collections::{BTreeMap, HashMap},
-    sync::Arc,
-};
+use std::{collections::BTreeMap, ops::Range, sync::Arc};
 
 use arrow::{
     array::{
-        Array, ArrayRef, ArrowPrimitiveType, AsArray, BooleanArray, DictionaryArray, Float64Array,
-        Int32Array, Int64Array, NullBufferBuilder, PrimitiveArray, RecordBatch, StringArray,
-        TimestampMicrosecondArray, new_null_array,
+        ArrayRef, ArrowPrimitiveType, BooleanArray, DictionaryArray, Float64Array, Int32Array, Int64Array,
+        NullBufferBuilder, PrimitiveArray, RecordBatch, StringArray, TimestampMicrosecondArray,
+        new_null_array,
     },
-    datatypes::{Float64Type, Int32Type, Int64Type, TimestampMicrosecondType, UInt8Type},
+    buffer::ScalarBuffer,
+    datatypes::{ArrowNativeType, Int32Type, Int64Type},
 };
-use common::{reading::Quality, time::Timestamp, wire::dict};
+use common::{time::Timestamp, wire::dict};
 
 use super::{
-    Answers, Committed, Counts, Known, News, Question, TIME_SLACK,
+    Counts,
+    candidates::{Candidates, Slot, quality_word},
     messages::{Delivered, Places},
     newest,
-    soft::{Last, Soft},
+    soft::Soft,
 };
 use crate::{
-    decode::{MaintenanceRecord, Sample},
+    decode::MaintenanceRecord,
     lake::{Table, with_dictionaries, year_month},
-    quality::{Profile, Reject, Rules},
+    quality::Reject,
 };
 
 /// Rows in one batch of `sensor_readings`.
@@ -69,416 +67,6 @@ impl Quarantined {
     }
 }
 
-/// Words that stand for text; -1 for none.
-#[derive(Clone, Debug, Default)]
-struct Words {
-    list: Vec<String>,
-    index: HashMap<String, i32>,
-}
-
-impl Words {
-    fn intern(&mut self, word: &str) -> i32 {
-        if let Some(known) = self.index.get(word) {
-            return *known;
-        }
-        let new = i32::try_from(self.list.len()).expect("fewer than 2^31 words in a plan");
-        self.list.push(word.to_owned());
-        self.index.insert(word.to_owned(), new);
-        new
-    }
-}
-
-/// A device as one sender states it.
-#[derive(Debug)]
-struct Slot {
-    /// Index of (site, device id).
-    device: u32,
-    profile: Profile,
-    device_id: i32,
-    device_type: i32,
-    asset_id: i32,
-    site: i32,
-    unit: i32,
-    kind: i32,
-}
-
-/// The keys of a row's words in its message, and the slot that they lead to.
-type Resolved = ([i32; 5], Result<u32, Reject>);
-
-/// Readings that have passed the rules, in columns.
-#[derive(Debug, Default)]
-pub(super) struct Candidates {
-    words: Words,
-    /// (site, device id) by index.
-    devices: Vec<(String, String)>,
-    device_index: HashMap<(String, String), u32>,
-    /// The last committed reading of each device, where soft rules apply; without a value that is not known yet.
-    last: Vec<Option<(i64, Option<f64>)>>,
-    slots: Vec<Slot>,
-    slot_index: HashMap<String, Result<u32, Reject>>,
-    ts: Vec<i64>,
-    /// NaN for none.
-    value: Vec<f64>,
-    quality: Vec<u8>,
-    slot: Vec<u32>,
-    message: Vec<u32>,
-    row: Vec<u32>,
-}
-
-/// How a sender states a device.
-#[derive(Clone, Copy)]
-struct Stated<'a> {
-    site: &'a str,
-    device_id: &'a str,
-    device_type: &'a str,
-    asset_id: &'a str,
-    unit: &'a str,
-    kind: &'a str,
-}
-
-impl Candidates {
-    /// Takes the readings of a message with the columns of the wire.
-    pub(super) fn wire(
-        &mut self,
-        rules: &Rules,
-        at: usize,
-        message: &mut Delivered,
-        batch: &RecordBatch,
-        quarantine: &mut Vec<Quarantined>,
-    ) {
-        // `wire::decode` has checked the columns and their types.
-        let ts = batch.column(0).as_primitive::<TimestampMicrosecondType>().values();
-        let words: [&DictionaryArray<Int32Type>; 5] =
-            [1, 2, 3, 4, 5].map(|i| batch.column(i).as_dictionary());
-        let keys = words.map(|column| &column.keys().values()[..]);
-        let word = |i: usize, row: usize| {
-            let key = usize::try_from(keys[i][row]).unwrap_or(0);
-            words[i].values().as_string::<i32>().value(key)
-        };
-        let values = batch.column(6).as_primitive::<Float64Type>();
-        let quality = batch.column(7).as_primitive::<UInt8Type>().values();
-        let site = message.site.clone().unwrap_or_default();
-        // By the device's key in this message: the keys of its other words, and the slot they lead to.
-        let mut cache: Vec<Option<Resolved>> = vec![None; words[0].values().len()];
-        for row in 0..batch.num_rows() {
-            if message.only.is_some() && !message.counts(i64::try_from(row).unwrap_or(i64::MAX)) {
-                continue;
-            }
-            let of_row = keys.map(|keys| keys[row]);
-            let cached = usize::try_from(of_row[0]).ok().and_then(|key| cache.get_mut(key));
-            let resolved;
-            let slot = match cached {
-                Some(Some((same, slot))) if *same == of_row => &*slot,
-                cached => {
-                    let stated = Stated {
-                        site: &site,
-                        device_id: word(0, row),
-                        device_type: word(1, row),
-                        asset_id: word(2, row),
-                        unit: word(3, row),
-                        kind: word(4, row),
-                    };
-                    resolved = self.resolve(rules, stated);
-                    if let Some(cached) = cached {
-                        *cached = Some((of_row, resolved.clone()));
-                    }
-                    &resolved
-                }
-            };
-            let instant = Timestamp::from_micros(ts[row]);
-            let value = values.is_valid(row).then(|| values.value(row));
-            let passed = match slot {
-                Ok(slot) => {
-                    let profile = &self.slots[*slot as usize].profile;
-                    let checked = rules.check(profile, instant, value, quality[row], message.received_at);
-                    checked.map(|value| (*slot, value))
-                }
-                Err(reject) => Err(reject.clone()),
-            };
-            match passed {
-                Ok((slot, value)) => self.push(instant, value, quality[row], slot, at, row),
-                Err(reject) => {
-                    message.quarantined += 1;
-                    quarantine.push(Quarantined {
-                        row: i64::try_from(row).ok(),
-                        device_id: Some(word(0, row).to_owned()),
-                        device_type: Some(word(1, row).to_owned()),
-                        ts: Some(instant.to_string()),
-                        value: value.map(|v| v.to_string()),
-                        unit: Some(word(3, row).to_owned()),
-                        ..Quarantined::message(at, 1, reject)
-                    });
-                }
-            }
-        }
-    }
-
-    /// Takes the readings of a JSON message.
-    pub(super) fn json(
-        &mut self,
-        rules: &Rules,
-        at: usize,
-        message: &mut Delivered,
-        samples: &[(i64, Sample)],
-        quarantine: &mut Vec<Quarantined>,
-    ) {
-        let site = message.site.clone().unwrap_or_default();
-        for (row, sample) in samples {
-            if !message.counts(*row) {
-                continue;
-            }
-            let stated = Stated {
-                site: &site,
-                device_id: &sample.device_id,
-                device_type: &sample.device_type,
-                asset_id: &sample.asset_id,
-                unit: &sample.unit,
-                kind: "gauge",
-            };
-            let passed = self.resolve(rules, stated).and_then(|slot| {
-                let profile = &self.slots[slot as usize].profile;
-                let checked =
-                    rules.check(profile, sample.ts, sample.value, sample.quality, message.received_at);
-                Ok((slot, checked?))
-            });
-            match passed {
-                Ok((slot, value)) => {
-                    let row = usize::try_from(*row).unwrap_or(usize::MAX);
-                    self.push(sample.ts, value, sample.quality, slot, at, row);
-                }
-                Err(reject) => {
-                    message.quarantined += 1;
-                    quarantine.push(Quarantined {
-                        row: Some(*row),
-                        device_id: Some(sample.device_id.clone()),
-                        device_type: Some(sample.device_type.clone()),
-                        ts: Some(sample.ts.to_string()),
-                        value: sample.value.map(|v| v.to_string()),
-                        unit: Some(sample.unit.clone()),
-                        ..Quarantined::message(at, 1, reject)
-                    });
-                }
-            }
-        }
-    }
-
-    /// Makes room for so many more.
-    pub(super) fn reserve(&mut self, rows: usize) {
-        self.ts.reserve(rows);
-        self.value.reserve(rows);
-        self.quality.reserve(rows);
-        self.slot.reserve(rows);
-        self.message.reserve(rows);
-        self.row.reserve(rows);
-    }
-
-    #[inline]
-    fn push(&mut self, ts: Timestamp, value: f64, quality: u8, slot: u32, message: usize, row: usize) {
-        self.ts.push(ts.as_micros());
-        self.value.push(value);
-        self.quality.push(quality);
-        self.slot.push(slot);
-        self.message.push(u32::try_from(message).unwrap_or(u32::MAX));
-        self.row.push(u32::try_from(row).unwrap_or(u32::MAX));
-    }
-
-    fn resolve(&mut self, rules: &Rules, stated: Stated<'_>) -> Result<u32, Reject> {
-        let Stated { site, device_id, device_type, asset_id, unit, kind } = stated;
-        let key = [site, device_id, device_type, asset_id, unit, kind].join("\u{1f}");
-        if let Some(known) = self.slot_index.get(&key) {
-            return known.clone();
-        }
-        let made = rules.profile(device_id, device_type, unit, kind).map(|profile| {
-            let named = (site.to_owned(), device_id.to_owned());
-            let devices = &mut self.devices;
-            let device = *self.device_index.entry(named.clone()).or_insert_with(|| {
-                devices.push(named);
-                u32::try_from(devices.len() - 1).unwrap_or(u32::MAX)
-            });
-            let slot = Slot {
-                device,
-                device_id: self.words.intern(device_id),
-                device_type: self.words.intern(&profile.device_type),
-                asset_id: if asset_id.is_empty() { -1 } else { self.words.intern(asset_id) },
-                site: self.words.intern(site),
-                unit: self.words.intern(&profile.unit),
-                kind: self.words.intern(kind),
-                profile,
-            };
-            self.slots.push(slot);
-            u32::try_from(self.slots.len() - 1).unwrap_or(u32::MAX)
-        });
-        self.slot_index.insert(key, made.clone());
-        made
-    }
-
-    fn device(&self, i: usize) -> u32 {
-        self.slots[self.slot[i] as usize].device
-    }
-
-    /// Spans of event time of each device that may hold committed readings, or its last one.
-    pub(super) fn questions(&mut self, known: &Known) -> Vec<Question> {
-        let devices: Vec<_> = self.devices.iter().map(|device| known.readings.get(device)).collect();
-        let mut open = BTreeMap::<u32, (i64, i64)>::new();
-        let mut ask = |device: u32, ts: i64| {
-            let span = open.entry(device).or_insert((ts, ts));
-            *span = (span.0.min(ts), span.1.max(ts));
-        };
-        for (i, ts) in self.ts.iter().enumerate() {
-            let device = self.device(i);
-            if devices[device as usize].is_some_and(|device| device.spans.contains(*ts)) {
-                ask(device, *ts);
-            }
-        }
-        self.last = vec![None; devices.len()];
-        for slot in self.slots.iter().filter(|slot| slot.profile.soft.is_some_and(|soft| soft.looks_back())) {
-            let Some(known) = devices[slot.device as usize] else { continue };
-            self.last[slot.device as usize] = known.spans.last().map(|ts| (ts, known.value));
-            if let (Some(ts), None) = (known.spans.last(), known.value) {
-                ask(slot.device, ts);
-            }
-        }
-        open.into_iter()
-            .map(|(device, (from, to))| {
-                let (site, device) = self.devices[device as usize].clone();
-                Question { site, device, from, to }
-            })
-            .collect()
-    }
-
-    /// Decides on every candidate. Returns those that are stored, by device and time, and the spans that
-    /// they cover.
-    pub(super) fn settle(
-        &self,
-        answers: &Answers,
-        delivered: &mut [Delivered],
-        quarantine: &mut Vec<Quarantined>,
-        soft: &mut Soft,
-    ) -> (Vec<u32>, News) {
-        let order = self.by_device_and_time();
-        let mut stored = Vec::with_capacity(order.len());
-        let mut news = News::default();
-        let device_of = |i: &u32| self.device(*i as usize);
-        for of_device in order.chunk_by(|a, b| device_of(a) == device_of(b)) {
-            let number = device_of(&of_device[0]) as usize;
-            let device = &self.devices[number];
-            let committed = answers.get(device);
-            let mut before = Last::of(self.last.get(number).copied().flatten(), committed);
-            let mut span: Option<(i64, i64)> = None;
-            let mut last: Option<usize> = None;
-            for i in of_device.iter().map(|i| *i as usize) {
-                let ts = self.ts[i];
-                let message = &mut delivered[self.message[i] as usize];
-                let there = committed.and_then(|rows| rows.get(&ts));
-                let earlier = last.filter(|l| self.ts[*l] == ts);
-                let conflict = match (there, earlier) {
-                    (Some(there), _) => self.differs_from(i, there),
-                    (None, Some(first)) => self.differ(i, first),
-                    (None, None) => {
-                        message.stored += 1;
-                        stored.push(i as u32);
-                        last = Some(i);
-                        if let Some(rule) = &self.slots[self.slot[i] as usize].profile.soft {
-                            let value = if self.quality[i] == 2 { f64::NAN } else { self.value[i] };
-                            soft.judge(rule, &device.1, &mut before, ts, value);
-                        }
-                        match &mut span {
-                            Some((_, to)) if ts - *to <= TIME_SLACK => *to = ts,
-                            _ => news.readings.extend(span.replace((ts, ts)).map(|span| named(device, span))),
-                        }
-                        continue;
-                    }
-                };
-                match conflict {
-                    None => message.duplicates += 1,
-                    Some(reason) => {
-                        message.quarantined += 1;
-                        quarantine.push(self.conflict(i, reason));
-                    }
-                }
-            }
-            news.readings.extend(span.map(|span| named(device, span)));
-            news.values.extend(before.newest().map(|(ts, value)| (device.clone(), ts, value)));
-        }
-        (stored, news)
-    }
-
-    /// Indices of all candidates by device, then time, then arrival. What comes in order costs one pass.
-    fn by_device_and_time(&self) -> Vec<u32> {
-        let mut next = vec![0u32; self.devices.len() + 1];
-        for slot in &self.slot {
-            next[self.slots[*slot as usize].device as usize + 1] += 1;
-        }
-        let mut sum = 0;
-        for count in &mut next {
-            sum += *count;
-            *count = sum;
-        }
-        let begins = next.clone();
-        let mut order = vec![0u32; self.ts.len()];
-        for (i, slot) in (0..).zip(&self.slot) {
-            let next = &mut next[self.slots[*slot as usize].device as usize];
-            order[*next as usize] = i;
-            *next += 1;
-        }
-        for ends in begins.windows(2) {
-            let of_device = &mut order[ends[0] as usize..ends[1] as usize];
-            if !of_device.is_sorted_by_key(|i| self.ts[*i as usize]) {
-                of_device.sort_by_key(|i| self.ts[*i as usize]);
-            }
-        }
-        order
-    }
-
-    /// How a candidate differs from what is committed for its time.
-    fn differs_from(&self, i: usize, (value, quality, unit): &Committed) -> Option<String> {
-        let unit_here = &self.slots[self.slot[i] as usize].profile.unit;
-        let same = same(value.unwrap_or(f64::NAN), self.value[i])
-            && quality == quality_word(self.quality[i])
-            && unit == unit_here;
-        (!same).then(|| format!("{} {unit} {quality} is stored", shown(value.as_ref())))
-    }
-
-    /// How a candidate differs from the first one of its time.
-    fn differ(&self, i: usize, first: usize) -> Option<String> {
-        let unit = |i: usize| self.slots[self.slot[i] as usize].unit;
-        let equal = same(self.value[first], self.value[i])
-            && self.quality[first] == self.quality[i]
-            && unit(first) == unit(i);
-        (!equal).then(|| format!("{} came first", self.value[first]))
-    }
-
-    fn conflict(&self, i: usize, reason: String) -> Quarantined {
-        let slot = &self.slots[self.slot[i] as usize];
-        let (_, device_id) = &self.devices[slot.device as usize];
-        Quarantined {
-            row: Some(i64::from(self.row[i])),
-            device_id: Some(device_id.clone()),
-            device_type: Some(slot.profile.device_type.clone()),
-            ts: Some(Timestamp::from_micros(self.ts[i]).to_string()),
-            value: (!self.value[i].is_nan()).then(|| self.value[i].to_string()),
-            unit: Some(slot.profile.unit.clone()),
-            ..Quarantined::message(self.message[i] as usize, 1, Reject::new("conflict", reason))
-        }
-    }
-}
-
-fn named((site, device): &(String, String), (from, to): (i64, i64)) -> (String, String, i64, i64) {
-    (site.clone(), device.clone(), from, to)
-}
-
-fn same(a: f64, b: f64) -> bool {
-    a == b || (a.is_nan() && b.is_nan())
-}
-
-fn shown(value: Option<&f64>) -> String {
-    value.map_or_else(|| "null".to_owned(), f64::to_string)
-}
-
-fn quality_word(code: u8) -> &'static str {
-    Quality::from_code(code).unwrap_or(Quality::Bad).as_str()
-}
-
 /// Rows that follow one another, of one sender's words and one message.
 struct Run<'a> {
     slot: &'a Slot,
@@ -489,15 +77,20 @@ struct Run<'a> {
 }
 
 /// The runs of rows; a device's readings lie together, and it sends several in a message.
-fn runs<'a>(candidates: &'a Candidates, rows: &[u32], delivered: &'a [Delivered]) -> Vec<Run<'a>> {
-    let of = |i: &u32| (candidates.slot[*i as usize], candidates.message[*i as usize]);
-    let same = rows.chunk_by(|a, b| of(a) == of(b));
-    same.map(|rows| {
-        let (slot, message) = of(&rows[0]);
-        let (slot, message) = (slot as usize, message as usize);
-        Run { slot: &candidates.slots[slot], from: &delivered[message], message, rows: rows.len() }
-    })
-    .collect()
+fn runs<'a>(candidates: &'a Candidates, rows: &[Range<usize>], delivered: &'a [Delivered]) -> Vec<Run<'a>> {
+    let Candidates { slot, message, slots, .. } = candidates;
+    let mut runs = Vec::new();
+    for rows in rows {
+        let mut at = rows.start;
+        while at < rows.end {
+            let same = |i: &usize| (slot[*i], message[*i]) == (slot[at], message[at]);
+            let rows = (at + 1..rows.end).take_while(same).count() + 1;
+            let (slot, message) = (slot[at] as usize, message[at] as usize);
+            runs.push(Run { slot: &slots[slot], from: &delivered[message], message, rows });
+            at += rows;
+        }
+    }
+    runs
 }
 
 /// A column of what each run says, `None` being null.
@@ -520,12 +113,12 @@ fn column<T: ArrowPrimitiveType>(
 
 /// The rows of `silver/sensor_readings`: a batch is of one partition, and ordered by device and time.
 pub(super) fn sensor_readings(
-    candidates: &Candidates,
-    stored: &[u32],
+    mut candidates: Candidates,
+    stored: &[Range<usize>],
     delivered: &[Delivered],
     places: &Places,
 ) -> anyhow::Result<Vec<RecordBatch>> {
-    let mut words = candidates.words.clone();
+    let mut words = std::mem::take(&mut candidates.words);
     let qualities = [0u8, 1, 2].map(|code| words.intern(quality_word(code)));
     let segments: Vec<i32> = places.segments.iter().map(|path| words.intern(path)).collect();
     let messages: Vec<(i32, i32)> = delivered
@@ -540,18 +133,21 @@ pub(super) fn sensor_readings(
         Ok(Arc::new(DictionaryArray::<Int32Type>::try_new(keys, Arc::clone(&words))?))
     };
     // Most columns say one word throughout; they share their keys.
-    let first = Int32Array::from(vec![0; stored.len().min(BATCH)]);
+    let first = Int32Array::from(vec![0; count(stored).min(BATCH)]);
     let constant = |key: i32, rows: usize| -> anyhow::Result<ArrayRef> {
         let Ok(key) = usize::try_from(key) else { return Ok(new_null_array(&dict(), rows)) };
         Ok(Arc::new(DictionaryArray::<Int32Type>::try_new(first.slice(0, rows), words.slice(key, 1))?))
     };
     let schema = with_dictionaries(&Table::SensorReadings.schema());
+    let parts = partitions(&candidates, stored);
+    let ts = ScalarBuffer::from(std::mem::take(&mut candidates.ts));
+    let value = ScalarBuffer::from(std::mem::take(&mut candidates.value));
     let mut batches = Vec::new();
-    for ((device_type, year, month), rows) in partitions(candidates, stored) {
-        let [years, months] = [year, month].map(|n| Int64Array::from(vec![n; rows.len().min(BATCH)]));
-        for rows in rows.chunks(BATCH) {
-            let n = rows.len();
-            let runs = runs(candidates, rows, delivered);
+    for ((device_type, year, month), rows) in parts {
+        let [years, months] = [year, month].map(|n| Int64Array::from(vec![n; count(&rows).min(BATCH)]));
+        for rows in cut(&rows, BATCH) {
+            let n = count(&rows);
+            let runs = runs(&candidates, &rows, delivered);
             let word = |key: &dyn Fn(&Run<'_>) -> i32| {
                 let mut keys = runs.iter().map(key);
                 match keys.next().filter(|first| keys.all(|key| key == *first)) {
@@ -560,23 +156,23 @@ pub(super) fn sensor_readings(
                 }
             };
             let instant = |micros: TimestampMicrosecondArray| Arc::new(micros.with_timezone("UTC"));
-            let ts: Vec<i64> = rows.iter().map(|i| candidates.ts[*i as usize]).collect();
-            let value: Vec<f64> = rows.iter().map(|i| candidates.value[*i as usize]).collect();
+            let value = taken(&value, &rows);
             let valid = value.iter().any(|v| v.is_nan()).then(|| value.iter().map(|v| !v.is_nan()).collect());
-            let quality = |i: &u32| qualities[usize::from(candidates.quality[*i as usize].min(2))];
-            let of_first = quality(&rows[0]);
-            let quality = match rows.iter().all(|i| quality(i) == of_first) {
+            let quality = |code: &u8| qualities[usize::from((*code).min(2))];
+            let mut codes = rows.iter().flat_map(|rows| &candidates.quality[rows.clone()]);
+            let of_first = quality(&candidates.quality[rows[0].start]);
+            let quality = match codes.clone().all(|code| quality(code) == of_first) {
                 true => constant(of_first, n)?,
-                false => text(rows.iter().map(quality).collect::<Vec<_>>().into())?,
+                false => text(codes.by_ref().map(quality).collect::<Vec<_>>().into())?,
             };
             let columns: Vec<ArrayRef> = vec![
-                instant(ts.into()),
+                instant(TimestampMicrosecondArray::new(taken(&ts, &rows), None)),
                 word(&|run| run.slot.device_id)?,
                 constant(device_type, n)?,
                 word(&|run| run.slot.asset_id)?,
                 word(&|run| run.slot.site)?,
                 word(&|run| messages[run.message].0)?,
-                Arc::new(Float64Array::new(value.into(), valid)),
+                Arc::new(Float64Array::new(value, valid)),
                 word(&|run| run.slot.unit)?,
                 word(&|run| run.slot.kind)?,
                 quality,
@@ -596,26 +192,67 @@ pub(super) fn sensor_readings(
 /// Word of the device type, year, month.
 type Partition = (i32, i64, i64);
 
-/// Rows by partition, in the order in which they begin. The calendar is asked once a day of them.
-fn partitions(candidates: &Candidates, stored: &[u32]) -> Vec<(Partition, Vec<u32>)> {
-    let mut parts: Vec<(Partition, Vec<u32>)> = Vec::new();
-    let (mut part, mut last) = (0, None);
-    for i in stored {
-        let ts = candidates.ts[*i as usize];
-        let device_type = candidates.slots[candidates.slot[*i as usize] as usize].device_type;
-        let day = ts.div_euclid(DAY);
-        if last != Some((device_type, day)) {
-            last = Some((device_type, day));
-            let (year, month) = year_month(Timestamp::from_micros(ts));
-            let key = (device_type, year, month);
-            part = parts.iter().position(|(known, _)| *known == key).unwrap_or_else(|| {
+/// Rows by partition, in the order in which they begin. The calendar is asked once a day of a device.
+fn partitions(candidates: &Candidates, stored: &[Range<usize>]) -> Vec<(Partition, Vec<Range<usize>>)> {
+    let Candidates { ts, slot, slots, .. } = candidates;
+    let mut parts: Vec<(Partition, Vec<Range<usize>>)> = Vec::new();
+    for rows in stored {
+        let mut at = rows.start;
+        while at < rows.end {
+            let day = ts[at].div_euclid(DAY) * DAY;
+            let same = |i: &usize| slot[*i] == slot[at] && (day..day + DAY).contains(&ts[*i]);
+            let end = at + 1 + (at + 1..rows.end).take_while(same).count();
+            let (year, month) = year_month(Timestamp::from_micros(day));
+            let key = (slots[slot[at] as usize].device_type, year, month);
+            let part = parts.iter().position(|(known, _)| *known == key).unwrap_or_else(|| {
                 parts.push((key, Vec::new()));
                 parts.len() - 1
             });
+            match parts[part].1.last_mut() {
+                Some(last) if last.end == at => last.end = end,
+                _ => parts[part].1.push(at..end),
+            }
+            at = end;
         }
-        parts[part].1.push(*i);
     }
     parts
+}
+
+/// How many rows there are.
+fn count(rows: &[Range<usize>]) -> usize {
+    rows.iter().map(ExactSizeIterator::len).sum()
+}
+
+/// Rows in parts of so many.
+fn cut(rows: &[Range<usize>], size: usize) -> Vec<Vec<Range<usize>>> {
+    let mut parts: Vec<Vec<Range<usize>>> = Vec::new();
+    let mut room = 0;
+    for rows in rows {
+        let mut rows = rows.clone();
+        while !rows.is_empty() {
+            if room == 0 {
+                parts.push(Vec::new());
+                room = size;
+            }
+            let end = rows.end.min(rows.start + room);
+            room -= end - rows.start;
+            parts.last_mut().expect("one was begun").push(rows.start..end);
+            rows.start = end;
+        }
+    }
+    parts
+}
+
+/// These rows of a column, as they lie there if they lie together.
+fn taken<T: ArrowNativeType>(column: &ScalarBuffer<T>, rows: &[Range<usize>]) -> ScalarBuffer<T> {
+    match rows {
+        [rows] => column.slice(rows.start, rows.len()),
+        rows => {
+            let mut all = Vec::with_capacity(count(rows));
+            rows.iter().for_each(|rows| all.extend_from_slice(&column[rows.clone()]));
+            all.into()
+        }
+    }
 }
 
 pub(super) fn quarantine(

@@ -24,6 +24,16 @@ pub fn steady() {
     set(&[(ARENA_MAX, 2)]);
 }
 
+/// Gives back to the kernel what is free, also between what is not: after work that took a lot for a short time.
+pub fn give_back() {
+    #[cfg(target_env = "gnu")]
+    #[expect(unsafe_code, reason = "there is no safe wrapper of malloc_trim")]
+    // SAFETY: malloc_trim takes a plain number, and locks the allocator itself.
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}
+
 #[cfg(target_env = "gnu")]
 use libc::{
     M_ARENA_MAX as ARENA_MAX, M_MMAP_THRESHOLD as MMAP_THRESHOLD, M_TRIM_THRESHOLD as TRIM_THRESHOLD,

@@ -63,7 +63,12 @@
 
 mod payload;
 
-use std::{collections::HashMap, fmt, str::FromStr, sync::Arc};
+use std::{
+    collections::HashMap,
+    fmt,
+    str::FromStr,
+    sync::{Arc, LazyLock},
+};
 
 use arrow::{
     array::{Array as _, ArrayRef, AsArray as _, RecordBatch, StringArray},
@@ -392,6 +397,12 @@ pub fn dict() -> DataType {
 
 /// The columns of an Arrow stream, as the module's table lists them.
 pub fn schema(lane: Lane) -> SchemaRef {
+    static SCHEMAS: LazyLock<[SchemaRef; 4]> =
+        LazyLock::new(|| Lane::ALL.map(|lane| Arc::new(Schema::new(columns(lane)))));
+    Arc::clone(&SCHEMAS[lane as usize])
+}
+
+fn columns(lane: Lane) -> Vec<Field> {
     let required = |names: &[&str], data_type: DataType| -> Vec<Field> {
         names.iter().map(|name| Field::new(*name, data_type.clone(), false)).collect()
     };
@@ -399,7 +410,7 @@ pub fn schema(lane: Lane) -> SchemaRef {
         names.iter().map(|name| Field::new(*name, data_type.clone(), true)).collect()
     };
     let device = ["device_id", "device_type", "asset_id", "unit", "kind"];
-    let fields = match lane {
+    match lane {
         Lane::Readings => [
             required(&["ts"], instant()),
             required(&device, dict()),
@@ -437,8 +448,7 @@ pub fn schema(lane: Lane) -> SchemaRef {
             nullable(&["reason"], DataType::Utf8),
         ]
         .concat(),
-    };
-    Arc::new(Schema::new(fields))
+    }
 }
 
 /// Encodes one batch as an Arrow IPC stream with zstd, the identity in the schema's metadata.

@@ -74,7 +74,8 @@ pub(super) fn row(device: &DeviceSeries<'_>, span: &Range<i64>, hold: i64) -> Op
     let meta = samples.last().map_or_else(|| parts.windows.last().map(|w| w.meta), |s| Some(s.meta))?;
     let meta = device.metas[meta as usize].clone();
     let kind = meta.kind;
-    let mut values: Vec<f64> = samples.iter().filter(|s| s.usable()).map(|s| s.value).collect();
+    let mut values = Vec::with_capacity(samples.len());
+    values.extend(samples.iter().filter(|s| s.usable()).map(|s| s.value));
     let (first, last) = ends(samples, &parts.windows);
     let whole = (span.end - span.start) as f64;
     let moments = Moments::of(&values, &parts.windows);

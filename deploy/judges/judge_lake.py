@@ -246,6 +246,50 @@ def judge_days(report, db):
     report.check(outside == 0, "every reading of silver is within a day of gold.daily_aggregates", outside)
 
 
+def judge_health(report, db):
+    """The health of every asset's hour from its events, hours and minutes, with the shipped `hold`."""
+    key = "site, asset_id, hour"
+    db.execute(f"""
+        CREATE OR REPLACE TEMP TABLE health AS
+        WITH assets AS (
+            SELECT {key}, sum(count) AS count FROM gold_hourly_aggregates WHERE asset_id IS NOT NULL GROUP BY ALL),
+        known AS (
+            SELECT site, asset_id, date_trunc('hour', time) AS hour, max(time) + INTERVAL '16 minutes' AS until
+            FROM gold_timeseries_1m WHERE asset_id IS NOT NULL AND count > 0 GROUP BY ALL),
+        lasting AS (
+            SELECT {key}, device_id, CASE severity WHEN 'critical' THEN 1.0 ELSE 0.5 END AS weight,
+                greatest(started_at, hour) AS begins,
+                least(coalesce(ended_at, until, hour), hour + INTERVAL '1 hour') AS ends
+            FROM assets JOIN gold_anomaly_events USING (site, asset_id) LEFT JOIN known USING ({key})),
+        moments AS (
+            SELECT *, lead(moment) OVER (PARTITION BY {key} ORDER BY moment) AS next
+            FROM (SELECT DISTINCT {key}, unnest([begins, ends]) AS moment FROM lasting WHERE begins < ends)),
+        pieces AS (
+            SELECT {key}, l.device_id, moment, (epoch_us(next) - epoch_us(moment)) / 60e6 AS minutes, max(weight) AS weight
+            FROM moments JOIN lasting l USING ({key}) WHERE begins <= moment AND next <= l.ends GROUP BY ALL),
+        devices AS (SELECT {key}, device_id, sum(weight * minutes) AS weight FROM pieces GROUP BY ALL),
+        heaviest AS (
+            SELECT {key}, max(weight) AS weight, arg_min(device_id, (-weight, device_id)) AS device_id
+            FROM devices GROUP BY ALL),
+        anomalous AS (
+            SELECT {key}, sum(minutes) AS minutes FROM (SELECT DISTINCT {key}, moment, minutes FROM pieces) GROUP BY ALL)
+        SELECT {key}, coalesce(minutes, 0) AS anomaly_minutes, device_id,
+            CASE WHEN count > 0 THEN 100 * (1 - coalesce(weight, 0) / 60) END AS health_index
+        FROM assets LEFT JOIN heaviest USING ({key}) LEFT JOIN anomalous USING ({key})""")
+    for a, b in (("health", "gold_asset_health"), ("gold_asset_health", "health")):
+        absent = db.execute(f"SELECT {key} FROM {a} ANTI JOIN {b} USING ({key}) ORDER BY ALL").fetchall()
+        report.none(absent, f"every hour of an asset in {a} is in {b}")
+    anomalous = number(db, "SELECT count(*) FROM health WHERE anomaly_minutes > 0")
+    report.check(anomalous > 0, f"{anomalous} hours of assets have anomalies")
+    # 0 is what is left of 100 after rounding.
+    unequal = " OR ".join(differs(f"(g.{column} + 1)", f"(h.{column} + 1)") for column in ("health_index", "anomaly_minutes"))
+    rows = db.execute(f"""
+        SELECT {key}, g.health_index, h.health_index, g.anomaly_minutes, h.anomaly_minutes, g.device_id, h.device_id
+        FROM gold_asset_health g JOIN health h USING ({key})
+        WHERE {unequal} OR g.device_id IS DISTINCT FROM h.device_id ORDER BY ALL""").fetchall()
+    report.none(rows, "health, anomaly minutes and heaviest device of every hour equal DuckDB's")
+
+
 def judge_keys(report, db):
     for table, key in GOLD.items():
         doubled = db.execute(f"SELECT {key}, count(*) AS n FROM gold_{table} GROUP BY ALL HAVING n > 1").fetchall()
@@ -331,6 +375,7 @@ def main():
     judge_hours(report, db)
     judge_minutes(report, db)
     judge_days(report, db)
+    judge_health(report, db)
     if args.plant and args.demo:
         plant = tomllib.loads(args.plant.read_text())
         judge_detection(report, db, plant, json.loads(args.demo.read_text()))

@@ -3,8 +3,8 @@
     judge_store.py WEED CLOUD_INGEST FIRMWARE_SIM --data-dir DIR [--seeds 1 2]
 
 Runs the ignored tests `..._on_s3` of cloud-ingest: the contracts of store and tables on a line without faults; the
-way from segments to silver, and two writers and two refiners at once, on lines that answer 503, are slow, or are cut
-before or after the work is done. So does the program itself, from mosquitto to gold, killed midway. Then the tables
+way from segments to silver, two writers and two refiners at once, and upkeep, on lines that answer 503, are slow, or are
+cut before or after the work is done. So does the program itself, from mosquitto to gold, killed midway. Then the tables
 are read with Python deltalake. Also: wrong keys, a missing bucket, a server that hangs, and one that ignores the
 condition of a put.
 """
@@ -197,11 +197,12 @@ def main():
             share = SHARE if seed else 0.0
             with Faulty(port, share, seed) as line:
                 print(f"seed {seed}: faults for {share:.0%} of the requests", flush=True)
+                env = environment(line.port, f"seed-{seed}")
+                env["TAILRACE_S3_WITHOUT_FAULTS"] = f"http://127.0.0.1:{port}"
                 for test, lane in (("one_of_each_on_s3", "one"), ("two_of_each_on_s3", "two")):
-                    env = environment(line.port, f"seed-{seed}")
-                    env["TAILRACE_S3_WITHOUT_FAULTS"] = f"http://127.0.0.1:{port}"
                     judge_test(report, lake, f"on_s3::{test}", env)
                     judge_outside(report, port, f"seed-{seed}/{lane}")
+                judge_test(report, lake, "on_s3::upkeep_on_s3", env)
             print(f"        {dict(line.counts)}")
             if seed:
                 missing = [fault for fault in FAULTS if not line.counts[fault]]

@@ -65,20 +65,24 @@ def sound():
                            "readings": len(readings), "reason": None})
     control.append(base | {"record": "gap", "lane": "aggregates", "first_seq": 0, "last_seq": 2, "readings": 9, "reason": "full"})
     events = []
-    for n, (start, end) in enumerate([(280, 430), (790, 900), (1237, None)]):
-        events.append({"event_id": f"e{n}", "asset_id": "reactor", "device_id": "reactor/flow", "model": "tep-process",
-                       "started_at": minutes(start), "ended_at": end and minutes(end), "site": SITE})
+    for n, (start, end, device, severity) in enumerate([
+            (280, 430, "flow", "warning"), (300, 330, "level", "critical"), (790, 900, None, "critical"),
+            (1237, None, "flow", "warning")]):
+        events.append({"event_id": f"e{n}", "asset_id": "reactor", "device_id": device and f"reactor/{device}",
+                       "model": "tep-process", "started_at": minutes(start), "ended_at": end and minutes(end), "site": SITE,
+                       "severity": severity})
     devices = [{"site": SITE, "device_id": f"reactor/{t}"} for t in TYPES]
+    hours = grouped(readings, "hour", lambda t: t.replace(minute=0))
     return {
         "bronze": bronze, "silver/sensor_readings": readings, "silver/messages": messages, "silver/control": control,
         "silver/quarantine": [], "gold/anomaly_events": events, "gold/devices": devices,
         "gold/assets": [{"site": SITE, "asset_id": "reactor"}],
         "gold/maintenance_schedule": [{"site": SITE, "asset_id": "reactor", "action": "inspect"}],
-        "gold/hourly_aggregates": grouped(readings, "hour", lambda t: t.replace(minute=0)),
+        "gold/hourly_aggregates": hours,
         "gold/daily_aggregates": [
             row | {"day": row["starts_at"].date(), "shift": None, "ends_at": row["starts_at"] + timedelta(days=1)}
             for row in grouped(readings, "starts_at", lambda t: t.replace(hour=0, minute=0, second=0))],
-        "gold/asset_health": [{"site": SITE, "asset_id": "reactor", "hour": minutes(0)}],
+        "gold/asset_health": [health(hour, readings, events) for hour in sorted({row["hour"] for row in hours})],
         "gold/timeseries_1m": grouped(readings, "time", lambda t: t.replace(second=0)),
     }
 
@@ -91,7 +95,8 @@ def grouped(readings, column, floor):
     rows = []
     for (device, at), members in groups.items():
         values = [r["value"] for r in members if r["quality"] != "bad"]
-        row = {"site": SITE, "device_id": device, "device_type": members[0]["device_type"], "unit": members[0]["unit"]}
+        row = {"site": SITE, "device_id": device, "device_type": members[0]["device_type"], "unit": members[0]["unit"],
+               "asset_id": members[0]["asset_id"]}
         row |= {column: at, "count": len(values), "bad_count": len(members) - len(values)}
         for name, function in (("min", min), ("max", max), ("mean", statistics.fmean), ("first", lambda v: v[0]),
                                ("last", lambda v: v[-1]), ("p50", lambda v: quantile(v, 0.5)),
@@ -102,6 +107,26 @@ def grouped(readings, column, floor):
     return rows
 
 
+def health(hour, readings, events):
+    """An hour of the asset minute by minute: all events begin and end with one."""
+    known = max(r["ts"] for r in readings if r["quality"] != "bad" and r["ts"] < hour + timedelta(hours=1))
+    known += timedelta(minutes=16)
+    weights, anomalous = {}, 0
+    for minute in (hour + timedelta(minutes=n) for n in range(60)):
+        lasting = {}
+        for e in events:
+            if e["started_at"] <= minute < (e["ended_at"] or known):
+                weight = 1.0 if e["severity"] == "critical" else 0.5
+                lasting[e["device_id"]] = max(weight, lasting.get(e["device_id"], 0.0))
+        anomalous += bool(lasting)
+        for device, weight in lasting.items():
+            weights[device] = weights.get(device, 0.0) + weight / 60
+    heaviest = max(weights.values(), default=0.0)
+    device = next((device for device, weight in weights.items() if weight == heaviest), None)
+    return {"site": SITE, "asset_id": "reactor", "hour": hour, "health_index": 100 * (1 - heaviest),
+            "anomaly_minutes": float(anomalous), "device_id": device}
+
+
 def quantile(values, p):
     values, at = sorted(values), p * (len(values) - 1)
     low = math.floor(at)
@@ -110,7 +135,7 @@ def quantile(values, p):
 
 TEXTS = ["site", "gateway_id", "epoch", "lane", "reason", "record", "device_id", "segment", "model", "shift"]
 INTS = ["seq", "rows", "first_seq", "last_seq", "readings", "count", "bad_count", "year", "month"]
-FLOATS = ["value", "min", "max", "mean", "stddev", "first", "last", "p50", "p95"]
+FLOATS = ["value", "min", "max", "mean", "stddev", "first", "last", "p50", "p95", "health_index", "anomaly_minutes"]
 TIMES = ["starts_at", "ends_at", "ts", "received_at", "sealed_at", "started_at", "ended_at", "hour", "time", "resolved_at"]
 
 
@@ -155,7 +180,7 @@ def extra_event(start, end):
 
 READINGS, MESSAGES, CONTROL = "silver/sensor_readings", "silver/messages", "silver/control"
 HOURLY, MINUTES, EVENTS = "gold/hourly_aggregates", "gold/timeseries_1m", "gold/anomaly_events"
-DAYS = "gold/daily_aggregates"
+DAYS, HEALTH = "gold/daily_aggregates", "gold/asset_health"
 
 # (what is planted, how, a part of the line with which the judge must find it)
 DEFECTS = [
@@ -187,15 +212,21 @@ DEFECTS = [
     ("a null mean", at(HOURLY, 5, mean=None), "mean of every hour"),
     ("a wrong minimum", at(HOURLY, 5, min=-1.0), "min of every hour"),
     ("a wrong maximum", at(HOURLY, 5, max=1e4), "max of every hour"),
+    ("an hour without its health", gone(HEALTH), "in gold_asset_health"),
+    ("health of no hour", at(HEALTH, 5, hour=minutes(60 * 30)), "in health"),
+    ("an asset that is well", at(HEALTH, 5, health_index=100.0), "health, anomaly minutes and heaviest device"),
+    ("a minute of anomaly too much", lambda t: t[HEALTH][13].update(anomaly_minutes=t[HEALTH][13]["anomaly_minutes"] + 1),
+     "health, anomaly minutes and heaviest device"),
+    ("the wrong device", at(HEALTH, 5, device_id="reactor/level"), "health, anomaly minutes and heaviest device"),
     ("a minute missing", gone(MINUTES), "no minute of silver is missing"),
     ("a wrong minute", at(MINUTES, 5, max=1e4), "of every minute"),
     ("an empty gold table", lambda t: t.update({"gold/assets": [{"site": SITE, "asset_id": "a"}] * 2}), "unique in gold.assets"),
     ("an unregistered device", gone("gold/devices", 0), "every device of silver"),
     ("a false alarm", extra_event(200, 210), "d01: no event starts in normal operation"),
-    ("a fault not found", gone(EVENTS, 0), "d01: an event starts within"),
-    ("a fault found late", at(EVENTS, 2, started_at=minutes(1270)), "d06: an event starts within"),
+    ("a fault not found", lambda t: [t[EVENTS].pop(0) for _ in range(2)], "d01: an event starts within"),
+    ("a fault found late", at(EVENTS, 3, started_at=minutes(1270)), "d06: an event starts within"),
     ("an event that never ends", at(EVENTS, 0, ended_at=None), "d01: every event ends"),
-    ("an event that ends late", at(EVENTS, 1, ended_at=minutes(1000)), "d02: every event ends"),
+    ("an event that ends late", at(EVENTS, 2, ended_at=minutes(1000)), "d02: every event ends"),
 ]
 
 

@@ -1,9 +1,20 @@
 //! The lake on a server that speaks S3, with faults on the way to it: deploy/judges/judge_store.py starts both,
 //! says in the environment where they are, and reads the tables afterwards.
 
-use cloud_ingest::settings::Settings;
+use cloud_ingest::{
+    gold::GoldSettings,
+    pack::Hour,
+    settings::{Settings, UpkeepSettings},
+    upkeep::{Done, maintain},
+};
 
-use super::*;
+use futures::TryStreamExt;
+use object_store::path::Path;
+
+use super::{
+    upkeep::{gold_rows, late, refined_lake, settings},
+    *,
+};
 
 /// Errors in a row after which a test gives up: of those that the judge makes, far fewer come together.
 const PATIENCE: usize = 100;
@@ -15,12 +26,17 @@ fn open(folder: &str) -> Store {
     Store::configured(&settings).unwrap()
 }
 
-/// The same lake by a line without faults, to see what stands in it.
-async fn look(folder: &str) -> Tables {
+/// The same lake by a line without faults.
+fn without_faults(folder: &str) -> Store {
     let mut settings = Settings::load(None).unwrap().store;
     settings.url = format!("{}/{folder}", settings.url);
     settings.s3.endpoint = std::env::var("TAILRACE_S3_WITHOUT_FAULTS").unwrap();
-    Tables::open(&Store::configured(&settings).unwrap()).await.unwrap()
+    Store::configured(&settings).unwrap()
+}
+
+/// What stands in a lake.
+async fn look(folder: &str) -> Tables {
+    Tables::open(&without_faults(folder)).await.unwrap()
 }
 
 /// Repeats `$call` until it succeeds.
@@ -120,4 +136,68 @@ async fn two_of_each_on_s3() {
     ] {
         assert_eq!(ask(&tables, sql).await, ask(&memory, sql).await);
     }
+}
+
+/// Until there is nothing left to do. Returns what was done.
+async fn insist_on_upkeep(settings: &UpkeepSettings, now: Timestamp) -> Done {
+    let tables = insist!(Tables::open(&open("upkeep")).await);
+    let (mut all, mut failed) = (Done::default(), Vec::new());
+    loop {
+        let mut done = maintain(&tables, settings, &GoldSettings::default(), now).await;
+        let quiet = done == Done::default();
+        failed.append(&mut done.failed);
+        assert!(failed.len() < PATIENCE, "{failed:#?}");
+        all.packs += done.packs;
+        all.packed_segments += done.packed_segments;
+        all.expired_objects += done.expired_objects;
+        all.expired_files += done.expired_files;
+        all.compacted_tables += done.compacted_tables;
+        all.vacuumed_files += done.vacuumed_files;
+        all.log_entries += done.log_entries;
+        if quiet {
+            return all;
+        }
+    }
+}
+
+/// Two at once pack and compact; then one deletes what nobody needs; then retention.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs a server that speaks S3: deploy/test.sh s3"]
+async fn upkeep_on_s3() {
+    let lake = without_faults("upkeep");
+    let tables = refined_lake(&lake).await;
+    let (silver, gold) = (everything(&tables).await, gold_rows(&tables).await);
+    let soon = now() + Duration::from_secs(3600 * 4);
+    let both = [0, 1].map(|_| tokio::spawn(async move { insist_on_upkeep(&settings(), soon).await }));
+    let (mut packs, mut compacted) = (0, 0);
+    for done in both {
+        let done = done.await.unwrap();
+        packs += done.packs;
+        compacted += done.compacted_tables;
+    }
+    assert!(packs >= 1 && compacted >= 1, "{packs} packs, {compacted} tables");
+    let hour = Hour::list(&lake, now().hour()).await.unwrap();
+    assert_eq!((hour.segments.len(), hour.packs.len()), (0, 1), "packs are the same whoever writes them");
+    assert_eq!(everything(&look("upkeep").await).await, silver);
+
+    // An answer that is lost leaves its work done and not counted.
+    insist_on_upkeep(&settings(), late()).await;
+    let log = Path::from("silver/sensor_readings/_delta_log");
+    let entries = |listed: Vec<object_store::ObjectMeta>| {
+        listed.iter().filter(|object| object.location.as_ref().ends_with(".json")).count()
+    };
+    let listed = lake.objects().list(Some(&log)).try_collect().await.unwrap();
+    assert!(entries(listed) <= 1, "log entries before the checkpoint are gone");
+    assert_eq!(everything(&look("upkeep").await).await, silver);
+    assert_eq!(gold_rows(&look("upkeep").await).await, gold);
+
+    let two_days = Duration::from_secs(2 * 86_400);
+    let keep = UpkeepSettings { keep_bronze: two_days, keep_silver: two_days, ..settings() };
+    insist_on_upkeep(&keep, late()).await;
+    let bronze: Vec<object_store::ObjectMeta> =
+        lake.objects().list(Some(&Path::from("bronze"))).try_collect().await.unwrap();
+    assert!(bronze.is_empty(), "{bronze:?}");
+    let left = look("upkeep").await;
+    assert!(ask(&left, "select count(*) n from silver.sensor_readings").await.contains("| 0 "), "readings are gone");
+    assert_eq!(gold_rows(&left).await, gold, "gold stays");
 }

@@ -36,6 +36,7 @@ use deltalake::DeltaTable;
 use futures::TryStreamExt;
 use object_store::{ObjectStoreExt, PutMode, PutOptions, path::Path};
 use tokio::sync::watch;
+use uuid::Uuid;
 
 use crate::{
     lake::{self, SegmentName, Table},
@@ -48,8 +49,12 @@ use crate::{
     tables::{SMALL_FILES, TIERS, Tables, TablesError},
 };
 
-/// Everything is listed at the start and then this often; between, the last two hours are.
+/// Everything is listed at the start and then this often.
 const FULL_LISTING: Duration = Duration::from_secs(86_400);
+/// The last two hours are listed this often; between, the known writers are followed.
+const LISTING: Duration = Duration::from_secs(10);
+/// With more writers than this a listing costs less than asking for the next segment of each.
+const FOLLOWED: usize = 8;
 /// Tables are looked at for small files after so many plans.
 const COMPACT_EVERY: u64 = 16;
 /// Devices that are remembered as warned about.
@@ -107,6 +112,27 @@ struct State {
     /// Version of each table at which its progress is known, and that progress.
     progress: BTreeMap<Table, (Option<u64>, i64)>,
     listed_all: Option<Timestamp>,
+    /// Unless something was listed that no plan has yet.
+    recent: Option<Recent>,
+}
+
+/// Of the last two hours.
+struct Recent {
+    listed_at: Timestamp,
+    /// The newest segment of each writer; plans have them all.
+    writers: BTreeMap<Uuid, SegmentName>,
+}
+
+impl Recent {
+    /// After a listing that plans have all of.
+    fn of(listed_at: Timestamp, listed: &[Listed]) -> Recent {
+        let mut writers = BTreeMap::new();
+        for Listed { name, .. } in listed {
+            let newest = writers.entry(name.writer).or_insert(*name);
+            *newest = (*newest).max(*name);
+        }
+        Recent { listed_at, writers }
+    }
 }
 
 impl Refiner {
@@ -162,7 +188,7 @@ impl Refiner {
     }
 
     /// Carries out the newest plan if it is not done; otherwise makes and carries out the next. `everything`
-    /// lists all of bronze instead of the last two hours.
+    /// lists all of bronze instead of looking for what is new in the last two hours.
     ///
     /// # Errors
     /// The store's or another refiner's doing; the next step begins by asking the lake again.
@@ -186,16 +212,28 @@ impl Refiner {
         if state.done {
             let all =
                 everything || state.listed_all.is_none_or(|at| now.since(at) >= FULL_LISTING || now < at);
-            let listed = self.list(now, all).await.context("listing bronze")?;
+            let recent = state.recent.take().filter(|recent| {
+                let lately = recent.listed_at <= now && now.since(recent.listed_at) < LISTING;
+                lately && !all && recent.writers.len() <= FOLLOWED
+            });
+            let (listed, listed_at) = match recent {
+                Some(Recent { listed_at, writers }) => (self.follow(now, &writers).await, listed_at),
+                None => (self.list(now, all).await, now),
+            };
+            let listed = listed.context("looking for new segments in bronze")?;
             let n = state.newest.as_ref().map_or(1, |plan| plan.n + 1);
             let Some(next) = state.planned.next(n, &self.rules_hash, &listed, self.limits) else {
                 if all {
                     state.listed_all = Some(now);
                 }
+                state.recent = Some(Recent::of(listed_at, &listed));
                 return Ok(Outcome::Idle);
             };
             let plan = self.put(next).await?;
             state.planned.note(&plan);
+            if listed.iter().all(|segment| state.planned.contains(segment.name)) {
+                state.recent = Some(Recent::of(listed_at, &listed));
+            }
             state.newest = Some(plan);
             state.done = false;
         }
@@ -245,7 +283,8 @@ impl Refiner {
             }
         };
         let known = self.known(readings, messages).await?;
-        Ok(State { newest, done, planned, known, progress: BTreeMap::new(), listed_all: None })
+        let progress = BTreeMap::new();
+        Ok(State { newest, done, planned, known, progress, listed_all: None, recent: None })
     }
 
     /// What silver holds, as coarsely as [`Known`] keeps it.
@@ -302,6 +341,35 @@ impl Refiner {
             }
         }
         Ok(listed)
+    }
+
+    /// The newest segment of each writer and those that follow it by number, in its hour or in this one.
+    async fn follow(
+        &self,
+        now: Timestamp,
+        writers: &BTreeMap<Uuid, SegmentName>,
+    ) -> anyhow::Result<Vec<Listed>> {
+        let mut found = Vec::new();
+        for newest in writers.values() {
+            let mut newest = Listed { name: *newest, bytes: 0 };
+            loop {
+                let mut next = None;
+                for hour in BTreeSet::from([newest.name.hour, now.hour().max(newest.name.hour)]) {
+                    let name = SegmentName { hour, number: newest.name.number + 1, ..newest.name };
+                    next = match self.store.objects().head(&Path::from(name.path())).await {
+                        Ok(object) => Some(Listed { name, bytes: object.size }),
+                        Err(object_store::Error::NotFound { .. }) => next,
+                        Err(e) => return Err(e.into()),
+                    };
+                }
+                found.push(newest);
+                match next {
+                    Some(next) => newest = next,
+                    None => break,
+                }
+            }
+        }
+        Ok(found)
     }
 
     /// Puts the plan, or takes the one that another refiner has put in its place.

@@ -126,8 +126,6 @@ pub async fn run(
         last_tries += u32::from(!open);
         let began = tokio::time::Instant::now();
         let done = step(&tables, &settings, clock.now()).await;
-        // An hour's readings were in memory, or many of them.
-        common::memory::give_back();
         behind = done.is_err();
         match done {
             Ok(done) => tracing::debug!(?done, "gold is up to date"),

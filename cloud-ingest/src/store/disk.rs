@@ -15,7 +15,7 @@ use std::{
 };
 
 use async_trait::async_trait;
-use futures::stream::BoxStream;
+use futures::{StreamExt, TryStreamExt, stream::BoxStream};
 use object_store::{
     CopyMode, CopyOptions, GetOptions, GetResult, ListResult, MultipartUpload, ObjectMeta, ObjectStore,
     PutMode, PutMultipartOptions, PutOptions, PutPayload, PutResult, RenameOptions, RenameTargetMode, Result,
@@ -99,12 +99,26 @@ impl ObjectStore for Durable {
         self.files.list(prefix)
     }
 
+    /// Objects before the offset cost their name only: a table's log has an entry for each commit of a day, and is asked
+    /// for what follows the last one at each of them.
     fn list_with_offset(
         &self,
         prefix: Option<&Path>,
         offset: &Path,
     ) -> BoxStream<'static, Result<ObjectMeta>> {
-        self.files.list_with_offset(prefix, offset)
+        let (Some(prefix), offset) = (prefix.cloned(), offset.clone()) else {
+            return self.files.list_with_offset(prefix, offset);
+        };
+        let folder = self.files.path_to_filesystem(&prefix);
+        let found = blocking(move || {
+            let (folder, mut found) = (folder?, Vec::new());
+            after(&folder, prefix.as_ref(), &offset, &mut found).map_err(|e| error(e, &folder))?;
+            Ok(found)
+        });
+        futures::stream::once(found)
+            .map_ok(|found| futures::stream::iter(found).map(Ok))
+            .try_flatten()
+            .boxed()
     }
 
     async fn list_with_delimiter(&self, prefix: Option<&Path>) -> Result<ListResult> {
@@ -176,6 +190,46 @@ impl MultipartUpload for DurableUpload {
     }
 }
 
+/// Finds the objects in a folder, whose path in the store is `at`, and in those below it, that come after `offset`.
+fn after(folder: &FilePath, at: &str, offset: &Path, found: &mut Vec<ObjectMeta>) -> io::Result<()> {
+    let entries = match fs::read_dir(folder) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+        entries => entries?,
+    };
+    for entry in entries {
+        let entry = entry?;
+        let name = entry.file_name();
+        let name = name.to_str().ok_or_else(|| io::Error::other(format!("{name:?} is not UTF-8")))?;
+        // On its way to its place, ours or object_store's own.
+        if name.rsplit_once('#').is_some_and(|(_, n)| n.bytes().all(|b| b.is_ascii_digit())) {
+            continue;
+        }
+        let path = format!("{at}/{name}");
+        let behind = path.as_str() <= offset.as_ref();
+        if behind && !offset.as_ref().starts_with(&path) {
+            continue;
+        }
+        let place = entry.path();
+        let metadata = match fs::metadata(&place) {
+            // It has gone since.
+            Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
+            metadata => metadata?,
+        };
+        if metadata.is_dir() {
+            after(&place, &path, offset, found)?;
+        } else if !behind {
+            found.push(ObjectMeta {
+                location: Path::parse(&path).map_err(io::Error::other)?,
+                last_modified: metadata.modified()?.into(),
+                size: metadata.len(),
+                e_tag: None,
+                version: None,
+            });
+        }
+    }
+    Ok(())
+}
+
 fn put(payload: &PutPayload, staging: &FilePath, target: &FilePath, create: bool) -> io::Result<()> {
     create_folders(parent(target))?;
     let mut file = File::create(staging)?;
@@ -233,5 +287,54 @@ fn error(source: io::Error, path: &FilePath) -> object_store::Error {
         io::ErrorKind::AlreadyExists => object_store::Error::AlreadyExists { path, source: source.into() },
         io::ErrorKind::NotFound => object_store::Error::NotFound { path, source: source.into() },
         _ => object_store::Error::Generic { store: "local disk", source: format!("{path}: {source}").into() },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn what_follows_an_offset_is_what_object_store_says() {
+        let folder = tempfile::tempdir().unwrap();
+        let root = Path::from_absolute_path(folder.path()).unwrap();
+        let names = [
+            "log/00000000000000000001.json",
+            "log/00000000000000000002.json",
+            "log/00000000000000000002.checkpoint.parquet",
+            "log/_sidecars/a.parquet",
+            "log/00000000000000000003.json#42",
+            "log/00000000000000000003",
+            "log/a b%20c.json",
+            "log/a/b",
+            "log/a/c/d",
+            "log/a-b",
+            "log/ab/c",
+            "logs/1",
+        ];
+        for name in names {
+            let place = folder.path().join(name);
+            create_folders(parent(&place)).unwrap();
+            fs::write(place, name).unwrap();
+        }
+        let (ours, theirs) = (Durable::default(), LocalFileSystem::new());
+        let at = |name: &str| Path::parse(format!("{root}/{name}")).unwrap();
+        let offsets = names.iter().chain(&["log", "log/", "log/0", "log/a/", "log/a/c", "log/z"]);
+        for offset in offsets.map(|name| at(name.trim_end_matches('/'))) {
+            for prefix in ["log", "log/a", "none"].map(at) {
+                let mut found = Vec::new();
+                for listed in [
+                    ours.list_with_offset(Some(&prefix), &offset),
+                    theirs.list_with_offset(Some(&prefix), &offset),
+                ] {
+                    let listed: Vec<ObjectMeta> = listed.try_collect().await.unwrap();
+                    let same = listed.into_iter().map(|o| (o.location, o.size, o.last_modified));
+                    found.push(same.collect::<BTreeSet<_>>());
+                }
+                assert_eq!(found[0], found[1], "{prefix} after {offset}");
+            }
+        }
     }
 }

@@ -107,7 +107,17 @@ async fn put(store: &Store, number: u64, messages: &[Message]) {
 }
 
 async fn try_put(store: &Store, writer: u128, number: u64, messages: &[Message]) -> object_store::Result<()> {
-    let name = SegmentName { hour: now().hour(), writer: Uuid::from_u128(writer), number };
+    put_in(store, now().hour(), writer, number, messages).await
+}
+
+async fn put_in(
+    store: &Store,
+    hour: Timestamp,
+    writer: u128,
+    number: u64,
+    messages: &[Message],
+) -> object_store::Result<()> {
+    let name = SegmentName { hour, writer: Uuid::from_u128(writer), number };
     let bytes = bronze::encode(&bronze::rows(messages).unwrap()).unwrap();
     bronze::put(store.objects().as_ref(), &name, bytes.into()).await
 }
@@ -115,6 +125,40 @@ async fn try_put(store: &Store, writer: u128, number: u64, messages: &[Message])
 fn refiner(store: &Store, tables: &Tables) -> Refiner {
     let rules = Rules::new(ROOT, &[], Duration::from_secs(300), &BTreeMap::new(), &BTreeMap::new());
     Refiner::new(store, tables, rules, LIMITS, Metrics::default())
+}
+
+/// Between two listings a writer that is known is followed, also into the next hour; one that is new is found by the next.
+#[tokio::test]
+async fn writers_are_followed_between_listings() {
+    let store = Store::open("memory:///").unwrap();
+    let tables = Tables::open(&store).await.unwrap();
+    tables.create_missing().await.unwrap();
+    let mut refiner = refiner(&store, &tables);
+    let next_hour = now().hour() + Duration::from_secs(3600);
+    let start = next_hour - Duration::from_secs(5);
+    let after = |seconds| start + Duration::from_secs(seconds);
+    let message = |seq: u64| [readings(seq, &[(seq, "a", 100.0)])];
+    put(&store, 0, &message(0)).await;
+    assert!(matches!(refiner.step(start, false).await.unwrap(), Outcome::Refined(_)));
+    assert_eq!(refiner.step(start, false).await.unwrap(), Outcome::Idle);
+
+    try_put(&store, 2, 0, &message(1)).await.unwrap();
+    put(&store, 1, &message(2)).await;
+    put(&store, 2, &message(3)).await;
+    put_in(&store, next_hour, 1, 3, &message(4)).await.unwrap();
+    let stored = |outcome: Outcome| match outcome {
+        Outcome::Refined(counts) => counts.stored,
+        Outcome::Idle => 0,
+    };
+    assert_eq!(stored(refiner.step(after(1), false).await.unwrap()), 2);
+    assert_eq!(stored(refiner.step(after(2), false).await.unwrap()), 0, "the hour has not begun");
+    assert_eq!(stored(refiner.step(after(6), false).await.unwrap()), 1);
+    put_in(&store, next_hour, 1, 4, &message(5)).await.unwrap();
+    assert_eq!(stored(refiner.step(after(7), false).await.unwrap()), 1);
+    assert_eq!(stored(refiner.step(after(8), false).await.unwrap()), 0);
+    assert_eq!(stored(refiner.step(after(12), false).await.unwrap()), 1, "another writer");
+    put_in(&store, next_hour, 2, 1, &message(6)).await.unwrap();
+    assert_eq!(stored(refiner.step(after(13), false).await.unwrap()), 1, "which is followed now");
 }
 
 async fn refine_all(refiner: &mut Refiner) -> Counts {

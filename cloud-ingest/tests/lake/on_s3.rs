@@ -198,6 +198,9 @@ async fn upkeep_on_s3() {
         lake.objects().list(Some(&Path::from("bronze"))).try_collect().await.unwrap();
     assert!(bronze.is_empty(), "{bronze:?}");
     let left = look("upkeep").await;
-    assert!(ask(&left, "select count(*) n from silver.sensor_readings").await.contains("| 0 "), "readings are gone");
+    assert!(
+        ask(&left, "select count(*) n from silver.sensor_readings").await.contains("| 0 "),
+        "readings are gone"
+    );
     assert_eq!(gold_rows(&left).await, gold, "gold stays");
 }

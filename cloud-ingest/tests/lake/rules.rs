@@ -589,6 +589,37 @@ async fn a_rule_that_fails_is_counted_and_harms_no_other() {
 }
 
 #[tokio::test]
+async fn a_rule_that_wants_too_much_memory_is_stopped_and_harms_no_other() {
+    let rule = |name: &str, select: &str| {
+        format!("[[rule]]\nname = \"{name}\"\nsink = \"table\"\nselect = \"{select}\"\n")
+    };
+    let text = [
+        "[rules]\nmemory_limit = 1048576\ntimeout = \"10min\"\n".to_owned(),
+        rule("large", "select count(distinct g.value) as n from readings, generate_series(1, 1000000) g"),
+        rule("good", "select count(*) as n from readings"),
+    ]
+    .concat();
+    let store = Store::open("memory:///").unwrap();
+    let process = Process::start(&store, &text).await;
+    let mut engines = [process.engine("large").await, process.engine("good").await];
+    for engine in &mut engines {
+        assert_eq!(engine.step(now()).await.unwrap(), Outcome::Idle);
+    }
+    put(&store, 0, &[readings(0, &[(0, "a", 212.0), (0, "b", 32.0)])]).await;
+    refine_all(&mut refiner(&store, &process.tables)).await;
+    let [large, good] = &mut engines;
+    match steps(large, now()).await.as_slice() {
+        [Outcome::Failed(1, failure)] => {
+            assert_eq!(failure.reason, "memory", "{failure:?}");
+            assert!(failure.text.contains("rules.memory_limit"), "{failure:?}");
+        }
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(steps(good, now()).await, [Outcome::Ran(1, 1)]);
+    assert_eq!(ask(&process.tables, "select n from rules.good").await.matches("| 2 ").count(), 1);
+}
+
+#[tokio::test]
 async fn mistakes_are_refused_at_the_start_all_together() {
     let rule = |name: &str, rest: &str, select: &str| {
         format!("[[rule]]\nname = \"{name}\"\n{rest}\nselect = \"{select}\"\n")

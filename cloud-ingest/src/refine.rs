@@ -85,6 +85,8 @@ pub struct Refiner {
     /// What the log and the lake said; `None` when they must be asked again.
     state: Option<State>,
     warned: HashSet<(String, String)>,
+    /// Whether something new is in bronze, as far as anybody knows.
+    expects: bool,
     /// Small files being packed, beside the steps.
     packing: Packing,
 }
@@ -149,6 +151,7 @@ impl Refiner {
             before_commit: None,
             state: None,
             warned: HashSet::new(),
+            expects: false,
             packing: Packing::default(),
         }
     }
@@ -180,6 +183,11 @@ impl Refiner {
         }
         self.state = Some(state);
         Ok(counts)
+    }
+
+    /// Something new is in bronze: if no writer that is known has it, the next step lists.
+    pub fn expect(&mut self) {
+        self.expects = true;
     }
 
     /// Number of the newest plan that is known here; 0 for none.
@@ -216,11 +224,7 @@ impl Refiner {
                 let lately = recent.listed_at <= now && now.since(recent.listed_at) < LISTING;
                 lately && !all && recent.writers.len() <= FOLLOWED
             });
-            let (listed, listed_at) = match recent {
-                Some(Recent { listed_at, writers }) => (self.follow(now, &writers).await, listed_at),
-                None => (self.list(now, all).await, now),
-            };
-            let listed = listed.context("looking for new segments in bronze")?;
+            let (listed, listed_at) = self.search(state, recent, now, all).await.context("listing bronze")?;
             let n = state.newest.as_ref().map_or(1, |plan| plan.n + 1);
             let Some(next) = state.planned.next(n, &self.rules_hash, &listed, self.limits) else {
                 if all {
@@ -341,6 +345,24 @@ impl Refiner {
             }
         }
         Ok(listed)
+    }
+
+    /// New segments, perhaps among others, and when they were last listed.
+    async fn search(
+        &mut self,
+        state: &State,
+        recent: Option<Recent>,
+        now: Timestamp,
+        all: bool,
+    ) -> anyhow::Result<(Vec<Listed>, Timestamp)> {
+        let expects = std::mem::take(&mut self.expects);
+        if let Some(Recent { listed_at, writers }) = recent {
+            let found = self.follow(now, &writers).await?;
+            if !expects || found.iter().any(|segment| !state.planned.contains(segment.name)) {
+                return Ok((found, listed_at));
+            }
+        }
+        Ok((self.list(now, all).await?, now))
     }
 
     /// The newest segment of each writer and those that follow it by number, in its hour or in this one.
@@ -596,6 +618,8 @@ pub async fn run(
     let mut retry = FIRST_RETRY;
     let mut ended = false;
     loop {
+        // What was put until now, the step finds.
+        bronze.borrow_and_update();
         match refiner.step(clock.now(), ended).await {
             Ok(Outcome::Refined(_)) => {
                 retry = FIRST_RETRY;
@@ -605,7 +629,10 @@ pub async fn run(
             Ok(Outcome::Idle) => {
                 retry = FIRST_RETRY;
                 tokio::select! {
-                    changed = bronze.changed() => ended = changed.is_err(),
+                    changed = bronze.changed() => {
+                        ended = changed.is_err();
+                        refiner.expect();
+                    }
                     () = tokio::time::sleep(interval) => {}
                 }
             }

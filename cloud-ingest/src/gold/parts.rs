@@ -22,7 +22,7 @@ use super::{
 /// Hours whose readings are in memory together.
 const HOURS: u32 = 6;
 /// Readings in memory together, unless one gateway has more: 17 bytes each. Tests take all paths.
-const READINGS: u64 = if cfg!(test) { 1_000 } else { 5_000_000 };
+const READINGS: u64 = if cfg!(test) { 1_000 } else { 10_000_000 };
 
 /// Site and id of gateways.
 pub(super) type Gateways = Arc<HashSet<(String, String)>>;

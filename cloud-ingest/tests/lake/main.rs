@@ -159,6 +159,14 @@ async fn writers_are_followed_between_listings() {
     assert_eq!(stored(refiner.step(after(12), false).await.unwrap()), 1, "another writer");
     put_in(&store, next_hour, 2, 1, &message(6)).await.unwrap();
     assert_eq!(stored(refiner.step(after(13), false).await.unwrap()), 1, "which is followed now");
+    try_put(&store, 3, 0, &message(7)).await.unwrap();
+    assert_eq!(stored(refiner.step(after(14), false).await.unwrap()), 0);
+    refiner.expect();
+    assert_eq!(
+        stored(refiner.step(after(14), false).await.unwrap()),
+        1,
+        "a third, of which somebody has told"
+    );
 }
 
 async fn refine_all(refiner: &mut Refiner) -> Counts {

@@ -593,30 +593,32 @@ async fn a_rule_that_wants_too_much_memory_is_stopped_and_harms_no_other() {
     let rule = |name: &str, select: &str| {
         format!("[[rule]]\nname = \"{name}\"\nsink = \"table\"\nselect = \"{select}\"\n")
     };
+    // A window over all rows sorts them first.
+    let sums = "select max(sums.s) as m from (select sum(g.value) over (order by g.value desc) as s \
+                from readings, generate_series(1, 1000000) g) sums";
+    let folder = tempfile::tempdir().unwrap();
     let text = [
+        format!("roles = [\"refine\"]\n[store]\nurl = \"{}\"\n", folder.path().display()),
         "[rules]\nmemory_limit = 1048576\ntimeout = \"10min\"\n".to_owned(),
-        rule("large", "select count(distinct g.value) as n from readings, generate_series(1, 1000000) g"),
+        rule("large", sums),
         rule("good", "select count(*) as n from readings"),
     ]
     .concat();
-    let store = Store::open("memory:///").unwrap();
-    let process = Process::start(&store, &text).await;
-    let mut engines = [process.engine("large").await, process.engine("good").await];
-    for engine in &mut engines {
-        assert_eq!(engine.step(now()).await.unwrap(), Outcome::Idle);
-    }
+    let settings = settings(&text);
+    let store = Store::open(&settings.store.url).unwrap();
     put(&store, 0, &[readings(0, &[(0, "a", 212.0), (0, "b", 32.0)])]).await;
-    refine_all(&mut refiner(&store, &process.tables)).await;
-    let [large, good] = &mut engines;
-    match steps(large, now()).await.as_slice() {
-        [Outcome::Failed(1, failure)] => {
-            assert_eq!(failure.reason, "memory", "{failure:?}");
-            assert!(failure.text.contains("rules.memory_limit"), "{failure:?}");
-        }
-        other => panic!("{other:?}"),
-    }
-    assert_eq!(steps(good, now()).await, [Outcome::Ran(1, 1)]);
-    assert_eq!(ask(&process.tables, "select n from rules.good").await.matches("| 2 ").count(), 1);
+    let (_stop, stopped) = watch::channel(true);
+    pipeline::run(settings.clone(), Arc::new(SystemClock), None, stopped).await.unwrap();
+    let (_, tables) = rules::plan(&settings, &Tables::open(&store).await.unwrap()).await.unwrap();
+    assert!(ask(&tables, "select count(*) as rows from rules.large").await.contains("| 0 "));
+    assert!(ask(&tables, "select n from rules.good").await.contains("| 2 "));
+
+    // What people read of it.
+    let large = rules::find(&settings, &tables, "large").await.unwrap();
+    let everything = trial::Options { on: On::Silver, from: at(0), to: later(60), show: 2 };
+    let tried =
+        trial::run(&settings, &tables, Arc::new(SystemClock), &large, &everything).await.unwrap().to_string();
+    assert!(tried.contains("rules.memory_limit"), "{tried}");
 }
 
 #[tokio::test]

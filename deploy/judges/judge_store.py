@@ -202,7 +202,9 @@ def main():
                 for test, lane in (("one_of_each_on_s3", "one"), ("two_of_each_on_s3", "two")):
                     judge_test(report, lake, f"on_s3::{test}", env)
                     judge_outside(report, port, f"seed-{seed}/{lane}")
-                judge_test(report, lake, "on_s3::upkeep_on_s3", env)
+                # Through faults it takes minutes until a run of all jobs meets none.
+                if seed in [0, *arguments.seeds[:1]]:
+                    judge_test(report, lake, "on_s3::upkeep_on_s3", env)
             print(f"        {dict(line.counts)}")
             if seed:
                 missing = [fault for fault in FAULTS if not line.counts[fault]]

@@ -154,7 +154,7 @@ impl DeviceSeries<'_> {
         while let Some(sample) = self.samples[samples.clone()].first() {
             let hour = floor_hour(sample.ts);
             hours.push(hour);
-            samples.start = self.samples_in(hour..hour + HOUR_MICROS).end;
+            samples.start = self.samples_in(hour..hour + HOUR_MICROS).end.min(samples.end);
         }
         hours.sort_unstable();
         hours.dedup();

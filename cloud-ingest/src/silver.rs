@@ -180,6 +180,14 @@ pub struct Step {
     maintenance: Vec<(MaintenanceRecord, usize)>,
 }
 
+/// What came of the candidates.
+struct Decided {
+    sensor_readings: Vec<RecordBatch>,
+    /// Without messages.
+    news: News,
+    soft: Soft,
+}
+
 impl Step {
     /// Reads the plan's segments. `committed` holds the payload hashes of those of its messages that earlier
     /// plans have committed.
@@ -227,17 +235,7 @@ impl Step {
     /// # Errors
     /// When rows do not fit the lake's schemas, which is a fault of this program.
     pub fn settle(mut self, answers: &Answers) -> anyhow::Result<Refined> {
-        let mut soft = Soft::default();
-        let (readings, mut news) =
-            self.candidates.settle(answers, &mut self.delivered, &mut self.quarantine, &mut soft);
-        let sensor_readings = rows::sensor_readings(
-            std::mem::take(&mut self.candidates),
-            &readings,
-            &self.delivered,
-            &self.places,
-        )?;
-        // Candidates are settled by device; quarantine is kept in the order of arrival.
-        self.quarantine.sort_by_key(|q| (q.message, q.row));
+        let Decided { sensor_readings, mut news, soft } = self.decide(answers)?;
         news.messages = self.delivered.iter().filter_map(|d| d.name.clone()).collect();
         let counts = self.counts();
         let offenders = self.offenders();
@@ -246,6 +244,18 @@ impl Step {
         self.batches.insert(Table::Messages, rows::messages(self.plan, &self.delivered, &self.places)?);
         let tables = self.lay_out(counts, &soft, sensor_readings)?;
         Ok(Refined { tables, news, counts, offenders })
+    }
+
+    /// Decides on every candidate; what is refused of them joins the quarantine.
+    fn decide(&mut self, answers: &Answers) -> anyhow::Result<Decided> {
+        let mut soft = Soft::default();
+        let (stored, news) =
+            self.candidates.settle(answers, &mut self.delivered, &mut self.quarantine, &mut soft);
+        let candidates = std::mem::take(&mut self.candidates);
+        let sensor_readings = rows::sensor_readings(candidates, &stored, &self.delivered, &self.places)?;
+        // Candidates are settled by device; quarantine is kept in the order of arrival.
+        self.quarantine.sort_by_key(|q| (q.message, q.row));
+        Ok(Decided { sensor_readings, news, soft })
     }
 
     /// All tables, in the order of commits; `sensor_readings` is last and always there.

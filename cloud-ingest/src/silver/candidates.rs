@@ -181,7 +181,7 @@ impl Candidates {
                 Ok((slot, value)) => {
                     self.slot.push(slot);
                     self.value.push(value);
-                    extend(&mut passed, row);
+                    extend(&mut passed, row..row + 1);
                 }
                 Err(reject) => {
                     message.quarantined += 1;
@@ -285,7 +285,7 @@ impl Candidates {
             let devices = &mut self.devices;
             let device = *self.device_index.entry(named.clone()).or_insert_with(|| {
                 devices.push(named);
-                u32::try_from(devices.len() - 1).unwrap_or(u32::MAX)
+                number(devices.len() - 1)
             });
             let slot = Slot {
                 device,
@@ -298,7 +298,7 @@ impl Candidates {
                 profile,
             };
             self.slots.push(slot);
-            u32::try_from(self.slots.len() - 1).unwrap_or(u32::MAX)
+            number(self.slots.len() - 1)
         });
         self.slot_index.insert(key, made.clone());
         made
@@ -415,7 +415,7 @@ impl Candidates {
                     (None, Some(first)) => self.differ(i, first),
                     (None, None) => {
                         message.stored += 1;
-                        extend(&mut stored, i);
+                        extend(&mut stored, i..i + 1);
                         last = Some(i);
                         if let Some(rule) = &self.slots[self.slot[i] as usize].profile.soft {
                             let value = if self.quality[i] == 2 { f64::NAN } else { self.value[i] };
@@ -497,11 +497,11 @@ fn number(index: usize) -> u32 {
     u32::try_from(index).unwrap_or(u32::MAX)
 }
 
-/// Adds a row to ranges of rows, in order.
-fn extend(ranges: &mut Vec<Range<usize>>, row: usize) {
+/// Adds rows that come after all of these.
+pub(super) fn extend(ranges: &mut Vec<Range<usize>>, rows: Range<usize>) {
     match ranges.last_mut() {
-        Some(last) if last.end == row => last.end += 1,
-        _ => ranges.push(row..row + 1),
+        Some(last) if last.end == rows.start => last.end = rows.end,
+        _ => ranges.push(rows),
     }
 }
 

@@ -15,10 +15,9 @@ use std::{
 use arrow::array::RecordBatch;
 
 use super::{
-    Answers, Counts, Known, News, Question, Segment, Step,
+    Answers, Counts, Decided, Known, News, Question, Segment, Step,
     messages::Delivered,
     rows::{self, Quarantined},
-    soft::Soft,
 };
 use crate::{lake::Table, quality::Rules};
 
@@ -119,16 +118,7 @@ impl Again {
     /// When rows do not fit the lake's schemas, which is a fault of this program.
     pub fn settle(mut self, answers: &Answers) -> anyhow::Result<Replayed> {
         let step = &mut self.step;
-        let mut soft = Soft::default();
-        let (readings, news) =
-            step.candidates.settle(answers, &mut step.delivered, &mut step.quarantine, &mut soft);
-        let sensor_readings = rows::sensor_readings(
-            std::mem::take(&mut step.candidates),
-            &readings,
-            &step.delivered,
-            &step.places,
-        )?;
-        step.quarantine.sort_by_key(|q| (q.message, q.row));
+        let Decided { sensor_readings, news, soft } = step.decide(answers)?;
         let as_before = as_before(&step.quarantine, &self.held);
         let delivered = &mut step.delivered;
         step.quarantine.retain(|q| {

@@ -18,7 +18,7 @@ use common::{time::Timestamp, wire::dict};
 
 use super::{
     Counts,
-    candidates::{Candidates, Slot, quality_word},
+    candidates::{Candidates, Slot, extend, quality_word},
     messages::{Delivered, Places},
     newest,
     soft::Soft,
@@ -159,11 +159,11 @@ pub(super) fn sensor_readings(
             let value = taken(&value, &rows);
             let valid = value.iter().any(|v| v.is_nan()).then(|| value.iter().map(|v| !v.is_nan()).collect());
             let quality = |code: &u8| qualities[usize::from((*code).min(2))];
-            let mut codes = rows.iter().flat_map(|rows| &candidates.quality[rows.clone()]);
+            let codes = rows.iter().flat_map(|rows| &candidates.quality[rows.clone()]);
             let of_first = quality(&candidates.quality[rows[0].start]);
             let quality = match codes.clone().all(|code| quality(code) == of_first) {
                 true => constant(of_first, n)?,
-                false => text(codes.by_ref().map(quality).collect::<Vec<_>>().into())?,
+                false => text(codes.map(quality).collect::<Vec<_>>().into())?,
             };
             let columns: Vec<ArrayRef> = vec![
                 instant(TimestampMicrosecondArray::new(taken(&ts, &rows), None)),
@@ -208,10 +208,7 @@ fn partitions(candidates: &Candidates, stored: &[Range<usize>]) -> Vec<(Partitio
                 parts.push((key, Vec::new()));
                 parts.len() - 1
             });
-            match parts[part].1.last_mut() {
-                Some(last) if last.end == at => last.end = end,
-                _ => parts[part].1.push(at..end),
-            }
+            extend(&mut parts[part].1, at..end);
             at = end;
         }
     }

@@ -246,10 +246,9 @@ async fn days(
         for of in silver.groups(&within, settings.hold).await? {
             let series = silver.read(&within, settings.hold, of).await?;
             for device in series.devices() {
-                for (site, at, part) in &parts {
+                for (_, at, part) in parts.iter().filter(|(site, ..)| *site == named(device.site)) {
                     let span = part.start.as_micros()..part.end.as_micros();
-                    let row = hourly::row(&device, &span, hold);
-                    if let Some(row) = row.filter(|row| *site == named(&row.meta.site)) {
+                    if let Some(row) = hourly::row(&device, &span, hold) {
                         days.part(*at, &row, (span.end - span.start) as f64);
                     }
                 }

@@ -365,7 +365,7 @@ mod tests {
             meta: 0,
             quality: *quality,
         });
-        let device = DeviceSeries { samples: samples.collect(), windows: &[], metas: &[meta] };
+        let device = DeviceSeries { site: "s", samples: samples.collect(), windows: &[], metas: &[meta] };
         let start = Timestamp::from_micros(HOUR_MICROS);
         let within = start..start + Duration::from_secs(3600);
         let mut rows = hours(&device, &within, HOLD);

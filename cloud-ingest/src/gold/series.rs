@@ -116,6 +116,8 @@ impl Source {
 /// Everything of one device, sorted by time.
 #[derive(Clone, Debug)]
 pub struct DeviceSeries<'a> {
+    /// The plant.
+    pub site: &'a str,
     /// Unique by time.
     pub samples: Vec<Sample>,
     /// The chosen ones, by start.
@@ -218,7 +220,7 @@ pub struct Series {
 impl Series {
     /// The devices by site and id, each laid out when its turn comes.
     pub fn devices(&self) -> impl Iterator<Item = DeviceSeries<'_>> {
-        self.found.values().map(|found| {
+        self.found.iter().map(|((site, _), found)| {
             let mut samples = Vec::with_capacity(found.runs.iter().map(|run| run.rows.len()).sum());
             for Run { of, rows, meta } in &found.runs {
                 let Columns { ts, value, quality } = &self.columns[*of];
@@ -233,7 +235,7 @@ impl Series {
             if !samples.is_sorted_by_key(|sample| sample.ts) {
                 samples.sort_by_key(|sample| sample.ts);
             }
-            DeviceSeries { samples, windows: &found.windows, metas: &self.metas }
+            DeviceSeries { site, samples, windows: &found.windows, metas: &self.metas }
         })
     }
 }

@@ -106,9 +106,8 @@ impl ObjectStore for Durable {
         prefix: Option<&Path>,
         offset: &Path,
     ) -> BoxStream<'static, Result<ObjectMeta>> {
-        let (Some(prefix), offset) = (prefix.cloned(), offset.clone()) else {
-            return self.files.list_with_offset(prefix, offset);
-        };
+        let Some(prefix) = prefix.cloned() else { return self.files.list_with_offset(prefix, offset) };
+        let offset = offset.clone();
         let folder = self.files.path_to_filesystem(&prefix);
         let found = blocking(move || {
             let (folder, mut found) = (folder?, Vec::new());

@@ -547,17 +547,19 @@ async fn rows_are_published_and_a_broker_that_is_away_holds_up_its_own_rule_only
     assert_eq!(steps(&mut next, now()).await, []);
 }
 
+/// A rule whose rows go to a table.
+fn to_table(name: &str, select: &str) -> String {
+    format!("[[rule]]\nname = \"{name}\"\nsink = \"table\"\nselect = \"{select}\"\n")
+}
+
 #[tokio::test]
 async fn a_rule_that_fails_is_counted_and_harms_no_other() {
-    let rule = |name: &str, select: &str| {
-        format!("[[rule]]\nname = \"{name}\"\nsink = \"table\"\nselect = \"{select}\"\n")
-    };
     let text = [
         "[rules]\nrows = 2\ntimeout = \"300ms\"\n".to_owned(),
-        rule("words", "select cast(device_id as bigint) as n from readings"),
-        rule("many", "select device_id, ts from readings"),
-        rule("slow", "select sum(g.value) as s from readings, generate_series(1, 1000000000000) g"),
-        rule("good", "select count(*) as n from readings"),
+        to_table("words", "select cast(device_id as bigint) as n from readings"),
+        to_table("many", "select device_id, ts from readings"),
+        to_table("slow", "select sum(g.value) as s from readings, generate_series(1, 1000000000000) g"),
+        to_table("good", "select count(*) as n from readings"),
     ]
     .concat();
     let store = Store::open("memory:///").unwrap();
@@ -590,9 +592,6 @@ async fn a_rule_that_fails_is_counted_and_harms_no_other() {
 
 #[tokio::test]
 async fn a_rule_that_wants_too_much_memory_is_stopped_and_harms_no_other() {
-    let rule = |name: &str, select: &str| {
-        format!("[[rule]]\nname = \"{name}\"\nsink = \"table\"\nselect = \"{select}\"\n")
-    };
     // A window over all rows sorts them first.
     let sums = "select max(sums.s) as m from (select sum(g.value) over (order by g.value desc) as s \
                 from readings, generate_series(1, 1000000) g) sums";
@@ -600,8 +599,8 @@ async fn a_rule_that_wants_too_much_memory_is_stopped_and_harms_no_other() {
     let text = [
         format!("roles = [\"refine\"]\n[store]\nurl = \"{}\"\n", folder.path().display()),
         "[rules]\nmemory_limit = 1048576\ntimeout = \"10min\"\n".to_owned(),
-        rule("large", sums),
-        rule("good", "select count(*) as n from readings"),
+        to_table("large", sums),
+        to_table("good", "select count(*) as n from readings"),
     ]
     .concat();
     let settings = settings(&text);

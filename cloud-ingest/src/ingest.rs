@@ -23,7 +23,7 @@ pub async fn run(
     mut bronze: Bronze<AckToken>,
     store: Store,
     clock: Arc<dyn Clock>,
-    mut inbound: mpsc::Receiver<Inbound>,
+    mut inbound: mpsc::Receiver<Vec<Inbound>>,
     durable: mpsc::Sender<Durable>,
     progress: watch::Sender<u64>,
     metrics: Metrics,
@@ -38,10 +38,14 @@ pub async fn run(
         };
         let sealed = tokio::select! {
             received = inbound.recv() => match received {
-                Some(Inbound { message, token }) => bronze.push(clock.now(), message, token),
+                Some(messages) => {
+                    let now = clock.now();
+                    let messages = messages.into_iter();
+                    messages.flat_map(|Inbound { message, token }| bronze.push(now, message, token)).collect()
+                }
                 None => break,
             },
-            () = overdue => bronze.tick(clock.now()).into_iter().collect(),
+            () = overdue => bronze.tick(clock.now()).into_iter().collect::<Vec<_>>(),
         };
         for segment in sealed {
             put(segment, &store, &durable, &progress, &metrics).await;

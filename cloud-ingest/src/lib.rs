@@ -10,6 +10,7 @@ pub mod ingest;
 pub mod lake;
 pub mod ledger;
 pub mod metrics;
+mod mqtt;
 pub mod pack;
 pub mod pipeline;
 pub mod plan;

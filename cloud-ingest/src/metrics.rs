@@ -17,7 +17,6 @@ struct Outcome {
 #[derive(Clone, Debug, Default)]
 pub struct Metrics {
     received: Counter,
-    dropped: Counter,
     acknowledged: Counter,
     stale: Counter,
     connected: Gauge,
@@ -36,7 +35,6 @@ impl Metrics {
         let m = Self::default();
         let r = registry.sub_registry_with_prefix("cloud");
         r.register("messages_received", "Messages taken from the broker", m.received.clone());
-        r.register("messages_dropped", "Messages of QoS 0 that found no room", m.dropped.clone());
         r.register("messages_acknowledged", "Messages acknowledged after bronze", m.acknowledged.clone());
         r.register("acknowledgements_stale", "Not sent: the connection was another", m.stale.clone());
         r.register("mqtt_connected", "1 while connected to the broker", m.connected.clone());
@@ -50,8 +48,8 @@ impl Metrics {
         m
     }
 
-    pub(crate) fn received(&self) {
-        self.received.inc();
+    pub(crate) fn received(&self, messages: usize) {
+        self.received.inc_by(messages as u64);
     }
 
     /// Messages taken from the broker so far.
@@ -59,12 +57,8 @@ impl Metrics {
         self.received.get()
     }
 
-    pub(crate) fn dropped(&self) {
-        self.dropped.inc();
-    }
-
-    pub(crate) fn acknowledged(&self, messages: u64) {
-        self.acknowledged.inc_by(messages);
+    pub(crate) fn acknowledged(&self, messages: usize) {
+        self.acknowledged.inc_by(messages as u64);
     }
 
     pub(crate) fn stale(&self) {

@@ -8,7 +8,7 @@
 //!
 //! | channel | bound | full when | closed by |
 //! |---|---|---|---|
-//! | inbound | `mqtt.inflight` messages | the store is slow; then the broker waits | subscribe, at the stop |
+//! | inbound | 64 reads of 64 KiB | the store is slow; then the broker waits | subscribe, at the stop |
 //! | durable | 4 segments | the broker is slow | ingest, once it has flushed |
 //! | progress | the newest count | never | ingest, once it has flushed |
 //! | silver | the newest plan | never | refine, once all of bronze is in silver |
@@ -20,7 +20,7 @@
 //! acknowledges what that made durable and says farewell; refine carries on until everything in bronze is in
 //! silver, and gold takes a last step. Without the role `ingest`, refine follows the stop signal itself.
 
-use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, sync::Arc};
+use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use anyhow::Context;
 use common::{config::Mistakes, telemetry, time::Clock};
@@ -48,6 +48,10 @@ use crate::{
     upkeep,
 };
 
+/// What was read from the broker at once, on its way to bronze.
+const INBOUND: usize = 64;
+/// How often memory that is free goes back to the kernel: batches of every stage leave holes between each other's.
+const TIDY: Duration = Duration::from_secs(10);
 /// Segments between bronze and the acknowledgements.
 const DURABLE: usize = 4;
 
@@ -119,10 +123,16 @@ pub async fn run(
         stages.spawn(serve::run(serve_settings(&settings)?, parts, stop));
     }
     // The first stage that cannot go on ends the program; at a stop all of them end by themselves.
-    while let Some(ended) = stages.join_next().await {
-        ended.context("a stage panicked")??;
+    let mut tidy = tokio::time::interval(TIDY);
+    loop {
+        tokio::select! {
+            ended = stages.join_next() => match ended {
+                Some(ended) => ended.context("a stage panicked")??,
+                None => return Ok(()),
+            },
+            _ = tidy.tick() => drop(tokio::task::spawn_blocking(common::memory::give_back)),
+        }
     }
-    Ok(())
 }
 
 /// The quality rules that new plans are made with.
@@ -164,7 +174,7 @@ pub(crate) fn start_ingest(
     stop: &watch::Receiver<bool>,
 ) -> (Inbox, watch::Receiver<u64>) {
     let inflight = usize::from(settings.mqtt.inflight);
-    let (inbound, received) = mpsc::channel(inflight);
+    let (inbound, received) = mpsc::channel(INBOUND);
     let (durable, acknowledge) = mpsc::channel(DURABLE);
     let (progress, segments) = watch::channel(0);
     let inbox = Inbox::new(&inbound, Arc::clone(clock));

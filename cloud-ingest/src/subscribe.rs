@@ -1,16 +1,15 @@
 //! MQTT in: messages from the broker, acknowledged only after bronze says that they are durable.
 //!
-//! Two tasks share a connection. The one that polls it never waits for anything else: it stamps messages
-//! with the connection's number and hands them on. The other one acknowledges, to the broker and to the
-//! edge, and sends the heartbeat.
+//! One task reads the connection ([`crate::mqtt`]): it stamps messages with the connection's number and hands them on.
+//! Another one acknowledges, to the broker and to the edge, and sends the heartbeat.
 //!
 //! * The client id is fixed and the session persistent, so the broker keeps what comes while we are away.
-//! * At most `inflight` messages are unacknowledged (MQTT 5's receive maximum). As many fit into the channel,
-//!   so it is full only when QoS 0 floods it, and what is then dropped is of QoS 0, and counted.
+//! * At most `inflight` messages are unacknowledged (MQTT 5's receive maximum). While bronze has no room for
+//!   more, which QoS 0 can bring about as well, nothing is read: the broker waits.
 //! * Packet ids are the connection's: an acknowledgement for an earlier one is not sent. The broker delivers
 //!   the message again; silver knows it by its name.
-//! * On any error client and event loop are dropped, and made anew after a jittered wait. A broker that is
-//!   away ends nothing.
+//! * On any error the connection is dropped, and made anew after a jittered wait. A broker that is away ends
+//!   nothing.
 //! * At the stop no more messages are taken; the connection stays until bronze has flushed and the last
 //!   acknowledgement is sent. The session stays, so that a restart loses nothing; [`crate::drain`] ends it.
 //! * **Replicas** (`mqtt.share`) share out the messages of lanes and JSON among them. Retained documents are not
@@ -22,11 +21,7 @@
 
 mod subscription;
 
-use std::{
-    collections::{BTreeMap, VecDeque},
-    sync::Arc,
-    time::Duration,
-};
+use std::{collections::BTreeMap, sync::Arc, time::Duration, vec};
 
 use anyhow::Context;
 use bytes::Bytes;
@@ -36,21 +31,28 @@ use common::{
     wire::{Identity, JSON, Stream, Topic, VERSION, cloud_status_topic},
 };
 use rumqttc::v5::{
-    AsyncClient, ConnectionError, Event, EventLoop, Incoming, MqttOptions, StateError,
+    MqttOptions,
     mqttbytes::{
         QoS,
         v5::{
-            DisconnectReasonCode, Filter, LastWill, Publish, PublishProperties, RetainForwardRule,
-            SubscribeReasonCode,
+            DisconnectReasonCode, Filter, LastWill, Packet, Publish, PublishProperties, RetainForwardRule,
+            Subscribe, SubscribeReasonCode, Unsubscribe,
         },
     },
 };
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::{
+    sync::{mpsc, oneshot, watch},
+    task::JoinSet,
+};
 use uuid::Uuid;
 
 pub use self::subscription::{Emptying, Subscription, connection};
 pub(crate) use self::subscription::{data_filters, document_filters};
-use crate::{bronze::Message, metrics::Metrics};
+use crate::{
+    bronze::Message,
+    metrics::Metrics,
+    mqtt::{Client, Connection, Lost},
+};
 
 /// First wait before a new connection.
 const FIRST_RETRY: Duration = Duration::from_millis(250);
@@ -97,13 +99,13 @@ pub struct Durable {
 #[derive(Clone)]
 pub struct Inbox {
     /// Weak, so that the channel closes when the subscription ends.
-    inbound: mpsc::WeakSender<Inbound>,
+    inbound: mpsc::WeakSender<Vec<Inbound>>,
     clock: Arc<dyn Clock>,
 }
 
 impl Inbox {
     /// An inbox of this channel.
-    pub fn new(inbound: &mpsc::Sender<Inbound>, clock: Arc<dyn Clock>) -> Self {
+    pub fn new(inbound: &mpsc::Sender<Vec<Inbound>>, clock: Arc<dyn Clock>) -> Self {
         Self { inbound: inbound.downgrade(), clock }
     }
 
@@ -125,62 +127,71 @@ impl Inbox {
             identity: None,
         };
         let inbound = self.inbound.upgrade().context(stopping)?;
-        inbound.send(Inbound { message, token: AckToken::Local(told) }).await.context(stopping)?;
+        inbound.send(vec![Inbound { message, token: AckToken::Local(told) }]).await.context(stopping)?;
         drop(inbound);
         durable.await.context(stopping)
     }
 }
 
 /// The connection of the moment: its number and client.
-type Connection = watch::Sender<Option<(u64, AsyncClient)>>;
+type Current = watch::Sender<Option<(u64, Client)>>;
 
 /// Receives until `stop` becomes true, then acknowledges until `durable` closes.
 pub async fn run(
     subscription: Subscription,
     clock: Arc<dyn Clock>,
-    inbound: mpsc::Sender<Inbound>,
+    inbound: mpsc::Sender<Vec<Inbound>>,
     durable: mpsc::Receiver<Durable>,
     metrics: Metrics,
     stop: watch::Receiver<bool>,
 ) {
-    let (connection, current) = watch::channel(None);
+    let (current, of_acknowledger) = watch::channel(None);
     let acknowledger = Acknowledger {
         root: subscription.root.clone(),
         writer: subscription.writer,
         client_id: subscription.options.client_id(),
         clock: Arc::clone(&clock),
-        current,
+        current: of_acknowledger,
         metrics: metrics.clone(),
         stop: stop.clone(),
     };
     let topic = cloud_status_topic(&subscription.root);
-    let (inbound, held) = (Some(inbound), VecDeque::new());
-    let receiver = Receiver { subscription, heartbeat: topic, clock, inbound, held, metrics };
+    let receiver = Receiver {
+        subscription,
+        heartbeat: topic,
+        clock,
+        inbound: Some(inbound),
+        held: Vec::new(),
+        heard_oneself: false,
+        metrics,
+    };
     let (done, finished) = oneshot::channel();
     let heartbeat = receiver.subscription.heartbeat;
-    tokio::join!(receiver.run(connection, stop, finished), async move {
+    tokio::join!(receiver.run(current, stop, finished), async move {
         acknowledger.run(durable, heartbeat).await;
         let _ = done.send(());
     });
 }
 
-/// Polls the connection.
+/// Reads the connection.
 struct Receiver {
     subscription: Subscription,
     /// Topic of the cloud's heartbeat.
     heartbeat: String,
     clock: Arc<dyn Clock>,
     /// `None` once the program stops.
-    inbound: Option<mpsc::Sender<Inbound>>,
-    /// What did not fit into the channel; never more than the in-flight window.
-    held: VecDeque<Inbound>,
+    inbound: Option<mpsc::Sender<Vec<Inbound>>>,
+    /// What was read last and is not handed on yet.
+    held: Vec<Inbound>,
+    /// Our own heartbeat has come, and so has everything before it.
+    heard_oneself: bool,
     metrics: Metrics,
 }
 
 impl Receiver {
     async fn run(
         mut self,
-        connection: Connection,
+        current: Current,
         mut stop: watch::Receiver<bool>,
         mut finished: oneshot::Receiver<()>,
     ) {
@@ -188,31 +199,30 @@ impl Receiver {
         let mut retry = FIRST_RETRY;
         for number in 1.. {
             let options = self.options();
-            let requests = self.subscription.former.len() + 64;
-            let capacity = options.receive_maximum().map_or(1024, usize::from) + requests;
-            let (client, mut events) = AsyncClient::new(options, capacity);
-            let ended = loop {
-                tokio::select! {
-                    event = events.poll() => match event {
-                        Ok(Event::Incoming(incoming)) => {
-                            if matches!(incoming, Incoming::ConnAck(_)) {
-                                retry = FIRST_RETRY;
-                            }
-                            self.take(incoming, number, &client, &connection);
-                        }
-                        Ok(Event::Outgoing(_)) => {}
-                        Err(e) => break e,
-                    },
-                    () = self.pass_on(), if !self.held.is_empty() => {}
-                    () = stopped(&mut stop), if self.inbound.is_some() => self.close(),
-                    _ = &mut finished => return farewell(events).await,
+            let opened = tokio::select! {
+                opened = Connection::open(&options) => opened,
+                () = stopped(&mut stop), if self.inbound.is_some() => {
+                    self.close();
+                    continue;
                 }
+                _ = &mut finished => return,
             };
-            connection.send_replace(None);
+            let lost = match opened {
+                Ok(connection) => {
+                    retry = FIRST_RETRY;
+                    match self.receive(connection, number, &current, &mut stop, &mut finished).await {
+                        Some(lost) => lost,
+                        None => return,
+                    }
+                }
+                Err(lost) => lost,
+            };
+            current.send_replace(None);
             self.metrics.connected(false);
-            // Those are delivered again.
+            // It is delivered again.
             self.held.clear();
-            if taken_over(&ended) {
+            self.heard_oneself = false;
+            if matches!(lost, Lost::Ended(DisconnectReasonCode::SessionTakenOver)) {
                 let client_id = self.subscription.options.client_id();
                 tracing::error!(
                     client_id,
@@ -228,13 +238,55 @@ impl Receiver {
             }
             jitter = jitter.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
             let wait = retry.mul_f64(0.5 + (jitter >> 40) as f64 / (1u64 << 25) as f64);
-            tracing::warn!(reason = %ended, retry_in = ?wait, "no connection to the broker");
+            tracing::warn!(reason = %lost, retry_in = ?wait, "no connection to the broker");
             tokio::select! {
                 () = tokio::time::sleep(wait) => {}
                 () = stopped(&mut stop), if self.inbound.is_some() => self.close(),
                 _ = &mut finished => return,
             }
             retry = (retry * 2).min(self.subscription.max_backoff);
+        }
+    }
+
+    /// Takes what comes on one connection; returns why it was lost, or nothing once all is said.
+    async fn receive(
+        &mut self,
+        connection: Connection,
+        number: u64,
+        current: &Current,
+        stop: &mut watch::Receiver<bool>,
+        finished: &mut oneshot::Receiver<()>,
+    ) -> Option<Lost> {
+        let Connection { session_present, mut reader, writer, client } = connection;
+        let mut writing = JoinSet::new();
+        writing.spawn(writer.run());
+        self.subscribe(session_present, &client).await;
+        // Only now: the heartbeat that follows is queued behind everything that the session held.
+        current.send_replace(Some((number, client.clone())));
+        if let (1, false, Some(told)) = (number, session_present, &self.subscription.emptying) {
+            told.send_replace(Emptying::NoSession);
+        }
+        let mut packets = Vec::new();
+        loop {
+            tokio::select! {
+                biased;
+                _ = &mut *finished => {
+                    // What is asked for, which ends with the farewell, goes out onto the wire.
+                    let _ = tokio::time::timeout(FAREWELL, writing.join_next()).await;
+                    return None;
+                }
+                () = stopped(stop), if self.inbound.is_some() => self.close(),
+                ended = writing.join_next() => match ended {
+                    Some(Ok(Err(lost))) => return Some(lost),
+                    _ => return Some(Lost::Closed),
+                },
+                () = self.pass_on(), if !self.held.is_empty() => {}
+                read = reader.read(&mut packets), if self.held.is_empty() => match read {
+                    Ok(()) => self.take(packets.drain(..), number, &client),
+                    Err(lost) => return Some(lost),
+                },
+            }
+            self.tell_if_emptied();
         }
     }
 
@@ -246,109 +298,88 @@ impl Receiver {
         options
     }
 
-    fn take(&mut self, incoming: Incoming, number: u64, client: &AsyncClient, connection: &Connection) {
-        match incoming {
-            Incoming::ConnAck(ack) => {
-                tracing::info!(session_present = ack.session_present, "connected to the broker");
-                self.metrics.connected(true);
-                // Always: a fresh session has no subscriptions, and one that the broker kept may have those
-                // of an earlier configuration.
-                let filters = self.subscription.filters.iter().map(|(path, qos)| Filter {
-                    retain_forward_rule: RetainForwardRule::OnNewSubscribe,
-                    ..Filter::new(path, *qos)
-                });
-                let filters = filters.collect::<Vec<_>>();
-                for filter in self.subscription.former.iter().filter(|_| ack.session_present) {
-                    // The queue has room for all of them.
-                    let _ = client.try_unsubscribe(filter);
-                }
-                if let Err(e) = client.try_subscribe_many(filters) {
-                    tracing::error!(error = %e, "cannot subscribe");
-                }
-                // Only now: the heartbeat that follows is queued behind everything that the session held.
-                connection.send_replace(Some((number, client.clone())));
-                if let (1, false, Some(told)) = (number, ack.session_present, &self.subscription.emptying) {
-                    told.send_replace(Emptying::NoSession);
-                }
-            }
-            Incoming::SubAck(ack) => {
-                let refused = |code: &&SubscribeReasonCode| !matches!(code, SubscribeReasonCode::Success(_));
-                if let Some(code) = ack.return_codes.iter().find(refused) {
-                    let filters = &self.subscription.filters;
-                    tracing::error!(?code, ?filters, "the broker refuses a subscription; see its ACL");
-                }
-            }
-            Incoming::Publish(publish) => {
-                if publish.topic == self.heartbeat {
-                    self.hear(&publish, client);
-                    let _ = client.try_ack(&publish);
-                } else {
-                    self.publish(publish, number);
-                }
-            }
-            _ => {}
+    /// Always: a fresh session has no subscriptions, and one that the broker kept may have those of an earlier
+    /// configuration.
+    async fn subscribe(&self, session_present: bool, client: &Client) {
+        tracing::info!(session_present, "connected to the broker");
+        self.metrics.connected(true);
+        for filter in self.subscription.former.iter().filter(|_| session_present) {
+            client.send(Packet::Unsubscribe(Unsubscribe::new(filter, None))).await;
         }
+        let filters = self.subscription.filters.iter().map(|(path, qos)| Filter {
+            retain_forward_rule: RetainForwardRule::OnNewSubscribe,
+            ..Filter::new(path, *qos)
+        });
+        client.send(Packet::Subscribe(Subscribe::new_many(filters, None))).await;
+    }
+
+    fn take(&mut self, packets: vec::Drain<'_, Packet>, number: u64, client: &Client) {
+        let now = self.clock.now();
+        self.held.reserve(packets.len());
+        for packet in packets {
+            match packet {
+                Packet::Publish(publish) if publish.topic == self.heartbeat => self.hear(publish, client),
+                Packet::Publish(publish) if self.inbound.is_some() => self.publish(publish, number, now),
+                Packet::SubAck(ack) => {
+                    let refused =
+                        |code: &&SubscribeReasonCode| !matches!(code, SubscribeReasonCode::Success(_));
+                    if let Some(code) = ack.return_codes.iter().find(refused) {
+                        let filters = &self.subscription.filters;
+                        tracing::error!(?code, ?filters, "the broker refuses a subscription; see its ACL");
+                    }
+                }
+                _ => {}
+            }
+        }
+        self.metrics.received(self.held.len());
     }
 
     /// A heartbeat or farewell of the cloud.
-    fn hear(&self, publish: &Publish, client: &AsyncClient) {
+    fn hear(&mut self, publish: Publish, client: &Client) {
+        if publish.qos != QoS::AtMostOnce {
+            client.try_acknowledge(publish.pkid);
+        }
         let Ok(heard) = serde_json::from_slice::<CloudStatus>(&publish.payload) else { return };
         let Subscription { root, writer, options, emptying, .. } = &self.subscription;
-        let client_id = options.client_id();
-        match emptying {
-            // With something held that is not on its way to bronze yet, a later heartbeat will do.
-            Some(emptying) if heard.writer == *writer && !publish.retain && self.held.is_empty() => {
-                emptying.send_if_modified(|state| {
-                    let done = *state == Emptying::UnderWay;
-                    if done {
-                        *state = Emptying::Done;
-                    }
-                    done
-                });
-            }
-            None if heard.writer != *writer && !heard.online && self.inbound.is_some() => {
-                let document = status(*writer, &client_id, true, self.clock.as_ref());
-                // If it cannot be said now, the next heartbeat says it.
-                let _ = client.try_publish(cloud_status_topic(root), QoS::AtLeastOnce, true, document);
-            }
-            _ => {}
+        if emptying.is_some() {
+            self.heard_oneself |= heard.writer == *writer && !publish.retain;
+        } else if heard.writer != *writer && !heard.online && self.inbound.is_some() {
+            let document = status(*writer, &options.client_id(), true, self.clock.as_ref());
+            // If it cannot be said now, the next heartbeat says it.
+            client.try_publish(heartbeat(root, document));
         }
     }
 
-    fn publish(&mut self, publish: Publish, connection: u64) {
-        let Some(sender) = &self.inbound else { return };
-        self.metrics.received();
+    /// Once what came before our own heartbeat is on its way to bronze.
+    fn tell_if_emptied(&self) {
+        if let Some(emptying) = &self.subscription.emptying
+            && self.heard_oneself
+            && self.held.is_empty()
+        {
+            emptying.send_if_modified(|state| {
+                let under_way = *state == Emptying::UnderWay;
+                if under_way {
+                    *state = Emptying::Done;
+                }
+                under_way
+            });
+        }
+    }
+
+    fn publish(&mut self, publish: Publish, connection: u64, now: Timestamp) {
         let token = match publish.qos {
             QoS::AtMostOnce => AckToken::Nobody,
             _ => AckToken::Broker { connection, pkid: publish.pkid },
         };
-        let message = message(&self.subscription.root, publish, self.clock.now());
-        let inbound = Inbound { message, token };
-        let inbound = if self.held.is_empty() {
-            match sender.try_send(inbound) {
-                Ok(()) => return,
-                Err(
-                    mpsc::error::TrySendError::Full(inbound) | mpsc::error::TrySendError::Closed(inbound),
-                ) => inbound,
-            }
-        } else {
-            inbound
-        };
-        match inbound.token {
-            AckToken::Nobody => self.metrics.dropped(),
-            _ => self.held.push_back(inbound),
-        }
+        let message = message(&self.subscription.root, publish, now);
+        self.held.push(Inbound { message, token });
     }
 
-    /// Waits for room in the channel and fills it with what is held.
+    /// Waits for room in the channel and hands on what is held.
     async fn pass_on(&mut self) {
         let Some(sender) = &self.inbound else { return self.held.clear() };
         match sender.reserve().await {
-            Ok(permit) => {
-                if let Some(held) = self.held.pop_front() {
-                    permit.send(held);
-                }
-            }
+            Ok(permit) => permit.send(std::mem::take(&mut self.held)),
             Err(_) => self.held.clear(),
         }
     }
@@ -374,21 +405,8 @@ fn message(root: &str, publish: Publish, received_at: Timestamp) -> Message {
     }
 }
 
-fn taken_over(error: &ConnectionError) -> bool {
-    let code = DisconnectReasonCode::SessionTakenOver;
-    matches!(
-        error,
-        ConnectionError::MqttState(StateError::ServerDisconnect { reason_code, .. }) if *reason_code == code
-    )
-}
-
 async fn stopped(stop: &mut watch::Receiver<bool>) {
     let _ = stop.wait_for(|stop| *stop).await;
-}
-
-/// Lets what is queued, which ends with the disconnect, out onto the wire.
-async fn farewell(mut events: EventLoop) {
-    let _ = tokio::time::timeout(FAREWELL, async { while events.poll().await.is_ok() {} }).await;
 }
 
 /// Acknowledges and sends the heartbeat.
@@ -397,7 +415,7 @@ struct Acknowledger {
     writer: Uuid,
     client_id: String,
     clock: Arc<dyn Clock>,
-    current: watch::Receiver<Option<(u64, AsyncClient)>>,
+    current: watch::Receiver<Option<(u64, Client)>>,
     metrics: Metrics,
     stop: watch::Receiver<bool>,
 }
@@ -425,7 +443,7 @@ impl Acknowledger {
         self.beat(false).await;
         let client = self.current.borrow().as_ref().map(|(_, client)| client.clone());
         if let Some(client) = client {
-            let _ = client.disconnect().await;
+            client.disconnect().await;
         }
     }
 
@@ -434,28 +452,29 @@ impl Acknowledger {
         let patience = if stopping { Duration::ZERO } else { ACK_PATIENCE };
         let connected = async { self.current.wait_for(Option::is_some).await.ok().and_then(|c| c.clone()) };
         let current = tokio::time::timeout(patience, connected).await.ok().flatten();
-        let mut acknowledged = 0;
+        let mut pkids = Vec::with_capacity(durable.tokens.len());
         for token in durable.tokens {
             match (token, &current) {
                 (AckToken::Local(told), _) => drop(told.send(())),
-                (AckToken::Broker { connection, pkid }, Some((number, client))) if connection == *number => {
-                    let publish = Publish { pkid, qos: QoS::AtLeastOnce, ..Publish::default() };
-                    acknowledged += u64::from(client.ack(&publish).await.is_ok());
+                (AckToken::Broker { connection, pkid }, Some((number, _))) if connection == *number => {
+                    pkids.push(pkid);
                 }
                 (AckToken::Broker { .. }, _) => self.metrics.stale(),
                 (AckToken::Nobody, _) => {}
             }
         }
-        self.metrics.acknowledged(acknowledged);
         let Some((_, client)) = current else { return };
+        let acknowledged = pkids.len();
+        if acknowledged > 0 && client.acknowledge(pkids).await {
+            self.metrics.acknowledged(acknowledged);
+        }
         for ((site, gateway), ranges) in durable.ranges {
             let topic = Topic { site, gateway, stream: Stream::Ack }.under(&self.root);
             let document = serde_json::to_vec(&Ack { v: VERSION, ranges }).unwrap_or_default();
             let properties =
                 PublishProperties { content_type: Some(JSON.to_owned()), ..PublishProperties::default() };
             // One that is lost with the connection costs a repeated message, nothing else.
-            let _ =
-                client.publish_with_properties(topic, QoS::AtLeastOnce, false, document, properties).await;
+            client.publish(Publish::new(topic, QoS::AtLeastOnce, document, Some(properties))).await;
         }
     }
 
@@ -463,9 +482,13 @@ impl Acknowledger {
         let client = self.current.borrow().as_ref().map(|(_, client)| client.clone());
         if let Some(client) = client {
             let document = status(self.writer, &self.client_id, online, self.clock.as_ref());
-            let _ = client.publish(cloud_status_topic(&self.root), QoS::AtLeastOnce, true, document).await;
+            client.publish(heartbeat(&self.root, document)).await;
         }
     }
+}
+
+fn heartbeat(root: &str, document: Vec<u8>) -> Publish {
+    Publish { retain: true, ..Publish::new(cloud_status_topic(root), QoS::AtLeastOnce, document, None) }
 }
 
 fn status(writer: Uuid, client_id: &str, online: bool, clock: &dyn Clock) -> Vec<u8> {

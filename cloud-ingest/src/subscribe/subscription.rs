@@ -1,12 +1,16 @@
 //! What to subscribe to, and as whom.
 
-use std::time::Duration;
+use std::{path::Path, time::Duration};
 
 use anyhow::Context;
 use common::wire::cloud_status_topic;
 use rumqttc::{
     TlsConfiguration, Transport,
     v5::{MqttOptions, mqttbytes::QoS},
+};
+use rustls::{
+    ClientConfig, RootCertStore,
+    pki_types::{CertificateDer, pem::PemObject},
 };
 use tokio::sync::watch;
 use url::Url;
@@ -70,12 +74,23 @@ pub fn connection(settings: &MqttSettings) -> anyhow::Result<MqttOptions> {
         let configuration = if settings.ca.is_empty() {
             TlsConfiguration::default()
         } else {
-            let ca = std::fs::read(&settings.ca).with_context(|| format!("mqtt.ca = {:?}", settings.ca))?;
-            TlsConfiguration::Simple { ca, alpn: None, client_auth: None }
+            let roots =
+                roots(Path::new(&settings.ca)).with_context(|| format!("mqtt.ca = {:?}", settings.ca))?;
+            ClientConfig::builder().with_root_certificates(roots).with_no_client_auth().into()
         };
         options.set_transport(Transport::tls_with_config(configuration));
     }
     Ok(options)
+}
+
+/// The certificates of a PEM file, to trust in.
+fn roots(file: &Path) -> anyhow::Result<RootCertStore> {
+    let mut roots = RootCertStore::empty();
+    for certificate in CertificateDer::pem_file_iter(file)? {
+        roots.add(certificate?)?;
+    }
+    anyhow::ensure!(!roots.is_empty(), "the file holds no certificate; it is to hold the broker's CA as PEM");
+    Ok(roots)
 }
 
 impl Subscription {

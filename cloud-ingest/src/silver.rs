@@ -13,8 +13,8 @@
 //! * Every message: readings = stored + duplicates + quarantined, in rows of its lane.
 //! * The same segments, rules and committed rows give the same result, in the same order.
 //!
-//! JSON messages have no name of their own; in `silver/messages` they stand with an empty epoch, lane `json`
-//! and their place in the segment as seq, so that what was received from them can be counted too.
+//! JSON messages have no name of their own. So that what was received from them can be counted too, all of a gateway in
+//! a segment are one row of `silver/messages`, with an empty epoch, lane `json` and the place of the first as seq.
 
 mod candidates;
 mod messages;
@@ -204,6 +204,7 @@ impl Step {
         let said = segments.iter().map(messages::rows_said).collect::<anyhow::Result<Vec<u64>>>()?;
         let said = said.into_iter().fold(0, u64::saturating_add);
         step.candidates.reserve(usize::try_from(said)?.min(MOST_SAID));
+        step.delivered.reserve(segments.iter().map(|segment| segment.rows.num_rows()).sum());
         let mut seen = committed.clone();
         for segment in segments {
             step.read_segment(segment, &mut seen)?;
@@ -236,7 +237,7 @@ impl Step {
     /// When rows do not fit the lake's schemas, which is a fault of this program.
     pub fn settle(mut self, answers: &Answers) -> anyhow::Result<Refined> {
         let Decided { sensor_readings, mut news, soft } = self.decide(answers)?;
-        news.messages = self.delivered.iter().filter_map(|d| d.name.clone()).collect();
+        news.messages = self.delivered.iter().filter_map(|d| d.name.as_deref().cloned()).collect();
         let counts = self.counts();
         let offenders = self.offenders();
         let quarantine = rows::quarantine(&self.quarantine, &self.delivered, &self.places)?;

@@ -3,7 +3,7 @@
 //! Takes only what the general way reads the same; whatever is unusual about a document, from a number in quotes to a
 //! field that stands twice, is left to it. What stands in a field that nobody asks for is not looked at.
 
-use std::fmt;
+use std::{borrow::Cow, fmt};
 
 use common::{json, reading::Quality, time::Timestamp};
 use serde::{
@@ -15,35 +15,38 @@ use serde_json::Value;
 use super::Sample;
 
 /// The readings of a document in which nothing is unusual.
-pub(super) fn samples(payload: &[u8]) -> Option<Vec<(i64, Sample)>> {
-    let read: Vec<Reading> = match payload.first()? {
-        b'{' => vec![serde_json::from_slice(payload).ok()?],
-        _ => serde_json::from_slice(payload).ok()?,
-    };
-    Some((0..).zip(read.into_iter().map(|Reading(sample)| sample)).collect())
+pub(super) fn samples(payload: &[u8]) -> Option<Vec<(i64, Sample<'_>)>> {
+    let of = |Reading(sample)| sample;
+    if payload.first() == Some(&b'{') {
+        return Some(vec![(0, of(serde_json::from_slice(payload).ok()?))]);
+    }
+    let read: Vec<Reading<'_>> = serde_json::from_slice(payload).ok()?;
+    Some((0..).zip(read.into_iter().map(of)).collect())
 }
 
 /// A JSON object; serde would take an array of the fields for it, too.
-struct Reading(Sample);
+struct Reading<'a>(Sample<'a>);
 
 #[derive(Deserialize)]
-struct Fields {
-    device_id: String,
+struct Fields<'a> {
+    #[serde(borrow)]
+    device_id: Cow<'a, str>,
     timestamp: Instant,
     /// Null, but not missing.
     #[serde(deserialize_with = "Option::deserialize")]
     value: Option<f64>,
-    #[serde(default)]
-    device_type: Option<String>,
-    #[serde(default)]
-    asset_id: Option<String>,
-    #[serde(default)]
-    unit: Option<String>,
+    // Serde borrows no text in an option; a null is left to the general way.
+    #[serde(borrow, default)]
+    device_type: Cow<'a, str>,
+    #[serde(borrow, default)]
+    asset_id: Cow<'a, str>,
+    #[serde(borrow, default)]
+    unit: Cow<'a, str>,
     #[serde(default)]
     quality: Value,
 }
 
-impl<'de> Deserialize<'de> for Reading {
+impl<'de> Deserialize<'de> for Reading<'de> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         deserializer.deserialize_map(Object)
     }
@@ -52,22 +55,22 @@ impl<'de> Deserialize<'de> for Reading {
 struct Object;
 
 impl<'de> Visitor<'de> for Object {
-    type Value = Reading;
+    type Value = Reading<'de>;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("a reading")
     }
 
-    fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Reading, A::Error> {
+    fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Reading<'de>, A::Error> {
         let Fields { device_id, timestamp, value, device_type, asset_id, unit, quality } =
             Fields::deserialize(MapAccessDeserializer::new(map))?;
         let quality = json::quality(&quality).ok_or_else(|| A::Error::custom("no quality"))?;
         Ok(Reading(Sample {
             ts: timestamp.0,
             device_id,
-            device_type: device_type.unwrap_or_default(),
-            asset_id: asset_id.unwrap_or_default(),
-            unit: unit.unwrap_or_default(),
+            device_type,
+            asset_id,
+            unit,
             value,
             quality: Quality::code(quality),
         }))

@@ -31,7 +31,7 @@ use crate::{
     gold::series::{column, ints, micros, text},
     lake::Table,
     plan::{Plan, REFINE, Replay, Selection},
-    silver::{Again, Change, Counts, Held, Replayed, Segment},
+    silver::{Again, Change, Counts, Held, Name, Replayed, Segment},
     tables::conform,
     upkeep::{is_not_found, read_plan},
 };
@@ -362,42 +362,54 @@ impl Refiner {
 /// Rows of `silver/messages` with their new balance, and those that were not there.
 fn amended(rows: &RecordBatch, changes: &[Change]) -> anyhow::Result<Vec<RecordBatch>> {
     const BALANCE: [&str; 5] = ["rows", "readings", "stored", "duplicates", "quarantined"];
-    let [segment, hash, epoch, lane] =
-        ["segment", "payload_sha256", "epoch", "lane"].map(|name| text(rows, name));
-    let (segment, hash, epoch, lane) = (segment?, hash?, epoch?, lane?);
+    let [segment, hash, site, gateway, epoch, lane] =
+        ["segment", "payload_sha256", "site", "gateway_id", "epoch", "lane"].map(|name| text(rows, name));
+    let (segment, hash, site) = (segment?, hash?, site?);
+    let (gateway, epoch, lane) = (gateway?, epoch?, lane?);
     let (seq, again) = (ints(rows, "seq")?, column(rows, "redelivered")?.as_boolean().clone());
     let mut balance = Vec::new();
     for name in BALANCE {
         balance.push(ints(rows, name)?.values().to_vec());
     }
     // The first delivery of a payload before the others, which were skipped.
-    let mut by_place: BTreeMap<(&str, &str, &str, i64, &str), Vec<usize>> = BTreeMap::new();
+    let mut by_place: BTreeMap<(&str, Name, &str), Vec<usize>> = BTreeMap::new();
     for row in 0..rows.num_rows() {
-        let place = (segment.value(row), epoch.value(row), lane.value(row), seq.value(row), hash.value(row));
-        by_place.entry(place).or_default().push(row);
+        let name = Name {
+            site: site.value(row).to_owned(),
+            gateway: gateway.value(row).to_owned(),
+            epoch: epoch.value(row).to_owned(),
+            lane: lane.value(row).to_owned(),
+            // Of the first of those that have no name.
+            seq: if epoch.value(row).is_empty() { 0 } else { seq.value(row) },
+        };
+        by_place.entry((segment.value(row), name, hash.value(row))).or_default().push(row);
     }
     by_place.values_mut().for_each(|rows| rows.sort_by_key(|row| again.value(*row)));
-    let mut amended = Vec::new();
+    let mut all = vec![rows.clone()];
     for change in changes {
-        let (epoch, lane, seq) = &change.name;
-        let place = (change.segment.as_str(), epoch.as_str(), lane.as_str(), *seq, change.hash.as_str());
-        let of_place = by_place.get(&place);
+        let place = (change.segment.as_str(), change.name.clone(), change.hash.as_str());
+        let of_place = by_place.entry(place).or_default();
         let held = |row: &&usize| balance[4][**row] + change.quarantined >= 0;
-        match of_place.and_then(|rows| rows.iter().find(held)) {
+        match of_place.iter().find(held) {
             Some(row) => {
                 let more =
                     [change.readings, change.readings, change.stored, change.duplicates, change.quarantined];
                 balance.iter_mut().zip(more).for_each(|(column, more)| column[*row] += more);
             }
-            None => amended.push(change.row.clone()),
+            None => {
+                of_place.push(balance[0].len());
+                for (name, column) in BALANCE.into_iter().zip(&mut balance) {
+                    column.push(ints(&change.row, name)?.value(0));
+                }
+                all.push(change.row.clone());
+            }
         }
     }
-    let mut mended = rows.clone();
+    let mut amended = concat_batches(&rows.schema(), &all)?;
     for (name, values) in BALANCE.into_iter().zip(balance) {
-        mended = with_column(&mended, name, Arc::new(Int64Array::from(values)))?;
+        amended = with_column(&amended, name, Arc::new(Int64Array::from(values)))?;
     }
-    amended.push(mended);
-    Ok(amended)
+    Ok(vec![amended])
 }
 
 fn with_column(rows: &RecordBatch, name: &str, values: ArrayRef) -> anyhow::Result<RecordBatch> {

@@ -32,19 +32,20 @@ use common::{
     wire::{self, Identity, Lane, Stream, Topic},
 };
 use rumqttc::v5::{
-    AsyncClient, Event, MqttOptions,
+    MqttOptions,
     mqttbytes::{
         QoS,
-        v5::{Filter, Packet},
+        v5::{Filter, Packet, Publish, Subscribe},
     },
 };
 use tokio::sync::watch;
-use tracing::{debug, info, warn};
+use tracing::{info, warn};
 
 pub(crate) use self::table::tables;
 pub use self::table::{readings_schema, status_schema};
 use crate::{
     decode::{self, JsonSource, Sample},
+    mqtt::{Connection, Lost},
     settings::Settings,
 };
 
@@ -434,11 +435,11 @@ impl State {
     }
 
     /// In the units and types that were sent.
-    fn samples(&mut self, site: &str, samples: Vec<Sample>, now: Timestamp, keep: Duration) {
+    fn samples(&mut self, site: &str, samples: Vec<Sample<'_>>, now: Timestamp, keep: Duration) {
         let per_device = (MAX_ROWS / self.devices.len().max(1)).max(1);
         for sample in samples {
             let Sample { ts, device_id, device_type, asset_id, unit, value, quality } = sample;
-            let key = (site.to_owned(), device_id);
+            let key = (site.to_owned(), device_id.into_owned());
             if key.1.is_empty() || (self.devices.len() >= MAX_NAMES && !self.devices.contains_key(&key)) {
                 continue;
             }
@@ -576,54 +577,58 @@ pub async fn follow(subscription: Subscription, live: Live, mut stop: watch::Rec
 
 struct Ended {
     connected: bool,
-    why: String,
+    why: Lost,
 }
 
 async fn follow_once(subscription: &Subscription, live: &Live) -> Ended {
     let mut options = subscription.mqtt.clone();
     options.set_client_id(format!("tailrace-live-{}", uuid::Uuid::now_v7().simple()));
     options.set_clean_start(true);
-    let (client, mut events) = AsyncClient::new(options, 16);
-    let mut connected = false;
-    loop {
-        match events.poll().await {
-            Ok(Event::Incoming(Packet::ConnAck(_))) => {
-                connected = true;
-                let streams = ["readings", "anomalies", "status", "control", "aggregates", "json"];
-                let ours = streams.iter().map(|stream| format!("{}/+/+/{stream}", subscription.root));
-                let others = subscription.json.iter().map(|source| source.filter.clone());
-                let filters = ours.chain(others).map(|path| Filter::new(path, QoS::AtMostOnce));
-                let filters: Vec<Filter> = filters.collect();
-                // From a task of its own: the request channel is emptied by this loop.
-                let client = client.clone();
-                tokio::spawn(async move {
-                    if let Err(error) = client.subscribe_many(filters).await {
-                        debug!(%error, "live subscription");
-                    }
-                });
-                info!("live subscription is up");
+    let Connection { mut reader, writer, client, .. } = match Connection::open(&options).await {
+        Ok(connection) => connection,
+        Err(lost) => return Ended { connected: false, why: lost },
+    };
+    let streams = ["readings", "anomalies", "status", "control", "aggregates", "json"];
+    let ours = streams.iter().map(|stream| format!("{}/+/+/{stream}", subscription.root));
+    let others = subscription.json.iter().map(|source| source.filter.clone());
+    let filters = ours.chain(others).map(|path| Filter::new(path, QoS::AtMostOnce));
+    client.send(Packet::Subscribe(Subscribe::new_many(filters, None))).await;
+    info!("live subscription is up");
+    let reading = async {
+        let mut packets = Vec::new();
+        loop {
+            if let Err(lost) = reader.read(&mut packets).await {
+                return lost;
             }
-            Ok(Event::Incoming(Packet::Publish(message))) => {
-                let Ok(path) = std::str::from_utf8(&message.topic) else { continue };
-                let Some(topic) = Topic::parse(&subscription.root, path) else {
-                    let is_of = |source: &&Arc<JsonSource>| topic_filter::matches(&source.filter, path);
-                    if let Some(source) = subscription.json.iter().find(is_of) {
-                        let JsonSource { site, gateway, .. } = source.as_ref();
-                        let (site, gateway) = (site.clone(), gateway.clone());
-                        let topic = Topic { site, gateway, stream: Stream::Json };
-                        live.push_json(&topic, Some(Arc::clone(source)), &message.payload);
-                    }
-                    continue;
-                };
-                let identity = message
-                    .properties
-                    .as_ref()
-                    .and_then(|p| Identity::from_properties(&p.user_properties).ok());
-                let rows = identity.map_or(1, |identity| identity.rows);
-                live.push(&topic, &message.payload, rows, message.retain);
+            for packet in packets.drain(..) {
+                if let Packet::Publish(message) = packet {
+                    take(subscription, live, &message);
+                }
             }
-            Ok(_) => {}
-            Err(error) => return Ended { connected, why: error.to_string() },
         }
+    };
+    let why = tokio::select! {
+        lost = reading => lost,
+        ended = writer.run() => ended.err().unwrap_or(Lost::Closed),
+    };
+    Ended { connected: true, why }
+}
+
+fn take(subscription: &Subscription, live: &Live, message: &Publish) {
+    let Ok(path) = std::str::from_utf8(&message.topic) else { return };
+    // It is kept for longer than what was read with it.
+    let payload = Bytes::copy_from_slice(&message.payload);
+    if let Some(topic) = Topic::parse(&subscription.root, path) {
+        let identity =
+            message.properties.as_ref().and_then(|p| Identity::from_properties(&p.user_properties).ok());
+        let rows = identity.map_or(1, |identity| identity.rows);
+        live.push(&topic, &payload, rows, message.retain);
+        return;
+    }
+    let is_of = |source: &&Arc<JsonSource>| topic_filter::matches(&source.filter, path);
+    if let Some(source) = subscription.json.iter().find(is_of) {
+        let JsonSource { site, gateway, .. } = source.as_ref();
+        let topic = Topic { site: site.clone(), gateway: gateway.clone(), stream: Stream::Json };
+        live.push_json(&topic, Some(Arc::clone(source)), &payload);
     }
 }

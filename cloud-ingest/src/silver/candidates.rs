@@ -91,6 +91,8 @@ pub(super) struct Candidates {
     last: Vec<Option<(i64, Option<f64>)>>,
     pub(super) slots: Vec<Slot>,
     slot_index: HashMap<String, Result<u32, Reject>>,
+    /// Room to put a key of `slot_index` together.
+    key: String,
     /// Of the last message of each site and gateway, which mostly says the same again.
     dictionaries: HashMap<(String, String), Dictionaries>,
     pub(super) ts: Vec<i64>,
@@ -212,16 +214,17 @@ impl Candidates {
         rules: &Rules,
         at: usize,
         message: &mut Delivered,
-        samples: &[(i64, Sample)],
+        samples: &[(i64, Sample<'_>)],
         quarantine: &mut Vec<Quarantined>,
     ) {
-        let site = message.site.clone().unwrap_or_default();
+        let site = message.site.as_deref().unwrap_or("");
+        let mut refused = 0;
         for (row, sample) in samples {
             if !message.counts(*row) {
                 continue;
             }
             let stated = Stated {
-                site: &site,
+                site,
                 device_id: &sample.device_id,
                 device_type: &sample.device_type,
                 asset_id: &sample.asset_id,
@@ -240,19 +243,20 @@ impl Candidates {
                     self.push(sample.ts, value, sample.quality, slot, at, row);
                 }
                 Err(reject) => {
-                    message.quarantined += 1;
+                    refused += 1;
                     quarantine.push(Quarantined {
                         row: Some(*row),
-                        device_id: Some(sample.device_id.clone()),
-                        device_type: Some(sample.device_type.clone()),
+                        device_id: Some(sample.device_id.to_string()),
+                        device_type: Some(sample.device_type.to_string()),
                         ts: Some(sample.ts.to_string()),
                         value: sample.value.map(|v| v.to_string()),
-                        unit: Some(sample.unit.clone()),
+                        unit: Some(sample.unit.to_string()),
                         ..Quarantined::message(at, 1, reject)
                     });
                 }
             }
         }
+        message.quarantined += refused;
     }
 
     /// Makes room for so many more.
@@ -276,8 +280,12 @@ impl Candidates {
 
     fn resolve(&mut self, rules: &Rules, stated: Stated<'_>) -> Result<u32, Reject> {
         let Stated { site, device_id, device_type, asset_id, unit, kind } = stated;
-        let key = [site, device_id, device_type, asset_id, unit, kind].join("\u{1f}");
-        if let Some(known) = self.slot_index.get(&key) {
+        self.key.clear();
+        for word in [site, device_id, device_type, asset_id, unit, kind] {
+            self.key.push_str(word);
+            self.key.push('\u{1f}');
+        }
+        if let Some(known) = self.slot_index.get(&self.key) {
             return known.clone();
         }
         let made = rules.profile(device_id, device_type, unit, kind).map(|profile| {
@@ -300,7 +308,7 @@ impl Candidates {
             self.slots.push(slot);
             number(self.slots.len() - 1)
         });
-        self.slot_index.insert(key, made.clone());
+        self.slot_index.insert(self.key.clone(), made.clone());
         made
     }
 

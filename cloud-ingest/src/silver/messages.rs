@@ -14,8 +14,13 @@ use arrow::{
     compute::{cast, kernels::cmp::eq, nullif},
     datatypes::{Int64Type, TimestampMicrosecondType},
 };
-use common::{documents::Status, time::Timestamp, wire::Lane};
+use common::{
+    documents::Status,
+    time::Timestamp,
+    wire::{ClockState, Lane},
+};
 use sha2::{Digest, Sha256};
+use uuid::Uuid;
 
 use super::{
     Step,
@@ -26,6 +31,10 @@ use crate::{
     lake::{Table, bronze_schema},
     quality::{Profile, Reject, Rules, hex},
 };
+
+/// What bronze and `silver/messages` call a clock that was never set, and every other one.
+const UNSYNCED: &str = ClockState::Unsynced { boot: Uuid::nil() }.as_str();
+const SYNCED: &str = ClockState::Synced.as_str();
 
 /// A bronze object that was read.
 #[derive(Clone, Debug)]
@@ -67,10 +76,9 @@ pub(super) fn rows_said(segment: &Segment) -> anyhow::Result<u64> {
 /// A message, and what became of its readings.
 #[derive(Debug)]
 pub(super) struct Delivered {
-    pub(super) name: Option<Name>,
+    pub(super) name: Option<Box<Name>>,
     pub(super) site: Option<String>,
     pub(super) gateway: Option<String>,
-    pub(super) topic: String,
     pub(super) received_at: Timestamp,
     /// Index into [`Places::segments`].
     pub(super) segment: usize,
@@ -81,7 +89,8 @@ pub(super) struct Delivered {
     pub(super) rows_before: i64,
     pub(super) oldest: i64,
     pub(super) sealed_at: Timestamp,
-    pub(super) clock: String,
+    /// Its gateway's clock was never set.
+    pub(super) unsynced: bool,
     /// SHA-256 of the payload, in hex; empty without a name, by which alone two are compared.
     pub(super) hash: String,
     pub(super) readings: i64,
@@ -90,10 +99,15 @@ pub(super) struct Delivered {
     pub(super) quarantined: i64,
     pub(super) redelivered: bool,
     /// The readings that count, by their place in the message; `None` for all.
-    pub(super) only: Option<HashSet<i64>>,
+    pub(super) only: Option<Box<HashSet<i64>>>,
 }
 
 impl Delivered {
+    /// As the wire calls it.
+    pub(super) fn clock(&self) -> &'static str {
+        if self.unsynced { UNSYNCED } else { SYNCED }
+    }
+
     /// Whether this reading counts.
     #[inline]
     pub(super) fn counts(&self, row: i64) -> bool {
@@ -101,10 +115,25 @@ impl Delivered {
     }
 }
 
-/// Paths of the plan's segments.
+/// The plan's segments.
 #[derive(Debug, Default)]
 pub(super) struct Places {
+    /// Their paths.
     pub(super) segments: Vec<String>,
+    /// Of their messages.
+    topics: Vec<StringArray>,
+}
+
+impl Places {
+    fn push(&mut self, segment: &Segment, columns: &Columns<'_>) {
+        self.segments.push(segment.path.clone());
+        self.topics.push(columns.topic.clone());
+    }
+
+    /// The topic that a message came on.
+    pub(super) fn topic(&self, message: &Delivered) -> &str {
+        self.topics[message.segment].value(usize::try_from(message.offset).unwrap_or(usize::MAX))
+    }
 }
 
 impl Step {
@@ -114,7 +143,7 @@ impl Step {
         seen: &mut HashMap<Name, String>,
     ) -> anyhow::Result<()> {
         let columns = Columns::of(segment)?;
-        self.places.segments.push(segment.path.clone());
+        self.places.push(segment, &columns);
         for row in 0..segment.rows.num_rows() {
             let payload = columns.payload.value(row);
             let claim = columns.claim(row);
@@ -124,7 +153,7 @@ impl Step {
                 message.hash = hex(&Sha256::digest(payload));
             }
             let earlier = match &message.name {
-                Some(name) => seen.insert(name.clone(), message.hash.clone()),
+                Some(name) => seen.insert(name.as_ref().clone(), message.hash.clone()),
                 None => None,
             };
             if earlier.as_ref() == Some(&message.hash) {
@@ -160,7 +189,7 @@ impl Step {
         wanted: BTreeMap<i64, Option<HashSet<i64>>>,
     ) -> anyhow::Result<Vec<(i64, usize)>> {
         let columns = Columns::of(segment)?;
-        self.places.segments.push(segment.path.clone());
+        self.places.push(segment, &columns);
         let mut read = Vec::with_capacity(wanted.len());
         for (offset, only) in wanted {
             let row = usize::try_from(offset)?;
@@ -179,7 +208,7 @@ impl Step {
             message.site = sender.site;
             message.gateway = sender.gateway;
             message.recorded |= sender.nameless_readings;
-            message.only = only;
+            message.only = only.map(Box::new);
             let at = self.delivered.len();
             self.delivered.push(message);
             self.take(at, content, claim.is_some())?;
@@ -188,16 +217,16 @@ impl Step {
         Ok(read)
     }
 
-    fn decode(
+    fn decode<'a>(
         &mut self,
         topic: &str,
         claim: Option<Claim>,
-        payload: &[u8],
-    ) -> (Sender, Result<Content, Reject>) {
+        payload: &'a [u8],
+    ) -> (Sender, Result<Content<'a>, Reject>) {
         decode(&mut self.payloads, &self.rules.root, &self.rules.json, topic, claim, payload)
     }
 
-    fn take(&mut self, at: usize, content: Result<Content, Reject>, named: bool) -> anyhow::Result<()> {
+    fn take(&mut self, at: usize, content: Result<Content<'_>, Reject>, named: bool) -> anyhow::Result<()> {
         let rows = self.delivered[at].rows;
         match content {
             Err(reject) => {
@@ -213,7 +242,7 @@ impl Step {
             }
             // Readings are judged one by one; the clocks of some devices are set though their gateway's is not.
             Ok(Content::Lane(lane @ (Lane::Aggregates | Lane::Anomalies), _))
-                if self.delivered[at].clock == "unsynced" =>
+                if self.delivered[at].unsynced =>
             {
                 self.delivered[at].readings = rows;
                 let reason =
@@ -249,7 +278,7 @@ impl Step {
         Ok(())
     }
 
-    fn json(&mut self, at: usize, samples: &[(i64, Sample)], bad: Vec<BadSample>) {
+    fn json(&mut self, at: usize, samples: &[(i64, Sample<'_>)], bad: Vec<BadSample>) {
         let message = &mut self.delivered[at];
         message.readings = i64::try_from(samples.len() + bad.len()).unwrap_or(i64::MAX);
         message.rows = message.readings;
@@ -464,17 +493,16 @@ impl<'a> Columns<'a> {
         Delivered {
             site: name.as_ref().map(|n| n.site.clone()),
             gateway: name.as_ref().map(|n| n.gateway.clone()),
-            topic: self.topic.value(row).to_owned(),
             received_at,
             segment,
             offset: i64::try_from(row).unwrap_or(i64::MAX),
             recorded: name.is_some(),
-            name,
+            name: name.map(Box::new),
             rows: self.number(1, row),
             rows_before: self.number(2, row),
             oldest: self.number(3, row),
             sealed_at,
-            clock: if self.clock.is_valid(row) { self.clock.value(row) } else { "synced" }.to_owned(),
+            unsynced: self.clock.is_valid(row) && self.clock.value(row) == UNSYNCED,
             hash: String::new(),
             readings: 0,
             stored: 0,

@@ -15,7 +15,7 @@ use std::{
 use arrow::array::RecordBatch;
 
 use super::{
-    Answers, Counts, Decided, Known, News, Question, Segment, Step,
+    Answers, Counts, Decided, Known, Name, News, Question, Segment, Step,
     messages::Delivered,
     rows::{self, Quarantined},
 };
@@ -50,8 +50,8 @@ pub struct Again {
 pub struct Change {
     /// Where the message stands.
     pub segment: String,
-    /// Epoch, lane and seq, as they stand in the row.
-    pub name: (String, String, i64),
+    /// As it stands in the row; where it has none, its sender's, lane `json` and seq 0.
+    pub name: Name,
     /// SHA-256 of its payload.
     pub hash: String,
     /// More readings than were counted before.
@@ -162,12 +162,16 @@ fn change(step: &Step, at: usize, before: i64) -> anyhow::Result<Change> {
     let message = &step.delivered[at];
     let Delivered { stored, duplicates, .. } = *message;
     let row = rows::messages(step.plan, std::slice::from_ref(message), &step.places)?;
-    let name = message.name.as_ref();
+    let nameless = || Name {
+        site: message.site.clone().unwrap_or_default(),
+        gateway: message.gateway.clone().unwrap_or_default(),
+        epoch: String::new(),
+        lane: "json".to_owned(),
+        seq: 0,
+    };
     Ok(Change {
         segment: step.places.segments[message.segment].clone(),
-        name: name.map_or((String::new(), "json".to_owned(), message.offset), |name| {
-            (name.epoch.clone(), name.lane.clone(), name.seq)
-        }),
+        name: message.name.as_deref().cloned().unwrap_or_else(nameless),
         hash: message.hash.clone(),
         readings: message.readings - before,
         stored,

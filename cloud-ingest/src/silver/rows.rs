@@ -3,7 +3,11 @@
 //! Columns of text are dictionaries over the words of the plan, all the way into the data files, and laid out by runs of
 //! rows that say the same; instants and values are the candidates' own, where nothing lies between them.
 
-use std::{collections::BTreeMap, ops::Range, sync::Arc};
+use std::{
+    collections::{BTreeMap, HashMap, hash_map::Entry},
+    ops::Range,
+    sync::Arc,
+};
 
 use arrow::{
     array::{
@@ -266,7 +270,7 @@ pub(super) fn quarantine(
     };
     let columns: Vec<ArrayRef> = vec![
         Arc::new(instants(quarantine.iter().map(|q| from(q).received_at))),
-        texts(&|q| Some(from(q).topic.clone())),
+        texts(&|q| Some(places.topic(from(q)).to_owned())),
         texts(&|q| from(q).site.clone()),
         texts(&|q| from(q).gateway.clone()),
         texts(&|q| q.device_id.clone()),
@@ -288,17 +292,39 @@ pub(super) fn quarantine(
     Ok(vec![RecordBatch::try_new(Table::Quarantine.schema(), columns)?])
 }
 
+/// The rows of `silver/messages`: one for each message that has a name, and one for all that a gateway has sent without
+/// names in a segment.
 pub(super) fn messages(
     plan: i64,
     delivered: &[Delivered],
     places: &Places,
 ) -> anyhow::Result<Vec<RecordBatch>> {
-    let rows: Vec<&Delivered> = delivered.iter().filter(|d| d.recorded).collect();
+    let mut rows: Vec<(&Delivered, [i64; 5])> = Vec::new();
+    let mut nameless = HashMap::new();
+    for d in delivered.iter().filter(|d| d.recorded) {
+        let mut counts = [d.rows, d.readings, d.stored, d.duplicates, d.quarantined];
+        if d.name.is_none() {
+            // Nobody said how many there are.
+            counts[0] = d.readings;
+            match nameless.entry((d.segment, d.site.as_deref(), d.gateway.as_deref())) {
+                Entry::Occupied(first) => {
+                    let (_, sums): &mut (_, [i64; 5]) = &mut rows[*first.get()];
+                    sums.iter_mut().zip(counts).for_each(|(sum, count)| *sum += count);
+                    continue;
+                }
+                Entry::Vacant(first) => first.insert(rows.len()),
+            };
+        }
+        rows.push((d, counts));
+    }
     let texts = |of: &dyn Fn(&Delivered) -> String| -> ArrayRef {
-        Arc::new(StringArray::from_iter_values(rows.iter().map(|d| of(d))))
+        Arc::new(StringArray::from_iter_values(rows.iter().map(|(d, _)| of(d))))
     };
     let ints = |of: &dyn Fn(&Delivered) -> i64| -> ArrayRef {
-        Arc::new(Int64Array::from_iter_values(rows.iter().map(|d| of(d))))
+        Arc::new(Int64Array::from_iter_values(rows.iter().map(|(d, _)| of(d))))
+    };
+    let counts = |which: usize| -> ArrayRef {
+        Arc::new(Int64Array::from_iter_values(rows.iter().map(|(_, counts)| counts[which])))
     };
     let columns: Vec<ArrayRef> = vec![
         texts(&|d| d.site.clone().unwrap_or_default()),
@@ -306,18 +332,18 @@ pub(super) fn messages(
         texts(&|d| d.name.as_ref().map_or(String::new(), |n| n.epoch.clone())),
         texts(&|d| d.name.as_ref().map_or("json".to_owned(), |n| n.lane.clone())),
         ints(&|d| d.name.as_ref().map_or(d.offset, |n| n.seq)),
-        ints(&|d| d.rows),
+        counts(0),
         ints(&|d| d.rows_before),
         ints(&|d| d.oldest),
-        Arc::new(instants(rows.iter().map(|d| d.sealed_at))),
-        texts(&|d| d.clock.clone()),
+        Arc::new(instants(rows.iter().map(|(d, _)| d.sealed_at))),
+        texts(&|d| d.clock().to_owned()),
         texts(&|d| d.hash.clone()),
-        ints(&|d| d.readings),
-        ints(&|d| d.stored),
-        ints(&|d| d.duplicates),
-        ints(&|d| d.quarantined),
-        Arc::new(BooleanArray::from_iter(rows.iter().map(|d| Some(d.redelivered)))),
-        Arc::new(instants(rows.iter().map(|d| d.received_at))),
+        counts(1),
+        counts(2),
+        counts(3),
+        counts(4),
+        Arc::new(BooleanArray::from_iter(rows.iter().map(|(d, _)| Some(d.redelivered)))),
+        Arc::new(instants(rows.iter().map(|(d, _)| d.received_at))),
         texts(&|d| places.segments[d.segment].clone()),
         ints(&|_| plan),
     ];

@@ -99,7 +99,7 @@ pub(super) struct Delivered {
     pub(super) quarantined: i64,
     pub(super) redelivered: bool,
     /// The readings that count, by their place in the message; `None` for all.
-    pub(super) only: Option<Box<HashSet<i64>>>,
+    pub(super) only: Option<HashSet<i64>>,
 }
 
 impl Delivered {
@@ -208,7 +208,7 @@ impl Step {
             message.site = sender.site;
             message.gateway = sender.gateway;
             message.recorded |= sender.nameless_readings;
-            message.only = only.map(Box::new);
+            message.only = only;
             let at = self.delivered.len();
             self.delivered.push(message);
             self.take(at, content, claim.is_some())?;

@@ -43,7 +43,7 @@ CONFIG = """
 [store]
 url = "file://{lake}"
 [mqtt]
-url = "mqtt://127.0.0.1:{port}"
+url = "{url}"
 heartbeat = "1s"
 max_backoff = "1s"
 """
@@ -51,7 +51,13 @@ SHARED = CONFIG + """
 share = "ingest"
 username = "_cloud"
 password = "env:JUDGE_PASSWORD"
+ca = "{ca}"
 """
+
+
+def tls(lake, port, broker):
+    """The configuration of a replica behind a broker with the shipped configuration, as it comes from elsewhere."""
+    return SHARED.format(lake=lake, url=f"mqtts://localhost:{port}", ca=broker / "certs/ca.crt")
 
 
 class Replicas:
@@ -236,7 +242,7 @@ def judge_replicas(report, shipped, programs, folder):
     port, tls_port = free_port(), free_port()
     configure(shipped, folder / "broker", port, tls_port, {user: SECRET for user in FLEET_USERS})
     config, lake = home / "cloud.toml", home / "lake"
-    config.write_text(SHARED.format(lake=lake, port=port))
+    config.write_text(tls(lake, tls_port, folder / "broker"))
     with contextlib.ExitStack() as stack:
         broker = running(["mosquitto", "-c", str(folder / "broker/mosquitto.conf")], folder / "broker.log")
         broker = stack.enter_context(broker)
@@ -304,7 +310,7 @@ def judge_epochs(report, programs, folder):
     conf.write_text(f"listener {port} 127.0.0.1\nallow_anonymous true\n")
     config = home / "cloud.toml"
     serve = f'[serve]\npg_port = {free_port()}\nhttp_port = {http}\n[bronze]\nmax_age = "5s"\n'
-    config.write_text(CONFIG.format(lake=home / "lake", port=port) + serve)
+    config.write_text(CONFIG.format(lake=home / "lake", url=f"mqtt://127.0.0.1:{port}") + serve)
     command = ["mosquitto", "-c", str(conf)]
     publish = lambda client, words: [client.publish(f"{ROOT}/{GATEWAY}/json", word.encode()) for word in words]
     # A file where the year's folder should be: nothing can be put.
@@ -366,7 +372,7 @@ unit = "L/min"
 [[replay]]
 file = "{home}/rows.csv"
 [mqtt]
-url = "mqtt://127.0.0.1:{port}"
+url = "{url}"
 username = "plant-1/gw-1"
 password = "env:JUDGE_PASSWORD"
 [uplink]
@@ -444,11 +450,12 @@ def judge_doctor(report, shipped, programs, folder):
         box.mkdir()
         config = home / f"{name}.toml"
         if name == "shipped":
-            configure(shipped, box, port, free_port())
-            config.write_text(SHARED.format(lake=home / "lake", port=port))
+            tls_port = free_port()
+            configure(shipped, box, port, tls_port)
+            config.write_text(tls(home / "lake", tls_port, box))
         else:
             (box / "mosquitto.conf").write_text(f"listener {port} 127.0.0.1\nallow_anonymous true\n")
-            config.write_text(CONFIG.format(lake=home / "lake", port=port) + 'share = "ingest"\n')
+            config.write_text(CONFIG.format(lake=home / "lake", url=f"mqtt://127.0.0.1:{port}") + 'share = "ingest"\n')
         with open(box / "mosquitto.conf", "a", encoding="utf-8") as conf:
             conf.write("sys_interval 1\n")  # less to wait for
         # Starts the broker again whenever it has ended.

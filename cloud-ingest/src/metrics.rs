@@ -17,6 +17,7 @@ struct Outcome {
 #[derive(Clone, Debug, Default)]
 pub struct Metrics {
     received: Counter,
+    dropped: Counter,
     acknowledged: Counter,
     stale: Counter,
     connected: Gauge,
@@ -35,6 +36,7 @@ impl Metrics {
         let m = Self::default();
         let r = registry.sub_registry_with_prefix("cloud");
         r.register("messages_received", "Messages taken from the broker", m.received.clone());
+        r.register("messages_dropped", "Messages of QoS 0 that found no room", m.dropped.clone());
         r.register("messages_acknowledged", "Messages acknowledged after bronze", m.acknowledged.clone());
         r.register("acknowledgements_stale", "Not sent: the connection was another", m.stale.clone());
         r.register("mqtt_connected", "1 while connected to the broker", m.connected.clone());
@@ -48,13 +50,17 @@ impl Metrics {
         m
     }
 
-    pub(crate) fn received(&self, messages: usize) {
-        self.received.inc_by(messages as u64);
+    pub(crate) fn received(&self) {
+        self.received.inc();
     }
 
     /// Messages taken from the broker so far.
     pub(crate) fn taken(&self) -> u64 {
         self.received.get()
+    }
+
+    pub(crate) fn dropped(&self) {
+        self.dropped.inc();
     }
 
     pub(crate) fn acknowledged(&self, messages: usize) {

@@ -4,12 +4,11 @@
 //! for each message that a busy broker writes, and copies it: of the 12 µs of CPU time that a single JSON reading took
 //! on its whole way, 7 went there, and half a microsecond does now. So a connection has two halves here:
 //!
-//! * [`Reader`] takes whatever has come, up to 64 KiB, and then lets a millisecond pass. It stops reading when nobody
-//!   takes what it has read: then TCP holds the broker back.
+//! * [`Reader`] takes whatever has come, up to 64 KiB, and then lets a millisecond pass.
 //! * [`Writer`] sends what [`Client`]s have asked for, all of it at once, and pings.
 //!
 //! Either ends with the connection; nothing is sent again on the next one. No more publishes are under way than
-//! the broker's receive maximum allows (MQTT 5, section 3.3.4); whoever has one more waits.
+//! the broker's receive maximum allows (MQTT 5, section 3.3.4); whoever has one more waits, so reading must go on.
 
 use std::{io, sync::Arc, time::Duration};
 
@@ -355,7 +354,7 @@ impl Writer {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use bytes::Bytes;
     use proptest::prelude::*;
     use rumqttc::v5::mqttbytes::{
@@ -367,13 +366,13 @@ mod tests {
     use super::*;
 
     /// A broker that does as it is told.
-    struct Broker {
-        socket: DuplexStream,
-        buffer: BytesMut,
+    pub(crate) struct Broker<S> {
+        pub(crate) socket: S,
+        pub(crate) buffer: BytesMut,
     }
 
-    impl Broker {
-        async fn hear(&mut self) -> Packet {
+    impl<S: AsyncRead + AsyncWrite + Unpin> Broker<S> {
+        pub(crate) async fn hear(&mut self) -> Packet {
             loop {
                 match Packet::read(&mut self.buffer, None) {
                     Ok(packet) => return packet,
@@ -385,7 +384,7 @@ mod tests {
             }
         }
 
-        async fn say(&mut self, packet: Packet) {
+        pub(crate) async fn say(&mut self, packet: Packet) {
             let mut bytes = BytesMut::new();
             packet.write(&mut bytes, None).unwrap();
             self.socket.write_all(&bytes).await.unwrap();
@@ -398,7 +397,7 @@ mod tests {
         options
     }
 
-    fn properties(set: impl FnOnce(&mut ConnAckProperties)) -> ConnAckProperties {
+    pub(crate) fn properties(set: impl FnOnce(&mut ConnAckProperties)) -> ConnAckProperties {
         let mut properties = ConnAckProperties {
             session_expiry_interval: None,
             receive_max: None,
@@ -425,7 +424,7 @@ mod tests {
     async fn greeted(
         code: ConnectReturnCode,
         properties: ConnAckProperties,
-    ) -> (Broker, Result<Connection, Lost>) {
+    ) -> (Broker<DuplexStream>, Result<Connection, Lost>) {
         let (ours, socket) = tokio::io::duplex(1 << 16);
         let mut broker = Broker { socket, buffer: BytesMut::new() };
         let options = options();
@@ -439,7 +438,7 @@ mod tests {
         (broker, connection)
     }
 
-    async fn connected(properties: ConnAckProperties) -> (Broker, Connection) {
+    async fn connected(properties: ConnAckProperties) -> (Broker<DuplexStream>, Connection) {
         let (broker, connection) = greeted(ConnectReturnCode::Success, properties).await;
         (broker, connection.unwrap())
     }

@@ -8,7 +8,7 @@
 //!
 //! | channel | bound | full when | closed by |
 //! |---|---|---|---|
-//! | inbound | 64 reads of 64 KiB | the store is slow; then the broker waits | subscribe, at the stop |
+//! | inbound | 64 reads of 64 KiB | the store is slow; then subscribe holds `mqtt.inflight` more messages, and the broker waits | subscribe, at the stop |
 //! | durable | 4 segments | the broker is slow | ingest, once it has flushed |
 //! | progress | the newest count | never | ingest, once it has flushed |
 //! | silver | the newest plan | never | refine, once all of bronze is in silver |

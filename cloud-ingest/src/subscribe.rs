@@ -4,8 +4,9 @@
 //! Another one acknowledges, to the broker and to the edge, and sends the heartbeat.
 //!
 //! * The client id is fixed and the session persistent, so the broker keeps what comes while we are away.
-//! * At most `inflight` messages are unacknowledged (MQTT 5's receive maximum). While bronze has no room for
-//!   more, which QoS 0 can bring about as well, nothing is read: the broker waits.
+//! * At most `inflight` messages are unacknowledged (MQTT 5's receive maximum). While bronze has no room they are
+//!   held here, and no more than as many: what QoS 0 brings beyond is dropped, and counted. Reading never stops, for
+//!   among what comes are the answers that our acknowledgements to the edges wait for.
 //! * Packet ids are the connection's: an acknowledgement for an earlier one is not sent. The broker delivers
 //!   the message again; silver knows it by its name.
 //! * On any error the connection is dropped, and made anew after a jittered wait. A broker that is away ends
@@ -181,7 +182,7 @@ struct Receiver {
     clock: Arc<dyn Clock>,
     /// `None` once the program stops.
     inbound: Option<mpsc::Sender<Vec<Inbound>>>,
-    /// What was read last and is not handed on yet.
+    /// What was read and is not handed on yet.
     held: Vec<Inbound>,
     /// Our own heartbeat has come, and so has everything before it.
     heard_oneself: bool,
@@ -281,7 +282,7 @@ impl Receiver {
                     _ => return Some(Lost::Closed),
                 },
                 () = self.pass_on(), if !self.held.is_empty() => {}
-                read = reader.read(&mut packets), if self.held.is_empty() => match read {
+                read = reader.read(&mut packets) => match read {
                     Ok(()) => self.take(packets.drain(..), number, &client),
                     Err(lost) => return Some(lost),
                 },
@@ -331,7 +332,6 @@ impl Receiver {
                 _ => {}
             }
         }
-        self.metrics.received(self.held.len());
     }
 
     /// A heartbeat or farewell of the cloud.
@@ -367,10 +367,16 @@ impl Receiver {
     }
 
     fn publish(&mut self, publish: Publish, connection: u64, now: Timestamp) {
+        self.metrics.received();
         let token = match publish.qos {
             QoS::AtMostOnce => AckToken::Nobody,
             _ => AckToken::Broker { connection, pkid: publish.pkid },
         };
+        let window = self.subscription.options.receive_maximum().map_or(usize::MAX, usize::from);
+        if matches!(token, AckToken::Nobody) && self.held.len() >= window {
+            self.metrics.dropped();
+            return;
+        }
         let message = message(&self.subscription.root, publish, now);
         self.held.push(Inbound { message, token });
     }
@@ -494,4 +500,95 @@ fn heartbeat(root: &str, document: Vec<u8>) -> Publish {
 fn status(writer: Uuid, client_id: &str, online: bool, clock: &dyn Clock) -> Vec<u8> {
     let status = CloudStatus { v: VERSION, online, at: clock.now(), writer, client_id: client_id.to_owned() };
     serde_json::to_vec(&status).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use bytes::BytesMut;
+    use common::{time::SystemClock, wire::Lane};
+    use rumqttc::v5::mqttbytes::v5::{ConnAck, ConnectReturnCode, PubAck};
+    use tokio::net::TcpListener;
+
+    use super::*;
+    use crate::mqtt::tests::{Broker, properties};
+
+    /// Bronze stands still, the broker has sent what it may, and takes one publish at a time: every gateway is told all
+    /// the same what is durable, for the broker's answers come behind the messages for which there is no room.
+    #[tokio::test]
+    async fn gateways_are_told_while_bronze_has_no_room() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let mut options = MqttOptions::new("cloud", "127.0.0.1", listener.local_addr().unwrap().port());
+        options.set_receive_maximum(Some(40)).set_max_packet_size(Some(1 << 20));
+        let subscription = Subscription {
+            options,
+            root: "tailrace/v1".to_owned(),
+            filters: vec![("tailrace/v1/+/+/readings".to_owned(), QoS::AtLeastOnce)],
+            former: Vec::new(),
+            heartbeat: Duration::from_secs(60),
+            max_backoff: Duration::from_secs(1),
+            writer: Uuid::nil(),
+            emptying: None,
+        };
+        let (inbound, mut received) = mpsc::channel(1);
+        let (durable, acknowledge) = mpsc::channel(4);
+        let (stop, stopped) = watch::channel(false);
+        let clock = Arc::new(SystemClock);
+        let running =
+            tokio::spawn(run(subscription, clock, inbound, acknowledge, Metrics::default(), stopped));
+
+        let (socket, _) = listener.accept().await.unwrap();
+        let mut broker = Broker { socket, buffer: BytesMut::new() };
+        assert!(matches!(broker.hear().await, Packet::Connect(..)));
+        let properties = Some(properties(|p| p.receive_max = Some(1)));
+        let code = ConnectReturnCode::Success;
+        broker.say(Packet::ConnAck(ConnAck { session_present: false, code, properties })).await;
+        let message = |qos, pkid| Publish { pkid, ..Publish::new("tailrace/v1/a/b/json", qos, "1", None) };
+        for pkid in 1..=40 {
+            broker.say(Packet::Publish(message(QoS::AtLeastOnce, pkid))).await;
+            broker.say(Packet::Publish(message(QoS::AtMostOnce, 0))).await;
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+        let range = AckRange { epoch: Uuid::nil(), lane: Lane::Readings, from: 0, to: 0 };
+        let gateways: BTreeSet<String> = (0..5).map(|n| format!("gw-{n}")).collect();
+        let ranges = gateways.iter().map(|g| (("a".to_owned(), g.clone()), vec![range])).collect();
+        let tokens = vec![AckToken::Broker { connection: 1, pkid: 1 }];
+        durable.send(Durable { tokens, ranges }).await.unwrap();
+        let told = async {
+            let (mut told, mut acknowledged) = (BTreeSet::new(), Vec::new());
+            while told.len() < gateways.len() {
+                match broker.hear().await {
+                    Packet::Publish(publish) => {
+                        let topic = String::from_utf8(publish.topic.to_vec()).unwrap();
+                        if let Some(Topic { gateway, stream: Stream::Ack, .. }) =
+                            Topic::parse("tailrace/v1", &topic)
+                        {
+                            told.insert(gateway);
+                        }
+                        broker.say(Packet::PubAck(PubAck::new(publish.pkid, None))).await;
+                    }
+                    Packet::PubAck(ack) => acknowledged.push(ack.pkid),
+                    _ => {}
+                }
+            }
+            (told, acknowledged)
+        };
+        let told = tokio::time::timeout(Duration::from_secs(10), told).await;
+        assert_eq!(told.expect("every gateway is told"), (gateways, vec![1]));
+
+        // Of what was to be acknowledged nothing is lost.
+        let mut numbers = Vec::new();
+        while numbers.len() < 40 {
+            for inbound in received.recv().await.unwrap() {
+                if let AckToken::Broker { pkid, .. } = inbound.token {
+                    numbers.push(pkid);
+                }
+            }
+        }
+        assert_eq!(numbers, (1..=40).collect::<Vec<u16>>());
+        stop.send_replace(true);
+        drop(durable);
+        running.await.unwrap();
+    }
 }

@@ -299,7 +299,7 @@ pub(crate) struct Writer {
 }
 
 impl Writer {
-    /// Writes until it has said farewell, or the last client is gone.
+    /// Writes until it has said farewell, or the last client is gone. It is for the broker to close the connection.
     pub(crate) async fn run(mut self) -> Result<(), Lost> {
         let mut ping = interval_at(Instant::now() + self.ping, self.ping);
         ping.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -323,7 +323,7 @@ impl Writer {
             self.half.flush().await?;
             bytes.clear();
         }
-        Ok(self.half.shutdown().await?)
+        Ok(())
     }
 
     fn encode(&mut self, request: Request, bytes: &mut BytesMut) -> Result<(), Lost> {
@@ -502,6 +502,7 @@ pub(crate) mod tests {
         }
         assert_eq!(broker.hear().await, Packet::Publish(Publish { pkid: 2, ..publish(0, 5) }));
         writing.await.unwrap().unwrap();
+        drop(connection.reader);
         let mut end = broker.buffer.to_vec();
         broker.socket.read_to_end(&mut end).await.unwrap();
         assert_eq!(end, [0xE0, 0], "a farewell, and the end of the connection");

@@ -272,14 +272,21 @@ impl Receiver {
             tokio::select! {
                 biased;
                 _ = &mut *finished => {
-                    // What is asked for, which ends with the farewell, goes out onto the wire.
-                    let _ = tokio::time::timeout(FAREWELL, writing.join_next()).await;
+                    // What is asked for, which ends with the farewell, goes out onto the wire. The broker closes the
+                    // connection: were we the first, with an answer of its own unread, it might not read ours.
+                    let _ = tokio::time::timeout(FAREWELL, async {
+                        writing.join_next().await;
+                        while reader.read(&mut packets).await.is_ok() {}
+                    })
+                    .await;
                     return None;
                 }
                 () = stopped(stop), if self.inbound.is_some() => self.close(),
-                ended = writing.join_next() => match ended {
-                    Some(Ok(Err(lost))) => return Some(lost),
-                    _ => return Some(Lost::Closed),
+                // After a farewell everything is finished in a moment.
+                Some(ended) = writing.join_next() => match ended {
+                    Ok(Ok(())) => {}
+                    Ok(Err(lost)) => return Some(lost),
+                    Err(_) => return Some(Lost::Closed),
                 },
                 () = self.pass_on(), if !self.held.is_empty() => {}
                 read = reader.read(&mut packets) => match read {

@@ -372,7 +372,7 @@ unit = "L/min"
 [[replay]]
 file = "{home}/rows.csv"
 [mqtt]
-url = "{url}"
+url = "mqtt://127.0.0.1:{port}"
 username = "plant-1/gw-1"
 password = "env:JUDGE_PASSWORD"
 [uplink]

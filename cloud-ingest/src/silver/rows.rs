@@ -293,13 +293,13 @@ pub(super) fn quarantine(
 }
 
 /// The rows of `silver/messages`: one for each message that has a name, and one for all that a gateway has sent without
-/// names in a segment.
+/// names in a segment, sealed when the first of them came and received when the last did.
 pub(super) fn messages(
     plan: i64,
     delivered: &[Delivered],
     places: &Places,
 ) -> anyhow::Result<Vec<RecordBatch>> {
-    let mut rows: Vec<(&Delivered, [i64; 5])> = Vec::new();
+    let mut rows: Vec<(&Delivered, [i64; 5], Timestamp)> = Vec::new();
     let mut nameless = HashMap::new();
     for d in delivered.iter().filter(|d| d.recorded) {
         let mut counts = [d.rows, d.readings, d.stored, d.duplicates, d.quarantined];
@@ -308,23 +308,24 @@ pub(super) fn messages(
             counts[0] = d.readings;
             match nameless.entry((d.segment, d.site.as_deref(), d.gateway.as_deref())) {
                 Entry::Occupied(first) => {
-                    let (_, sums): &mut (_, [i64; 5]) = &mut rows[*first.get()];
+                    let (_, sums, last): &mut (_, [i64; 5], _) = &mut rows[*first.get()];
+                    *last = d.received_at.max(*last);
                     sums.iter_mut().zip(counts).for_each(|(sum, count)| *sum += count);
                     continue;
                 }
                 Entry::Vacant(first) => first.insert(rows.len()),
             };
         }
-        rows.push((d, counts));
+        rows.push((d, counts, d.received_at));
     }
     let texts = |of: &dyn Fn(&Delivered) -> String| -> ArrayRef {
-        Arc::new(StringArray::from_iter_values(rows.iter().map(|(d, _)| of(d))))
+        Arc::new(StringArray::from_iter_values(rows.iter().map(|(d, ..)| of(d))))
     };
     let ints = |of: &dyn Fn(&Delivered) -> i64| -> ArrayRef {
-        Arc::new(Int64Array::from_iter_values(rows.iter().map(|(d, _)| of(d))))
+        Arc::new(Int64Array::from_iter_values(rows.iter().map(|(d, ..)| of(d))))
     };
     let counts = |which: usize| -> ArrayRef {
-        Arc::new(Int64Array::from_iter_values(rows.iter().map(|(_, counts)| counts[which])))
+        Arc::new(Int64Array::from_iter_values(rows.iter().map(|(_, counts, _)| counts[which])))
     };
     let columns: Vec<ArrayRef> = vec![
         texts(&|d| d.site.clone().unwrap_or_default()),
@@ -335,15 +336,15 @@ pub(super) fn messages(
         counts(0),
         ints(&|d| d.rows_before),
         ints(&|d| d.oldest),
-        Arc::new(instants(rows.iter().map(|(d, _)| d.sealed_at))),
+        Arc::new(instants(rows.iter().map(|(d, ..)| d.sealed_at))),
         texts(&|d| d.clock().to_owned()),
         texts(&|d| d.hash.clone()),
         counts(1),
         counts(2),
         counts(3),
         counts(4),
-        Arc::new(BooleanArray::from_iter(rows.iter().map(|(d, _)| Some(d.redelivered)))),
-        Arc::new(instants(rows.iter().map(|(d, _)| d.received_at))),
+        Arc::new(BooleanArray::from_iter(rows.iter().map(|(d, ..)| Some(d.redelivered)))),
+        Arc::new(instants(rows.iter().map(|(.., last)| *last))),
         texts(&|d| places.segments[d.segment].clone()),
         ints(&|_| plan),
     ];

@@ -238,6 +238,8 @@ impl From<Selected> for Selection {
 /// Runs a command line.
 pub async fn main(cli: Cli) -> ExitCode {
     telemetry::init_logs(LOG_FILTER);
+    // Two providers are linked; without a choice the first use of TLS would panic.
+    let _ = rustls::crypto::ring::default_provider().install_default();
     let settings = match Settings::load(cli.config.as_deref()) {
         Ok(settings) => settings,
         Err(mistakes) => {

@@ -60,7 +60,6 @@ pub struct Options {
 
 /// Examines the broker that `settings` name.
 pub async fn doctor(settings: &Settings, options: &Options) -> Report {
-    let _ = rustls::crypto::ring::default_provider().install_default();
     let id = format!("{:08x}", Uuid::now_v7().as_u128() as u32);
     let mqtt = settings.mqtt.clone();
     let json = settings.json_filters();

@@ -53,7 +53,6 @@ pub enum Drained {
 /// # Errors
 /// When that replica runs, the broker cannot be reached, or the lake cannot be opened.
 pub async fn drain(settings: &Settings, clock: Arc<dyn Clock>) -> anyhow::Result<Drained> {
-    let _ = rustls::crypto::ring::default_provider().install_default();
     let client_id = &settings.mqtt.client_id;
     ensure!(
         !is_running(&settings.mqtt).await.context("listening for heartbeats")?,

@@ -1,8 +1,8 @@
 //! MQTT 5 for much that comes and is acknowledged late: rumqttc's packets, on a connection of our own.
 //!
 //! rumqttc's event loop writes an acknowledgement that it does not give by itself with a system call of its own, is woken
-//! for each message that a busy broker writes, and copies it: of the 12 µs of CPU time that a single JSON reading took
-//! on its whole way, 7 went there, and half a microsecond does now. So a connection has two halves here:
+//! for each message that a busy broker writes, and copies it: a single JSON reading took 12 µs of CPU time on its whole
+//! way with it, and 6.5 without (BENCHMARKS.md). So a connection has two halves here:
 //!
 //! * [`Reader`] takes whatever has come, up to 64 KiB, and then lets a millisecond pass.
 //! * [`Writer`] sends what [`Client`]s have asked for, all of it at once, and pings.
@@ -170,19 +170,14 @@ impl Reader {
     /// Appends what has come, at least one packet. To be cancelled loses nothing. Answers to pings and to our own
     /// publishes are seen to here.
     pub(crate) async fn read(&mut self, packets: &mut Vec<Packet>) -> Result<(), Lost> {
-        let before = packets.len();
-        loop {
-            while let Some(packet) = self.packet()? {
-                packets.push(packet);
-            }
-            if packets.len() > before {
-                return Ok(());
-            }
-            self.fill().await?;
+        packets.push(self.next().await?);
+        while let Some(packet) = self.packet()? {
+            packets.push(packet);
         }
+        Ok(())
     }
 
-    /// The next packet, when it is there.
+    /// The next packet, when it is there. To be cancelled loses nothing.
     async fn next(&mut self) -> Result<Packet, Lost> {
         loop {
             if let Some(packet) = self.packet()? {

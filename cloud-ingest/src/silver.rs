@@ -30,6 +30,7 @@ use std::{
 use arrow::array::RecordBatch;
 use common::{time::Timestamp, wire::Decoder};
 
+pub(crate) use self::messages::NAMELESS;
 use self::{
     candidates::Candidates,
     messages::{Delivered, Places},

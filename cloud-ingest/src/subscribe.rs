@@ -375,15 +375,12 @@ impl Receiver {
 
     fn publish(&mut self, publish: Publish, connection: u64, now: Timestamp) {
         self.metrics.received();
+        let window = self.subscription.options.receive_maximum().map_or(usize::MAX, usize::from);
         let token = match publish.qos {
+            QoS::AtMostOnce if self.held.len() >= window => return self.metrics.dropped(),
             QoS::AtMostOnce => AckToken::Nobody,
             _ => AckToken::Broker { connection, pkid: publish.pkid },
         };
-        let window = self.subscription.options.receive_maximum().map_or(usize::MAX, usize::from);
-        if matches!(token, AckToken::Nobody) && self.held.len() >= window {
-            self.metrics.dropped();
-            return;
-        }
         let message = message(&self.subscription.root, publish, now);
         self.held.push(Inbound { message, token });
     }
@@ -595,7 +592,7 @@ mod tests {
         }
         assert_eq!(numbers, (1..=40).collect::<Vec<u16>>());
         stop.send_replace(true);
-        drop(durable);
+        drop((durable, broker));
         running.await.unwrap();
     }
 }

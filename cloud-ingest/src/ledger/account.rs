@@ -8,11 +8,10 @@ use std::{
 use common::{time::Timestamp, wire::Lane};
 
 use super::{Audit, GatewayTotals, LedgerRow, SILENCE, Totals};
+use crate::silver::NAMELESS;
 
 /// Clocks that are set back make an epoch seem to begin before the earlier one's end.
 const CLOCK_SLACK: Duration = Duration::from_secs(120);
-/// Lane of senders without seq.
-const UNNUMBERED: &str = "json";
 
 /// A message that was refined.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -121,7 +120,7 @@ pub fn account(inputs: &Inputs, now: Timestamp) -> Audit {
     let nobody = GatewayInput::default();
     for (key, input) in &inputs.lanes {
         let gateway = inputs.gateways.get(&(key.site.clone(), key.gateway.clone())).unwrap_or(&nobody);
-        let rows = if key.lane == UNNUMBERED { unnumbered(input) } else { numbered(key, input, gateway) };
+        let rows = if key.lane == NAMELESS { unnumbered(input) } else { numbered(key, input, gateway) };
         let unknown_since = gateway.unknown_since(now);
         let books = gateways.entry((&key.site, &key.gateway)).or_default();
         books.enter(key, input, &rows, settled(key, input, gateway));
@@ -370,7 +369,7 @@ struct Books {
 impl Books {
     fn enter(&mut self, key: &LaneKey, input: &LaneInput, rows: &[LedgerRow], settled: bool) {
         let sum = |of: fn(&LedgerRow) -> i64| rows.iter().map(of).sum::<i64>();
-        if key.lane == UNNUMBERED {
+        if key.lane == NAMELESS {
             self.totals.unnumbered += sum(|r| r.expected);
             return;
         }

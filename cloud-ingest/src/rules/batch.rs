@@ -159,13 +159,12 @@ impl Span {
         let hours = (first.max(within.0), last.min(within.1));
         let messages = tables.snapshot(Table::Messages).await?;
         let context = tables.session_of(vec![(Table::Messages, messages)]).await?;
-        let sql =
-            // What has no name came from `sealed_at` on.
-            format!(
-                "select min(case when epoch = '' then sealed_at else received_at end), max(received_at) \
-                 from silver.messages where plan = {}",
-                plan.n
-            );
+        // What has no name came from `sealed_at` on.
+        let sql = format!(
+            "select min(case when epoch = '' then sealed_at else received_at end), max(received_at) \
+             from silver.messages where plan = {}",
+            plan.n
+        );
         let rows = context.sql(&sql).await?.collect().await.context("when the messages of a plan came")?;
         let at = |column: usize| {
             let column = cast(rows.first()?.column(column), &common::wire::instant()).ok()?;

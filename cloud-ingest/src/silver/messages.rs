@@ -36,6 +36,9 @@ use crate::{
 const UNSYNCED: &str = ClockState::Unsynced { boot: Uuid::nil() }.as_str();
 const SYNCED: &str = ClockState::Synced.as_str();
 
+/// Lane of `silver/messages` for messages that have no name.
+pub(crate) const NAMELESS: &str = "json";
+
 /// A bronze object that was read.
 #[derive(Clone, Debug)]
 pub struct Segment {

@@ -16,7 +16,7 @@ use arrow::array::RecordBatch;
 
 use super::{
     Answers, Counts, Decided, Known, Name, News, Question, Segment, Step,
-    messages::Delivered,
+    messages::{Delivered, NAMELESS},
     rows::{self, Quarantined},
 };
 use crate::{lake::Table, quality::Rules};
@@ -166,7 +166,7 @@ fn change(step: &Step, at: usize, before: i64) -> anyhow::Result<Change> {
         site: message.site.clone().unwrap_or_default(),
         gateway: message.gateway.clone().unwrap_or_default(),
         epoch: String::new(),
-        lane: "json".to_owned(),
+        lane: NAMELESS.to_owned(),
         seq: 0,
     };
     Ok(Change {

@@ -23,7 +23,7 @@ use common::{time::Timestamp, wire::dict};
 use super::{
     Counts,
     candidates::{Candidates, Slot, extend, quality_word},
-    messages::{Delivered, Places},
+    messages::{Delivered, NAMELESS, Places},
     newest,
     soft::Soft,
 };
@@ -331,7 +331,7 @@ pub(super) fn messages(
         texts(&|d| d.site.clone().unwrap_or_default()),
         texts(&|d| d.gateway.clone().unwrap_or_default()),
         texts(&|d| d.name.as_ref().map_or(String::new(), |n| n.epoch.clone())),
-        texts(&|d| d.name.as_ref().map_or("json".to_owned(), |n| n.lane.clone())),
+        texts(&|d| d.name.as_ref().map_or(NAMELESS.to_owned(), |n| n.lane.clone())),
         ints(&|d| d.name.as_ref().map_or(d.offset, |n| n.seq)),
         counts(0),
         ints(&|d| d.rows_before),

@@ -71,8 +71,6 @@ pub fn connection(settings: &MqttSettings) -> anyhow::Result<MqttOptions> {
         options.set_credentials(&settings.username, password);
     }
     if tls {
-        // Two providers are linked; without a choice the first use of TLS would panic. A second call is refused.
-        let _ = rustls::crypto::ring::default_provider().install_default();
         let configuration = if settings.ca.is_empty() {
             TlsConfiguration::default()
         } else {

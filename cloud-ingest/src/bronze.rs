@@ -20,7 +20,7 @@ use bytes::Bytes;
 use common::{
     documents::AckRange,
     time::Timestamp,
-    wire::{Identity, Lane},
+    wire::{Identity, Lane, Topic},
 };
 use object_store::{ObjectStore, ObjectStoreExt, PutMode, PutOptions, path::Path};
 use parquet::{
@@ -33,13 +33,29 @@ use uuid::Uuid;
 
 use crate::lake::{SegmentName, bronze_schema};
 
+/// Where messages come from.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Origin {
+    /// Full topic.
+    pub topic: String,
+    /// Site and gateway of the topic, where it has them.
+    pub gateway: Option<(String, String)>,
+}
+
+impl Origin {
+    /// What `topic` says under this root.
+    pub fn of(root: &str, topic: String) -> Origin {
+        Origin { gateway: Topic::parse(root, &topic).map(|t| (t.site, t.gateway)), topic }
+    }
+}
+
 /// A message as it came in.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Message {
     /// By the cloud's clock.
     pub received_at: Timestamp,
-    /// Full topic.
-    pub topic: String,
+    /// One for all messages of a topic.
+    pub origin: Arc<Origin>,
     /// The exact bytes.
     pub payload: Bytes,
     /// As the sender states it.
@@ -48,10 +64,8 @@ pub struct Message {
     pub qos: u8,
     /// The broker says that it may have delivered this before.
     pub dup: bool,
-    /// Site and gateway of the topic, where it has them.
-    pub gateway: Option<(String, String)>,
     /// What the message says of itself outside of its payload.
-    pub identity: Option<Identity>,
+    pub identity: Option<Box<Identity>>,
 }
 
 /// When to cut a segment.
@@ -156,7 +170,7 @@ impl<T> Bronze<T> {
 pub fn ack_ranges(messages: &[Message]) -> BTreeMap<(String, String), Vec<AckRange>> {
     let mut seqs = BTreeMap::<(String, String), BTreeMap<(Uuid, Lane), Vec<u64>>>::new();
     for message in messages {
-        if let (Some(gateway), Some(id)) = (&message.gateway, &message.identity) {
+        if let (Some(gateway), Some(id)) = (&message.origin.gateway, &message.identity) {
             let lanes = seqs.entry(gateway.clone()).or_default();
             lanes.entry((id.epoch, id.lane)).or_default().push(id.seq);
         }
@@ -186,7 +200,7 @@ pub fn ack_ranges(messages: &[Message]) -> BTreeMap<(String, String), Vec<AckRan
 pub fn rows(messages: &[Message]) -> Result<RecordBatch, ArrowError> {
     let n = messages.len();
     let mut received_at = TimestampMicrosecondBuilder::with_capacity(n).with_timezone("UTC");
-    let mut topic = StringBuilder::with_capacity(n, messages.iter().map(|m| m.topic.len()).sum());
+    let mut topic = StringBuilder::with_capacity(n, messages.iter().map(|m| m.origin.topic.len()).sum());
     let mut payload = BinaryBuilder::with_capacity(n, messages.iter().map(|m| m.payload.len()).sum());
     let mut content_type = StringBuilder::new();
     let mut qos = Int64Builder::new();
@@ -197,12 +211,12 @@ pub fn rows(messages: &[Message]) -> Result<RecordBatch, ArrowError> {
     let mut sealed_at = TimestampMicrosecondBuilder::new().with_timezone("UTC");
     for message in messages {
         received_at.append_value(message.received_at.as_micros());
-        topic.append_value(&message.topic);
+        topic.append_value(&message.origin.topic);
         payload.append_value(&message.payload);
         content_type.append_option(message.content_type.as_deref());
         qos.append_value(i64::from(message.qos));
         dup.append_value(message.dup);
-        match &message.gateway {
+        match &message.origin.gateway {
             Some((site, name)) => {
                 // Text that is written goes before what is appended.
                 let _ = [site, "/", name].iter().try_for_each(|part| gateway.write_str(part));
@@ -306,12 +320,11 @@ mod tests {
     pub(crate) fn message(received_at: i64, bytes: usize) -> Message {
         Message {
             received_at: Timestamp::from_micros(received_at),
-            topic: "tailrace/v1/a/b/json".into(),
+            origin: Arc::new(Origin::of("tailrace/v1", "tailrace/v1/a/b/json".into())),
             payload: vec![7; bytes].into(),
             content_type: None,
             qos: 1,
             dup: false,
-            gateway: Some(("a".into(), "b".into())),
             identity: None,
         }
     }
@@ -372,7 +385,7 @@ mod tests {
                     sealed_at: Timestamp::from_micros(0),
                     clock: common::wire::ClockState::Synced,
                 };
-                Message { identity: Some(identity), ..message(0, 1) }
+                Message { identity: Some(Box::new(identity)), ..message(0, 1) }
             })
             .collect();
         let ranges = ack_ranges(&messages);

@@ -29,7 +29,11 @@
 
 mod plain;
 
-use std::{borrow::Cow, collections::HashMap, sync::LazyLock};
+use std::{
+    borrow::Cow,
+    collections::HashMap,
+    sync::{Arc, LazyLock},
+};
 
 use arrow::array::RecordBatch;
 use common::{
@@ -187,15 +191,58 @@ pub enum Content<'a> {
     Maintenance(MaintenanceRecord),
 }
 
-/// Who sent a message, as far as its topic says.
+/// Who sends messages.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Sender {
     /// The plant.
     pub site: Option<String>,
     /// The edge agent, or what stands for it.
     pub gateway: Option<String>,
-    /// Whether its messages are made of readings that have no name of their own.
-    pub nameless_readings: bool,
+}
+
+/// What a topic says of the messages on it.
+#[derive(Clone, Debug)]
+pub struct Route {
+    /// Who sends them; of work done, the document says it.
+    pub sender: Arc<Sender>,
+    carries: Carries,
+}
+
+/// What the messages of a topic are.
+#[derive(Clone, Debug)]
+enum Carries {
+    Maintenance,
+    Stream(Stream),
+    /// Index into the configured sources.
+    Json(usize),
+    /// Nothing that is known; the topic itself.
+    Unknown(String),
+}
+
+impl Route {
+    /// What `topic` says under this root, where these sources are configured.
+    pub fn of(root: &str, sources: &[JsonSource], topic: &str) -> Route {
+        let (site, gateway, carries) = if topic.strip_prefix(root) == Some(MAINTENANCE) {
+            (None, None, Carries::Maintenance)
+        } else if let Some(Topic { site, gateway, stream }) = Topic::parse(root, topic) {
+            (Some(site), Some(gateway), Carries::Stream(stream))
+        } else if let Some(at) = sources.iter().position(|s| topic_filter::matches(&s.filter, topic)) {
+            let JsonSource { site, gateway, .. } = &sources[at];
+            (Some(site.clone()), Some(gateway.clone()), Carries::Json(at))
+        } else {
+            (None, None, Carries::Unknown(topic.to_owned()))
+        };
+        Route { sender: Arc::new(Sender { site, gateway }), carries }
+    }
+
+    /// Whether a message is made of readings, and has no name.
+    pub fn nameless_readings(&self, claim: Option<Claim>) -> bool {
+        match &self.carries {
+            Carries::Stream(Stream::Json) | Carries::Json(_) => true,
+            Carries::Stream(Stream::Lane(Lane::Readings)) => claim.is_none(),
+            _ => false,
+        }
+    }
 }
 
 /// What a message says of itself, outside of its payload.
@@ -219,48 +266,32 @@ pub struct Claim {
 /// Why it cannot be read; it is quarantined as a whole.
 pub fn decode<'a>(
     payloads: &mut wire::Decoder,
-    root: &str,
+    route: &Route,
     sources: &[JsonSource],
-    topic: &str,
     claim: Option<Claim>,
     payload: &'a [u8],
-) -> (Sender, Result<Content<'a>, Reject>) {
-    if topic.strip_prefix(root) == Some(MAINTENANCE) {
-        let record = serde_json::from_slice::<MaintenanceRecord>(payload).map_err(not_json);
-        let site = record.as_ref().ok().map(|r| r.site.clone());
-        return (Sender { site, ..Sender::default() }, record.map(Content::Maintenance));
-    }
-    if let Some(topic) = Topic::parse(root, topic) {
-        let nameless_readings = match topic.stream {
-            Stream::Json => true,
-            Stream::Lane(Lane::Readings) => claim.is_none(),
-            _ => false,
-        };
-        let content = match topic.stream {
-            Stream::Lane(lane) => read_lane(payloads, lane, &topic, claim, payload),
-            Stream::Json => samples(&STANDARD, payload),
-            Stream::Status => of_sender(&topic, payload)
-                .and_then(|()| serde_json::from_slice(payload).map(Content::Status).map_err(not_json)),
-            Stream::Devices => of_sender(&topic, payload).and_then(|()| registry(payload)),
-            Stream::Ack | Stream::Cmd(_) => {
-                Err(Reject::new("topic", "acknowledgements and commands are not stored"))
-            }
-        };
-        let sender = Sender { site: Some(topic.site), gateway: Some(topic.gateway), nameless_readings };
-        return (sender, content);
-    }
-    match sources.iter().find(|source| topic_filter::matches(&source.filter, topic)) {
-        Some(source) => {
-            let sender = Sender {
-                site: Some(source.site.clone()),
-                gateway: Some(source.gateway.clone()),
-                nameless_readings: true,
-            };
-            (sender, samples(source, payload))
+) -> Result<Content<'a>, Reject> {
+    match &route.carries {
+        Carries::Maintenance => {
+            serde_json::from_slice(payload).map(Content::Maintenance).map_err(not_json)
         }
-        None => {
+        Carries::Stream(Stream::Lane(lane)) => read_lane(payloads, *lane, &route.sender, claim, payload),
+        Carries::Stream(Stream::Json) => samples(&STANDARD, payload),
+        Carries::Stream(Stream::Status) => {
+            of_sender(&route.sender, payload)?;
+            serde_json::from_slice(payload).map(Content::Status).map_err(not_json)
+        }
+        Carries::Stream(Stream::Devices) => {
+            of_sender(&route.sender, payload)?;
+            registry(payload)
+        }
+        Carries::Stream(Stream::Ack | Stream::Cmd(_)) => {
+            Err(Reject::new("topic", "acknowledgements and commands are not stored"))
+        }
+        Carries::Json(at) => samples(&sources[*at], payload),
+        Carries::Unknown(topic) => {
             let reason = format!("{topic:?} is no topic of ours and matches no [[json]] filter");
-            (Sender::default(), Err(Reject::new("topic", reason)))
+            Err(Reject::new("topic", reason))
         }
     }
 }
@@ -268,7 +299,7 @@ pub fn decode<'a>(
 fn read_lane(
     payloads: &mut wire::Decoder,
     lane: Lane,
-    topic: &Topic,
+    sender: &Sender,
     claim: Option<Claim>,
     payload: &[u8],
 ) -> Result<Content<'static>, Reject> {
@@ -286,7 +317,7 @@ fn read_lane(
     let (batch, repeated) =
         payloads.decode(lane, payload).map_err(|e| Reject::new("payload", e.to_string()))?;
     same_sender(
-        topic,
+        sender,
         repeated.get("site").map(String::as_str),
         repeated.get("gateway").map(String::as_str),
     )?;
@@ -323,19 +354,20 @@ fn same_name(claim: &Claim, repeated: &HashMap<String, String>) -> Result<(), Re
 }
 
 /// Whether a payload that says whose it is came on that gateway's topic.
-fn same_sender(topic: &Topic, site: Option<&str>, gateway: Option<&str>) -> Result<(), Reject> {
-    let (said_site, said_gateway) = (site.unwrap_or(&topic.site), gateway.unwrap_or(&topic.gateway));
-    if (said_site, said_gateway) == (topic.site.as_str(), topic.gateway.as_str()) {
+fn same_sender(sender: &Sender, site: Option<&str>, gateway: Option<&str>) -> Result<(), Reject> {
+    let [true_site, true_gateway] = [&sender.site, &sender.gateway].map(|name| name.as_deref().unwrap_or(""));
+    let (said_site, said_gateway) = (site.unwrap_or(true_site), gateway.unwrap_or(true_gateway));
+    if (said_site, said_gateway) == (true_site, true_gateway) {
         return Ok(());
     }
     let (said_site, said_gateway) = (cut(said_site), cut(said_gateway));
     let reason =
-        format!("the payload is {said_site}/{said_gateway}'s, its topic {}/{}'s", topic.site, topic.gateway);
+        format!("the payload is {said_site}/{said_gateway}'s, its topic {true_site}/{true_gateway}'s");
     Err(Reject::new("identity", reason))
 }
 
 /// [`same_sender`] of a JSON document.
-fn of_sender(topic: &Topic, payload: &[u8]) -> Result<(), Reject> {
+fn of_sender(sender: &Sender, payload: &[u8]) -> Result<(), Reject> {
     #[derive(Deserialize)]
     struct Repeated<'a> {
         #[serde(borrow, default)]
@@ -344,7 +376,7 @@ fn of_sender(topic: &Topic, payload: &[u8]) -> Result<(), Reject> {
         gateway: Option<Cow<'a, str>>,
     }
     let Repeated { site, gateway } = serde_json::from_slice(payload).map_err(not_json)?;
-    same_sender(topic, site.as_deref(), gateway.as_deref())
+    same_sender(sender, site.as_deref(), gateway.as_deref())
 }
 
 /// Enough of somebody's text to know it again.
@@ -510,6 +542,18 @@ mod tests {
 
     const ROOT: &str = "tailrace/v1";
 
+    /// Of a message on `topic`.
+    fn read<'a>(
+        sources: &[JsonSource],
+        topic: &str,
+        claim: Option<Claim>,
+        payload: &'a [u8],
+    ) -> (Arc<Sender>, Result<Content<'a>, Reject>) {
+        let route = Route::of(ROOT, sources, topic);
+        let content = decode(&mut wire::Decoder::default(), &route, sources, claim, payload);
+        (route.sender, content)
+    }
+
     #[test]
     fn json_as_other_people_write_it() {
         for (text, expected) in [
@@ -549,14 +593,7 @@ mod tests {
             (r#"{"device_id":"t1","timestamp":1,"value":1,"quality":{}}"#, Err("type")),
             ("7", Err("type")),
         ] {
-            let (sender, content) = decode(
-                &mut wire::Decoder::default(),
-                ROOT,
-                &[],
-                "tailrace/v1/a/b/json",
-                None,
-                text.as_bytes(),
-            );
+            let (sender, content) = read(&[], "tailrace/v1/a/b/json", None, text.as_bytes());
             assert_eq!(sender.gateway.as_deref(), Some("b"));
             let Ok(Content::Json { samples, bad }) = content else { panic!("{text}: {content:?}") };
             match expected {
@@ -579,8 +616,7 @@ mod tests {
         }))
         .unwrap();
         let text = br#"[{"d":{"name":"x"},"timestamp":1772344800,"v":[4]}, {}]"#;
-        let (sender, content) =
-            decode(&mut wire::Decoder::default(), ROOT, &[source], "plant/7/out", None, text);
+        let (sender, content) = read(&[source], "plant/7/out", None, text);
         assert_eq!(sender.site.as_deref(), Some("s"));
         let Ok(Content::Json { samples, bad }) = content else { panic!("{content:?}") };
         assert_eq!((samples[0].1.device_id.as_ref(), samples[0].1.value), ("x", Some(4.0)));
@@ -590,18 +626,16 @@ mod tests {
     /// One reading of an array that is no number, as Python and JavaScript write it, takes no other with it.
     #[test]
     fn what_is_no_json_number_is_one_bad_reading() {
-        fn read(text: &str) -> Result<Content<'_>, Reject> {
-            decode(&mut wire::Decoder::default(), ROOT, &[], "tailrace/v1/a/b/json", None, text.as_bytes()).1
-        }
+        let json = |text: &'static str| read(&[], "tailrace/v1/a/b/json", None, text.as_bytes()).1;
         let text = r#"[{"device_id":"NaN \" Infinity","timestamp":1,"value":NaN},
                        {"device_id":"b","timestamp":1,"value":-Infinity}, {"device_id":"c","timestamp":1,"value":2}]"#;
-        let Ok(Content::Json { samples, bad }) = read(text) else { panic!() };
+        let Ok(Content::Json { samples, bad }) = json(text) else { panic!() };
         assert_eq!((samples.len(), bad.len()), (3, 0));
         assert_eq!(samples[0].1.device_id, "NaN \" Infinity");
         assert!(samples[0].1.value.is_some_and(f64::is_nan));
         assert_eq!((samples[1].1.value, samples[2].1.value), (Some(f64::NEG_INFINITY), Some(2.0)));
         for broken in ["[{\"value\":NaN]", "{\"value\":nan}", "\"NaN", "NaNa"] {
-            assert_eq!(read(broken).unwrap_err().rule, "payload", "{broken}");
+            assert_eq!(json(broken).unwrap_err().rule, "payload", "{broken}");
         }
     }
 
@@ -614,11 +648,7 @@ mod tests {
         let text =
             br#"[{"device_id":7,"timestamp":"1772344800","value":" 21.5"}, {"timestamp":1,"value":true},
                         {"timestamp":1,"value":"warm"}]"#;
-        let Ok(Content::Json { samples, bad }) =
-            decode(&mut wire::Decoder::default(), ROOT, &[source], "x", None, text).1
-        else {
-            panic!()
-        };
+        let Ok(Content::Json { samples, bad }) = read(&[source], "x", None, text).1 else { panic!() };
         let values: Vec<_> = samples.iter().map(|(_, s)| (s.device_id.as_ref(), s.value)).collect();
         assert_eq!(values, [("7", Some(21.5)), ("", Some(1.0))]);
         assert_eq!((samples[0].1.ts.as_micros(), bad[0].reject.rule), (1_772_344_800_000_000, "type"));
@@ -632,27 +662,18 @@ mod tests {
         let true_name = [("v", "1"), ("lane", "control"), ("seq", "3"), ("rows", "0")];
         let epoch = Uuid::from_u128(7).to_string().to_uppercase();
         let ours = true_name.iter().copied().chain([("epoch", epoch.as_str())]);
-        let read = |changed: &[(&str, &str)]| {
+        let claimed = |changed: &[(&str, &str)]| {
             let metadata = ours.clone().chain(changed.iter().copied());
             let metadata = metadata.map(|(k, v)| (k.to_owned(), v.to_owned())).collect();
             let schema = std::sync::Arc::new(batch.schema().as_ref().clone().with_metadata(metadata));
             let mut writer = arrow::ipc::writer::StreamWriter::try_new(Vec::new(), &schema).unwrap();
             writer.write(&batch.clone().with_schema(schema).unwrap()).unwrap();
             let payload = writer.into_inner().unwrap();
-            decode(
-                &mut wire::Decoder::default(),
-                ROOT,
-                &[],
-                "tailrace/v1/plant/gw/control",
-                Some(claim),
-                &payload,
-            )
-            .1
-            .map(drop)
+            read(&[], "tailrace/v1/plant/gw/control", Some(claim), &payload).1.map(drop)
         };
-        assert!(read(&[]).is_ok());
-        assert!(read(&[("site", "plant"), ("gateway", "gw")]).is_ok());
-        assert!(read(&[("oldest", "9"), ("sealed_at", "never")]).is_ok());
+        assert!(claimed(&[]).is_ok());
+        assert!(claimed(&[("site", "plant"), ("gateway", "gw")]).is_ok());
+        assert!(claimed(&[("oldest", "9"), ("sealed_at", "never")]).is_ok());
         for (changed, reason) in [
             (("seq", "4"), "the payload says seq = \"4\""),
             (("seq", "four"), "seq = \"four\""),
@@ -663,7 +684,7 @@ mod tests {
             (("gateway", "gw-9"), "the payload is plant/gw-9's, its topic plant/gw's"),
             (("site", "other"), "the payload is other/gw's, its topic plant/gw's"),
         ] {
-            let reject = read(&[changed]).unwrap_err();
+            let reject = claimed(&[changed]).unwrap_err();
             assert_eq!(reject.rule, "identity");
             assert!(reject.reason.contains(reason), "{}", reject.reason);
         }
@@ -671,16 +692,8 @@ mod tests {
             let text = format!(
                 r#"{{"v":1,"online":true,"at":"2026-03-01T06:00:00Z","epoch":"{epoch}","version":"1","gateway":"{gateway}"}}"#
             );
-            decode(
-                &mut wire::Decoder::default(),
-                ROOT,
-                &[],
-                "tailrace/v1/plant/gw/status",
-                None,
-                text.as_bytes(),
-            )
-            .1
-            .map(|content| matches!(content, Content::Status(_)))
+            let content = read(&[], "tailrace/v1/plant/gw/status", None, text.as_bytes()).1;
+            content.map(|content| matches!(content, Content::Status(_)))
         };
         assert_eq!(status("gw"), Ok(true));
         assert_eq!(status("gw-9").unwrap_err().rule, "identity");
@@ -743,7 +756,7 @@ mod tests {
         #[test]
         fn no_bytes_make_it_panic(topic in "(tailrace/v1/a/b/(readings|json|status|devices|control)|x)", payload in prop::collection::vec(any::<u8>(), 0..200)) {
             let claim = Claim { v: 1, epoch: Uuid::nil(), lane: Lane::Readings, seq: 0, rows: 1 };
-            let _ = decode(&mut wire::Decoder::default(), ROOT, &[], &topic, Some(claim), &payload);
+            let _ = read(&[], &topic, Some(claim), &payload);
         }
     }
 }

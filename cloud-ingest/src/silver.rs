@@ -33,7 +33,7 @@ use common::{time::Timestamp, wire::Decoder};
 pub(crate) use self::messages::NAMELESS;
 use self::{
     candidates::Candidates,
-    messages::{Delivered, Places},
+    messages::{Delivered, Places, Routes},
     rows::Quarantined,
     soft::Soft,
 };
@@ -173,6 +173,7 @@ pub struct Step {
     rules: Arc<Rules>,
     plan: i64,
     payloads: Decoder,
+    routes: Routes,
     places: Places,
     candidates: Candidates,
     quarantine: Vec<Quarantined>,
@@ -218,6 +219,7 @@ impl Step {
             rules: Arc::clone(rules),
             plan,
             payloads: Decoder::default(),
+            routes: Routes::default(),
             places: Places::default(),
             candidates: Candidates::default(),
             quarantine: Vec::new(),
@@ -238,7 +240,7 @@ impl Step {
     /// When rows do not fit the lake's schemas, which is a fault of this program.
     pub fn settle(mut self, answers: &Answers) -> anyhow::Result<Refined> {
         let Decided { sensor_readings, mut news, soft } = self.decide(answers)?;
-        news.messages = self.delivered.iter().filter_map(|d| d.name.as_deref().cloned()).collect();
+        news.messages = self.delivered.iter().filter_map(|d| d.name().cloned()).collect();
         let counts = self.counts();
         let offenders = self.offenders();
         let quarantine = rows::quarantine(&self.quarantine, &self.delivered, &self.places)?;
@@ -296,13 +298,13 @@ impl Step {
     fn offenders(&self) -> BTreeMap<(String, String), String> {
         let mut offenders = BTreeMap::new();
         for q in &self.quarantine {
-            let site = self.delivered[q.message].site.clone();
-            if let (Some(site), Some(device)) = (site, &q.device_id) {
+            let sender = &self.delivered[q.message].sender;
+            if let (Some(site), Some(device)) = (&sender.site, &q.device_id) {
                 let device_type = q.device_type.as_deref().unwrap_or("");
                 let fix =
                     mend(q.reject.rule, device, device_type).map_or(String::new(), |fix| format!("; {fix}"));
                 offenders
-                    .entry((site, device.clone()))
+                    .entry((site.clone(), device.clone()))
                     .or_insert_with(|| format!("{}: {}{fix}", q.reject.rule, q.reject.reason));
             }
         }

@@ -22,7 +22,12 @@
 
 mod subscription;
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration, vec};
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
+    time::Duration,
+    vec,
+};
 
 use anyhow::Context;
 use bytes::Bytes;
@@ -50,7 +55,7 @@ use uuid::Uuid;
 pub use self::subscription::{Emptying, Subscription, connection};
 pub(crate) use self::subscription::{data_filters, document_filters};
 use crate::{
-    bronze::Message,
+    bronze::{Message, Origin},
     metrics::Metrics,
     mqtt::{Client, Connection, Lost},
 };
@@ -61,6 +66,8 @@ const FIRST_RETRY: Duration = Duration::from_millis(250);
 const FAREWELL: Duration = Duration::from_secs(2);
 /// How long an acknowledgement waits for a connection.
 const ACK_PATIENCE: Duration = Duration::from_secs(5);
+/// Topics that are remembered.
+const ORIGINS: usize = 65_536;
 
 /// A message on its way to bronze.
 #[derive(Debug)]
@@ -119,12 +126,11 @@ impl Inbox {
         let (told, durable) = oneshot::channel();
         let message = Message {
             received_at: self.clock.now(),
-            topic,
+            origin: Arc::new(Origin { topic, gateway: None }),
             payload,
             content_type: Some(JSON.to_owned()),
             qos: 1,
             dup: false,
-            gateway: None,
             identity: None,
         };
         let inbound = self.inbound.upgrade().context(stopping)?;
@@ -163,6 +169,7 @@ pub async fn run(
         clock,
         inbound: Some(inbound),
         held: Vec::new(),
+        origins: Origins::default(),
         heard_oneself: false,
         metrics,
     };
@@ -184,6 +191,7 @@ struct Receiver {
     inbound: Option<mpsc::Sender<Vec<Inbound>>>,
     /// What was read and is not handed on yet.
     held: Vec<Inbound>,
+    origins: Origins,
     /// Our own heartbeat has come, and so has everything before it.
     heard_oneself: bool,
     metrics: Metrics,
@@ -381,7 +389,17 @@ impl Receiver {
             QoS::AtMostOnce => AckToken::Nobody,
             _ => AckToken::Broker { connection, pkid: publish.pkid },
         };
-        let message = message(&self.subscription.root, publish, now);
+        let origin = self.origins.of(&self.subscription.root, &publish.topic);
+        let properties = publish.properties.unwrap_or_default();
+        let message = Message {
+            received_at: now,
+            origin,
+            payload: publish.payload,
+            content_type: properties.content_type,
+            qos: publish.qos as u8,
+            dup: publish.dup,
+            identity: Identity::from_properties(&properties.user_properties).ok().map(Box::new),
+        };
         self.held.push(Inbound { message, token });
     }
 
@@ -400,18 +418,21 @@ impl Receiver {
     }
 }
 
-fn message(root: &str, publish: Publish, received_at: Timestamp) -> Message {
-    let properties = publish.properties.unwrap_or_default();
-    let topic = String::from_utf8_lossy(&publish.topic).into_owned();
-    Message {
-        received_at,
-        gateway: Topic::parse(root, &topic).map(|t| (t.site, t.gateway)),
-        topic,
-        payload: publish.payload,
-        content_type: properties.content_type,
-        qos: publish.qos as u8,
-        dup: publish.dup,
-        identity: Identity::from_properties(&properties.user_properties).ok(),
+/// Of the topics that messages came on.
+#[derive(Default)]
+struct Origins(HashMap<Box<[u8]>, Arc<Origin>>);
+
+impl Origins {
+    fn of(&mut self, root: &str, topic: &[u8]) -> Arc<Origin> {
+        if let Some(known) = self.0.get(topic) {
+            return Arc::clone(known);
+        }
+        if self.0.len() >= ORIGINS {
+            self.0.clear();
+        }
+        let origin = Arc::new(Origin::of(root, String::from_utf8_lossy(topic).into_owned()));
+        self.0.insert(topic.into(), Arc::clone(&origin));
+        origin
     }
 }
 

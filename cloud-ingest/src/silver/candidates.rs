@@ -135,8 +135,7 @@ impl Candidates {
         let words = columns.map(|column| column.values().as_string::<i32>().clone());
         let values = batch.column(6).as_primitive::<Float64Type>();
         let quality = batch.column(7).as_primitive::<UInt8Type>().values();
-        let site = message.site.clone().unwrap_or_default();
-        let sender = (site.clone(), message.gateway.clone().unwrap_or_default());
+        let sender = (message.site().to_owned(), message.gateway().to_owned());
         let mut known = match self.dictionaries.remove(&sender) {
             Some(known) if known.are(&words) => known,
             _ => Dictionaries { slots: vec![None; words[0].len()], words },
@@ -155,7 +154,7 @@ impl Candidates {
                 Some(Some((same, slot))) if *same == of_row => &*slot,
                 cached => {
                     let stated = Stated {
-                        site: &site,
+                        site: &sender.0,
                         device_id: word(0, row),
                         device_type: word(1, row),
                         asset_id: word(2, row),
@@ -217,7 +216,7 @@ impl Candidates {
         samples: &[(i64, Sample<'_>)],
         quarantine: &mut Vec<Quarantined>,
     ) {
-        let site = message.site.as_deref().unwrap_or("");
+        let site = message.site();
         let mut refused = 0;
         for (row, sample) in samples {
             if !message.counts(*row) {

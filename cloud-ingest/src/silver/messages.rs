@@ -27,7 +27,7 @@ use super::{
     rows::{Quarantined, instants},
 };
 use crate::{
-    decode::{BadSample, Claim, Content, Sample, Sender, decode},
+    decode::{BadSample, Claim, Content, Route, Sample, Sender, decode},
     lake::{Table, bronze_schema},
     quality::{Profile, Reject, Rules, hex},
 };
@@ -68,20 +68,33 @@ pub fn names(segment: &Segment) -> anyhow::Result<Vec<Name>> {
     Ok((0..segment.rows.num_rows()).filter_map(|row| columns.name(row)).collect())
 }
 
-/// The readings that the messages of a segment say they have.
+/// The readings that the messages of a segment say they have; one that says nothing has one, most likely.
 pub(super) fn rows_said(segment: &Segment) -> anyhow::Result<u64> {
     let columns = Columns::of(segment)?;
-    let readings =
-        (0..segment.rows.num_rows()).filter(|row| columns.lane.value(*row) == Lane::Readings.as_str());
-    Ok(readings.map(|row| columns.number(1, row).unsigned_abs()).fold(0, u64::saturating_add))
+    let said = |row| match columns.lane.is_valid(row) {
+        true if columns.lane.value(row) == Lane::Readings.as_str() => columns.number(1, row).unsigned_abs(),
+        true => 0,
+        false => 1,
+    };
+    Ok((0..segment.rows.num_rows()).map(said).fold(0, u64::saturating_add))
 }
 
-/// A message, and what became of its readings.
+/// What only a message with a name says of itself.
+#[derive(Debug)]
+pub(super) struct Named {
+    pub(super) name: Name,
+    pub(super) rows_before: i64,
+    pub(super) oldest: i64,
+    pub(super) sealed_at: Timestamp,
+    /// SHA-256 of the payload, in hex.
+    pub(super) hash: String,
+}
+
+/// A message, and what became of its readings. Some come one reading each, so this is small.
 #[derive(Debug)]
 pub(super) struct Delivered {
-    pub(super) name: Option<Box<Name>>,
-    pub(super) site: Option<String>,
-    pub(super) gateway: Option<String>,
+    pub(super) named: Option<Box<Named>>,
+    pub(super) sender: Arc<Sender>,
     pub(super) received_at: Timestamp,
     /// Index into [`Places::segments`].
     pub(super) segment: usize,
@@ -89,23 +102,37 @@ pub(super) struct Delivered {
     /// Stands in `silver/messages`.
     pub(super) recorded: bool,
     pub(super) rows: i64,
-    pub(super) rows_before: i64,
-    pub(super) oldest: i64,
-    pub(super) sealed_at: Timestamp,
     /// Its gateway's clock was never set.
     pub(super) unsynced: bool,
-    /// SHA-256 of the payload, in hex; empty without a name, by which alone two are compared.
-    pub(super) hash: String,
     pub(super) readings: i64,
     pub(super) stored: i64,
     pub(super) duplicates: i64,
     pub(super) quarantined: i64,
     pub(super) redelivered: bool,
     /// The readings that count, by their place in the message; `None` for all.
-    pub(super) only: Option<HashSet<i64>>,
+    pub(super) only: Option<Box<HashSet<i64>>>,
 }
 
 impl Delivered {
+    pub(super) fn name(&self) -> Option<&Name> {
+        self.named.as_ref().map(|named| &named.name)
+    }
+
+    /// Empty where nobody says.
+    pub(super) fn site(&self) -> &str {
+        self.sender.site.as_deref().unwrap_or("")
+    }
+
+    /// Empty where nobody says.
+    pub(super) fn gateway(&self) -> &str {
+        self.sender.gateway.as_deref().unwrap_or("")
+    }
+
+    /// Without a name, when it came.
+    pub(super) fn sealed_at(&self) -> Timestamp {
+        self.named.as_ref().map_or(self.received_at, |named| named.sealed_at)
+    }
+
     /// As the wire calls it.
     pub(super) fn clock(&self) -> &'static str {
         if self.unsynced { UNSYNCED } else { SYNCED }
@@ -139,6 +166,19 @@ impl Places {
     }
 }
 
+/// What the topics of a plan say.
+#[derive(Default)]
+pub(super) struct Routes(HashMap<String, Route>);
+
+impl Routes {
+    fn of(&mut self, rules: &Rules, topic: &str) -> &Route {
+        if !self.0.contains_key(topic) {
+            self.0.insert(topic.to_owned(), Route::of(&rules.root, &rules.json, topic));
+        }
+        &self.0[topic]
+    }
+}
+
 impl Step {
     pub(super) fn read_segment(
         &mut self,
@@ -151,25 +191,22 @@ impl Step {
             let payload = columns.payload.value(row);
             let claim = columns.claim(row);
             let topic = columns.topic.value(row);
-            let mut message = columns.delivered(row, self.places.segments.len() - 1);
-            if message.name.is_some() {
-                message.hash = hex(&Sha256::digest(payload));
-            }
-            let earlier = match &message.name {
-                Some(name) => seen.insert(name.as_ref().clone(), message.hash.clone()),
+            let route = self.routes.of(&self.rules, topic);
+            let mut message = columns.delivered(row, self.places.segments.len() - 1, route, claim);
+            let earlier = match message.named.as_deref() {
+                Some(Named { name, hash, .. }) => match seen.insert(name.clone(), hash.clone()) {
+                    Some(earlier) if earlier == *hash => {
+                        message.redelivered = true;
+                        message.readings = message.rows;
+                        message.duplicates = message.rows;
+                        self.delivered.push(message);
+                        continue;
+                    }
+                    earlier => earlier,
+                },
                 None => None,
             };
-            if earlier.as_ref() == Some(&message.hash) {
-                message.redelivered = true;
-                message.readings = message.rows;
-                message.duplicates = message.rows;
-                self.delivered.push(message);
-                continue;
-            }
-            let (sender, content) = self.decode(topic, claim, payload);
-            message.site = sender.site;
-            message.gateway = sender.gateway;
-            message.recorded |= sender.nameless_readings;
+            let content = decode(&mut self.payloads, route, &self.rules.json, claim, payload);
             let at = self.delivered.len();
             self.delivered.push(message);
             if let Some(earlier) = earlier {
@@ -199,34 +236,19 @@ impl Step {
             let has = segment.rows.num_rows();
             anyhow::ensure!(row < has, "{} has {has} messages, and none at {row}", segment.path);
             let (payload, claim) = (columns.payload.value(row), columns.claim(row));
-            let topic = columns.topic.value(row);
-            let (sender, content) = self.decode(topic, claim, payload);
+            let route = self.routes.of(&self.rules, columns.topic.value(row));
+            let content = decode(&mut self.payloads, route, &self.rules.json, claim, payload);
             if content.is_err() && only.is_some() {
                 continue;
             }
-            let mut message = columns.delivered(row, self.places.segments.len() - 1);
-            if message.name.is_some() {
-                message.hash = hex(&Sha256::digest(payload));
-            }
-            message.site = sender.site;
-            message.gateway = sender.gateway;
-            message.recorded |= sender.nameless_readings;
-            message.only = only;
+            let mut message = columns.delivered(row, self.places.segments.len() - 1, route, claim);
+            message.only = only.map(Box::new);
             let at = self.delivered.len();
             self.delivered.push(message);
             self.take(at, content, claim.is_some())?;
             read.push((offset, at));
         }
         Ok(read)
-    }
-
-    fn decode<'a>(
-        &mut self,
-        topic: &str,
-        claim: Option<Claim>,
-        payload: &'a [u8],
-    ) -> (Sender, Result<Content<'a>, Reject>) {
-        decode(&mut self.payloads, &self.rules.root, &self.rules.json, topic, claim, payload)
     }
 
     fn take(&mut self, at: usize, content: Result<Content<'_>, Reject>, named: bool) -> anyhow::Result<()> {
@@ -266,8 +288,8 @@ impl Step {
             Ok(Content::Registry(written_at, document)) => {
                 let message = &self.delivered[at];
                 let columns: Vec<ArrayRef> = vec![
-                    text(message.site.as_deref().unwrap_or(""), 1),
-                    text(message.gateway.as_deref().unwrap_or(""), 1),
+                    text(message.site(), 1),
+                    text(message.gateway(), 1),
                     Arc::new(instants([written_at].into_iter())),
                     Arc::new(instants([message.received_at].into_iter())),
                     text(&document, 1),
@@ -276,7 +298,11 @@ impl Step {
                 let batch = RecordBatch::try_new(Table::Registry.schema(), columns)?;
                 self.batches.entry(Table::Registry).or_default().push(batch);
             }
-            Ok(Content::Maintenance(record)) => self.maintenance.push((record, at)),
+            Ok(Content::Maintenance(record)) => {
+                let site = Some(record.site.clone());
+                self.delivered[at].sender = Arc::new(Sender { site, gateway: None });
+                self.maintenance.push((record, at));
+            }
         }
         Ok(())
     }
@@ -307,7 +333,7 @@ impl Step {
             Lane::Anomalies => (Table::Anomalies, "epoch", "seq"),
             Lane::Aggregates | Lane::Readings => (Table::Aggregates, "epoch", "seq"),
         };
-        let name = message.name.as_ref().context("a message of a lane has a name")?;
+        let name = message.name().context("a message of a lane has a name")?;
         let own: [(&str, ArrayRef); 6] = [
             ("site", text(&name.site, n)),
             ("gateway_id", text(&name.gateway, n)),
@@ -346,8 +372,8 @@ impl Step {
         let lanes = || (0..n).map(|i| status.lanes.get(i));
         let number = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
         let columns: Vec<ArrayRef> = vec![
-            text(message.site.as_deref().unwrap_or(""), n),
-            text(message.gateway.as_deref().unwrap_or(""), n),
+            text(message.site(), n),
+            text(message.gateway(), n),
             Arc::new(BooleanArray::from(vec![status.online; n])),
             Arc::new(instants(std::iter::repeat_n(status.at, n))),
             Arc::new(instants(std::iter::repeat_n(message.received_at, n))),
@@ -486,27 +512,29 @@ impl<'a> Columns<'a> {
         Some(Claim { v: self.v.value(row), epoch, lane, seq, rows })
     }
 
-    fn delivered(&self, row: usize, segment: usize) -> Delivered {
-        let name = self.name(row);
+    /// A message of `segment` that is not decoded yet.
+    fn delivered(&self, row: usize, segment: usize, route: &Route, claim: Option<Claim>) -> Delivered {
         let received_at = Timestamp::from_micros(self.received_at.value(row));
         let sealed_at = match self.sealed_at.is_valid(row) {
             true => Timestamp::from_micros(self.sealed_at.value(row)),
             false => received_at,
         };
-        Delivered {
-            site: name.as_ref().map(|n| n.site.clone()),
-            gateway: name.as_ref().map(|n| n.gateway.clone()),
-            received_at,
-            segment,
-            offset: i64::try_from(row).unwrap_or(i64::MAX),
-            recorded: name.is_some(),
-            name: name.map(Box::new),
-            rows: self.number(1, row),
+        let named = self.name(row).map(|name| Named {
+            name,
             rows_before: self.number(2, row),
             oldest: self.number(3, row),
             sealed_at,
+            hash: hex(&Sha256::digest(self.payload.value(row))),
+        });
+        Delivered {
+            sender: Arc::clone(&route.sender),
+            received_at,
+            segment,
+            offset: i64::try_from(row).unwrap_or(i64::MAX),
+            recorded: named.is_some() || route.nameless_readings(claim),
+            named: named.map(Box::new),
+            rows: self.number(1, row),
             unsynced: self.clock.is_valid(row) && self.clock.value(row) == UNSYNCED,
-            hash: String::new(),
             readings: 0,
             stored: 0,
             duplicates: 0,

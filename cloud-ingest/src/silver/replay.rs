@@ -163,16 +163,16 @@ fn change(step: &Step, at: usize, before: i64) -> anyhow::Result<Change> {
     let Delivered { stored, duplicates, .. } = *message;
     let row = rows::messages(step.plan, std::slice::from_ref(message), &step.places)?;
     let nameless = || Name {
-        site: message.site.clone().unwrap_or_default(),
-        gateway: message.gateway.clone().unwrap_or_default(),
+        site: message.site().to_owned(),
+        gateway: message.gateway().to_owned(),
         epoch: String::new(),
         lane: NAMELESS.to_owned(),
         seq: 0,
     };
     Ok(Change {
         segment: step.places.segments[message.segment].clone(),
-        name: message.name.as_deref().cloned().unwrap_or_else(nameless),
-        hash: message.hash.clone(),
+        name: message.name().cloned().unwrap_or_else(nameless),
+        hash: message.named.as_ref().map_or(String::new(), |named| named.hash.clone()),
         readings: message.readings - before,
         stored,
         duplicates,

@@ -128,8 +128,8 @@ pub(super) fn sensor_readings(
     let messages: Vec<(i32, i32)> = delivered
         .iter()
         .map(|d| {
-            let gateway = words.intern(d.gateway.as_deref().unwrap_or(""));
-            (gateway, d.name.as_ref().map_or(-1, |n| words.intern(&n.epoch)))
+            let gateway = words.intern(d.gateway());
+            (gateway, d.name().map_or(-1, |n| words.intern(&n.epoch)))
         })
         .collect();
     let words: ArrayRef = Arc::new(StringArray::from(words.list));
@@ -182,7 +182,7 @@ pub(super) fn sensor_readings(
                 quality,
                 instant(column(&runs, |run| Some(run.from.received_at.as_micros()))),
                 word(&|run| messages[run.message].1)?,
-                Arc::new(column::<Int64Type>(&runs, |run| run.from.name.as_ref().map(|n| n.seq))),
+                Arc::new(column::<Int64Type>(&runs, |run| run.from.name().map(|n| n.seq))),
                 word(&|run| segments[run.from.segment])?,
                 Arc::new(years.slice(0, n)),
                 Arc::new(months.slice(0, n)),
@@ -271,8 +271,8 @@ pub(super) fn quarantine(
     let columns: Vec<ArrayRef> = vec![
         Arc::new(instants(quarantine.iter().map(|q| from(q).received_at))),
         texts(&|q| Some(places.topic(from(q)).to_owned())),
-        texts(&|q| from(q).site.clone()),
-        texts(&|q| from(q).gateway.clone()),
+        texts(&|q| from(q).sender.site.clone()),
+        texts(&|q| from(q).sender.gateway.clone()),
         texts(&|q| q.device_id.clone()),
         texts(&|q| q.device_type.clone()),
         texts(&|q| q.ts.clone()),
@@ -280,9 +280,9 @@ pub(super) fn quarantine(
         texts(&|q| q.unit.clone()),
         texts(&|q| Some(q.reject.rule.to_owned())),
         texts(&|q| Some(q.reject.reason.clone())),
-        texts(&|q| from(q).name.as_ref().map(|n| n.epoch.clone())),
-        texts(&|q| from(q).name.as_ref().map(|n| n.lane.clone())),
-        ints(&|q| from(q).name.as_ref().map(|n| n.seq)),
+        texts(&|q| from(q).name().map(|n| n.epoch.clone())),
+        texts(&|q| from(q).name().map(|n| n.lane.clone())),
+        ints(&|q| from(q).name().map(|n| n.seq)),
         texts(&|q| Some(places.segments[from(q).segment].clone())),
         ints(&|q| Some(from(q).offset)),
         ints(&|q| q.row),
@@ -303,10 +303,10 @@ pub(super) fn messages(
     let mut nameless = HashMap::new();
     for d in delivered.iter().filter(|d| d.recorded) {
         let mut counts = [d.rows, d.readings, d.stored, d.duplicates, d.quarantined];
-        if d.name.is_none() {
+        if d.named.is_none() {
             // Nobody said how many there are.
             counts[0] = d.readings;
-            match nameless.entry((d.segment, d.site.as_deref(), d.gateway.as_deref())) {
+            match nameless.entry((d.segment, d.site(), d.gateway())) {
                 Entry::Occupied(first) => {
                     let (_, sums, last): &mut (_, [i64; 5], _) = &mut rows[*first.get()];
                     *last = d.received_at.max(*last);
@@ -318,7 +318,7 @@ pub(super) fn messages(
         }
         rows.push((d, counts, d.received_at));
     }
-    let texts = |of: &dyn Fn(&Delivered) -> String| -> ArrayRef {
+    let texts = |of: &dyn for<'a> Fn(&'a Delivered) -> &'a str| -> ArrayRef {
         Arc::new(StringArray::from_iter_values(rows.iter().map(|(d, ..)| of(d))))
     };
     let ints = |of: &dyn Fn(&Delivered) -> i64| -> ArrayRef {
@@ -328,24 +328,24 @@ pub(super) fn messages(
         Arc::new(Int64Array::from_iter_values(rows.iter().map(|(_, counts, _)| counts[which])))
     };
     let columns: Vec<ArrayRef> = vec![
-        texts(&|d| d.site.clone().unwrap_or_default()),
-        texts(&|d| d.gateway.clone().unwrap_or_default()),
-        texts(&|d| d.name.as_ref().map_or(String::new(), |n| n.epoch.clone())),
-        texts(&|d| d.name.as_ref().map_or(NAMELESS.to_owned(), |n| n.lane.clone())),
-        ints(&|d| d.name.as_ref().map_or(d.offset, |n| n.seq)),
+        texts(&Delivered::site),
+        texts(&Delivered::gateway),
+        texts(&|d| d.name().map_or("", |n| &n.epoch)),
+        texts(&|d| d.name().map_or(NAMELESS, |n| &n.lane)),
+        ints(&|d| d.name().map_or(d.offset, |n| n.seq)),
         counts(0),
-        ints(&|d| d.rows_before),
-        ints(&|d| d.oldest),
-        Arc::new(instants(rows.iter().map(|(d, ..)| d.sealed_at))),
-        texts(&|d| d.clock().to_owned()),
-        texts(&|d| d.hash.clone()),
+        ints(&|d| d.named.as_ref().map_or(0, |n| n.rows_before)),
+        ints(&|d| d.named.as_ref().map_or(0, |n| n.oldest)),
+        Arc::new(instants(rows.iter().map(|(d, ..)| d.sealed_at()))),
+        texts(&|d| d.clock()),
+        texts(&|d| d.named.as_ref().map_or("", |n| &n.hash)),
         counts(1),
         counts(2),
         counts(3),
         counts(4),
         Arc::new(BooleanArray::from_iter(rows.iter().map(|(d, ..)| Some(d.redelivered)))),
         Arc::new(instants(rows.iter().map(|(.., last)| *last))),
-        texts(&|d| places.segments[d.segment].clone()),
+        Arc::new(StringArray::from_iter_values(rows.iter().map(|(d, ..)| &places.segments[d.segment]))),
         ints(&|_| plan),
     ];
     Ok(vec![RecordBatch::try_new(Table::Messages.schema(), columns)?])

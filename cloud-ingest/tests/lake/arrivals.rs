@@ -93,7 +93,7 @@ fn matrix() -> Vec<(Row, Lands)> {
 
 /// As a message of a gateway, whose sender writes null where there is nothing.
 pub(crate) fn arrow(gateway: &str, seq: u64, rows: &[Row]) -> Message {
-    let identity = Identity { rows: rows.len() as u64, ..readings(seq, &[]).identity.unwrap() };
+    let identity = Identity { rows: rows.len() as u64, ..*readings(seq, &[]).identity.unwrap() };
     let word = |word: &'static str| -> ArrayRef {
         Arc::new(rows.iter().map(|_| word).collect::<DictionaryArray<Int32Type>>())
     };
@@ -113,10 +113,7 @@ pub(crate) fn arrow(gateway: &str, seq: u64, rows: &[Row]) -> Message {
     let mut writer = StreamWriter::try_new(Vec::new(), &schema).unwrap();
     writer.write(&RecordBatch::try_new(schema, columns).unwrap()).unwrap();
     let payload = writer.into_inner().unwrap();
-    Message {
-        gateway: Some(("plant".into(), gateway.into())),
-        ..message(&format!("plant/{gateway}/readings"), payload, Some(identity))
-    }
+    message(&format!("plant/{gateway}/readings"), payload, Some(identity))
 }
 
 /// As other people's devices send it.
@@ -338,8 +335,8 @@ async fn a_clock_that_is_wrong_harms_no_other_gateway() {
                 let rows: Vec<Row> =
                     (0..5).map(|s| row("b", at(s + 10 * n as i64 - 20).as_micros(), 20.0)).collect();
                 let sent = arrow("other", n, &rows);
-                let sealed = Identity { sealed_at: at(0), clock, ..sent.identity.unwrap() };
-                Message { identity: Some(sealed), ..sent }
+                let sealed = Identity { sealed_at: at(0), clock, ..*sent.identity.unwrap() };
+                Message { identity: Some(Box::new(sealed)), ..sent }
             });
             let first = 30 * n as i64;
             let ours = [

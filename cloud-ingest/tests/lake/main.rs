@@ -27,7 +27,7 @@ use arrow::{
     util::pretty::pretty_format_batches,
 };
 use cloud_ingest::{
-    bronze::{self, Bronze, Limits, Message},
+    bronze::{self, Bronze, Limits, Message, Origin},
     ingest,
     lake::{SegmentName, Table},
     metrics::Metrics,
@@ -60,13 +60,12 @@ fn at(seconds: u64) -> Timestamp {
 fn message(topic: &str, payload: impl Into<bytes::Bytes>, identity: Option<Identity>) -> Message {
     Message {
         received_at: now(),
-        topic: format!("{ROOT}/{topic}"),
+        origin: Origin::of(ROOT, format!("{ROOT}/{topic}")).into(),
         payload: payload.into(),
         content_type: None,
         qos: 1,
         dup: false,
-        gateway: Some(("plant".into(), "gw".into())),
-        identity,
+        identity: identity.map(Box::new),
     }
 }
 
@@ -293,8 +292,9 @@ async fn what_has_no_time_is_kept_in_quarantine() {
     let tables = Tables::open(&store).await.unwrap();
     let boot = Uuid::from_u128(3);
     let unsynced = |of: Message, lane: Lane, rows: u64| {
-        let identity = Identity { lane, rows, clock: ClockState::Unsynced { boot }, ..of.identity.unwrap() };
-        Message { topic: format!("{ROOT}/plant/gw/{lane}"), identity: Some(identity), ..of }
+        let identity = Identity { lane, rows, clock: ClockState::Unsynced { boot }, ..*of.identity.unwrap() };
+        let origin = Origin::of(ROOT, format!("{ROOT}/plant/gw/{lane}")).into();
+        Message { origin, identity: Some(Box::new(identity)), ..of }
     };
     let in_1970 = |micros: i64| at(0).as_micros() - micros;
     // A device with a clock of its own beside one without.

@@ -46,7 +46,7 @@ pub(crate) const ALL: Selection = Selection { rule: None, site: None, device: No
 pub(crate) async fn held_lake(store: &Store) -> Tables {
     let floor = |text: &str| {
         let message = message("x", text.to_owned(), None);
-        Message { topic: "shopfloor/7".into(), gateway: None, ..message }
+        Message { origin: Origin::of(ROOT, "shopfloor/7".into()).into(), ..message }
     };
     let one = celsius(0, &[(0, "kiln", 900.0), (0, "a", 20.0), (1, "kiln", 100.0), (1, "oven", 900.0)]);
     let segments = [

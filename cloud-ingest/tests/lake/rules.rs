@@ -167,7 +167,7 @@ async fn history_and_the_last_minutes_can_be_joined() {
     let (_, process, mut engine) = lake_and(text, "joined").await;
     gold::step(&process.tables, &GoldSettings::default(), now()).await.unwrap();
     let message = readings(50, &[(0, "a", 212.0), (1, "a", 213.0)]);
-    process.live.push(&Topic::parse(ROOT, &message.topic).unwrap(), &message.payload, 2, false);
+    process.live.push(&Topic::parse(ROOT, &message.origin.topic).unwrap(), &message.payload, 2, false);
     assert_eq!(steps(&mut engine, now()).await, [Outcome::Ran(1, 1), Outcome::Ran(2, 1)]);
     let joined =
         ask(&process.tables, "select distinct device_id, now, round(most, 1) m from rules.joined").await;
@@ -238,7 +238,7 @@ async fn a_fault_at_any_call_leaves_each_row_in_its_table_once() {
 
 /// A message of lane `anomalies`: (event, severity, begun at, ended at).
 fn anomaly(seq: u64, event: u128, severity: &'static str, from: u64, to: Option<u64>) -> Message {
-    let of = readings(seq, &[]).identity.unwrap();
+    let of = *readings(seq, &[]).identity.unwrap();
     let identity = Identity { lane: Lane::Anomalies, rows: 1, ..of };
     let schema = wire::schema(Lane::Anomalies);
     let columns = schema.fields().iter().map(|field| -> ArrayRef {

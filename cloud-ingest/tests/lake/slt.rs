@@ -61,11 +61,7 @@ fn encoded(site: &str, lane: Lane, seq: u64, columns: Vec<ArrayRef>) -> Message 
     let (clock, sealed_at) = (ClockState::Synced, received_at);
     let identity = Identity { v: 1, epoch, lane, seq, rows, rows_before: 0, oldest: 0, sealed_at, clock };
     let payload = wire::encode(&batch, &identity).unwrap();
-    Message {
-        received_at,
-        gateway: Some((site.into(), "gw".into())),
-        ..message(&format!("{site}/gw/{lane}"), payload, Some(identity))
-    }
+    Message { received_at, ..message(&format!("{site}/gw/{lane}"), payload, Some(identity)) }
 }
 
 fn of_readings(site: &str, seq: u64, rows: &[Row]) -> Message {

@@ -272,9 +272,7 @@ pub fn decode<'a>(
     payload: &'a [u8],
 ) -> Result<Content<'a>, Reject> {
     match &route.carries {
-        Carries::Maintenance => {
-            serde_json::from_slice(payload).map(Content::Maintenance).map_err(not_json)
-        }
+        Carries::Maintenance => serde_json::from_slice(payload).map(Content::Maintenance).map_err(not_json),
         Carries::Stream(Stream::Lane(lane)) => read_lane(payloads, *lane, &route.sender, claim, payload),
         Carries::Stream(Stream::Json) => samples(&STANDARD, payload),
         Carries::Stream(Stream::Status) => {

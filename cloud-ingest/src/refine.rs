@@ -35,7 +35,7 @@ use datafusion::{
 use deltalake::DeltaTable;
 use futures::TryStreamExt;
 use object_store::{ObjectStoreExt, PutMode, PutOptions, path::Path};
-use tokio::sync::watch;
+use tokio::{sync::watch, time::Instant};
 use uuid::Uuid;
 
 use crate::{
@@ -55,6 +55,9 @@ const FULL_LISTING: Duration = Duration::from_secs(86_400);
 const LISTING: Duration = Duration::from_secs(10);
 /// With more writers than this a listing costs less than asking for the next segment of each.
 const FOLLOWED: usize = 8;
+/// A step begins so long after the one before unless more waits than that one took: its commits cost the same, however
+/// little is in them.
+const PACE: Duration = Duration::from_secs(1);
 /// Tables are looked at for small files after so many plans.
 const COMPACT_EVERY: u64 = 16;
 /// Devices that are remembered as warned about.
@@ -188,6 +191,11 @@ impl Refiner {
     /// Something new is in bronze: if no writer that is known has it, the next step lists.
     pub fn expect(&mut self) {
         self.expects = true;
+    }
+
+    /// Whether more is in bronze than the last step took.
+    fn is_behind(&self) -> bool {
+        self.state.as_ref().is_some_and(|state| state.recent.is_none())
     }
 
     /// Number of the newest plan that is known here; 0 for none.
@@ -605,8 +613,8 @@ async fn has_step(
 }
 
 /// Steps until `bronze` closes and everything in it is refined. `bronze` changes whenever a segment becomes
-/// durable in this process; segments of others are found every `interval`. `refined` has the newest plan that
-/// is in silver, and closes at the end.
+/// durable in this process, and is looked at within a second; segments of others are found every `interval`. `refined`
+/// has the newest plan that is in silver, and closes at the end.
 pub async fn run(
     mut refiner: Refiner,
     clock: Arc<dyn Clock>,
@@ -620,10 +628,14 @@ pub async fn run(
     loop {
         // What was put until now, the step finds.
         bronze.borrow_and_update();
+        let began = Instant::now();
         match refiner.step(clock.now(), ended).await {
             Ok(Outcome::Refined(_)) => {
                 retry = FIRST_RETRY;
                 refined.send_replace(refiner.newest());
+                if !refiner.is_behind() {
+                    rest(&mut bronze, began + PACE).await;
+                }
             }
             Ok(Outcome::Idle) if ended => return,
             Ok(Outcome::Idle) => {
@@ -644,6 +656,15 @@ pub async fn run(
             }
         }
         ended = ended || bronze.has_changed().is_err();
+    }
+}
+
+/// Waits until `at`, or until bronze closes.
+async fn rest(bronze: &mut watch::Receiver<u64>, at: Instant) {
+    let closed = async { while bronze.changed().await.is_ok() {} };
+    tokio::select! {
+        () = tokio::time::sleep_until(at) => {}
+        () = closed => {}
     }
 }
 

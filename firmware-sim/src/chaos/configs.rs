@@ -121,7 +121,7 @@ mod tests {
         for line in [
             "persistence true",
             "autosave_interval 1",
-            "max_inflight_messages 4000",
+            "max_inflight_messages 8000",
             "max_queued_messages 200000",
             "listener 1884 127.0.0.1",
             "persistence_location /data/broker/",

@@ -110,6 +110,7 @@ pub(super) struct Delivered {
     pub(super) quarantined: i64,
     pub(super) redelivered: bool,
     /// The readings that count, by their place in the message; `None` for all.
+    #[expect(clippy::box_collection, reason = "most messages have none, which takes a word so")]
     pub(super) only: Option<Box<HashSet<i64>>>,
 }
 

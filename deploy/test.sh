@@ -213,9 +213,9 @@ step_chaos() {
   build_demo
   "$venv/bin/python" deploy/judges/judge_chaos.py "$CARGO_TARGET_DIR/demo/firmware-sim" \
     --data-dir "$scratch/chaos" --kills 20
-  # The lake on a server that is killed, too.
+  # Three replicas, and the lake on a server that is killed, too.
   "$venv/bin/python" deploy/judges/judge_chaos.py "$CARGO_TARGET_DIR/demo/firmware-sim" \
-    --data-dir "$scratch/chaos-store" --kills 8 --only cloud,store --store "$venv/bin/weed"
+    --data-dir "$scratch/chaos-store" --kills 8 --only cloud,store --replicas 3 --store "$venv/bin/weed"
 }
 
 # --- in their order: cheap ones first ---------------------------------------------------------------------------

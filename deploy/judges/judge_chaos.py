@@ -1,6 +1,6 @@
 """Runs `firmware-sim chaos` and judges its lake with readers that share no code with it.
 
-    judge_chaos.py BINARY --data-dir DIR [--kills N] [--seed S] [--only agent,broker] [--store WEED]
+    judge_chaos.py BINARY --data-dir DIR [--kills N] [--seed S] [--only agent,broker] [--store WEED] [--replicas N]
 
 The truth is the file that the agent replayed; DuckDB compares it with silver value by value. Then messages, gaps,
 closings, the census, and gold computed again from silver, as judge_lake has them; and every payload says whose it is.
@@ -30,6 +30,7 @@ def judge_result(report, args):
     command = [args.binary, "chaos", "--kills", str(args.kills), "--seed", str(args.seed), "--data-dir", args.data_dir]
     command += ["--only", args.only] if args.only else []
     command += ["--store", args.store] if args.store else []
+    command += ["--replicas", str(args.replicas)]
     began = time.monotonic()
     done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
     print(f"        it took {time.monotonic() - began:.0f} s")
@@ -106,6 +107,7 @@ def main():
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", help="agent,broker,cloud,store: who is killed")
     parser.add_argument("--store", type=Path, help="SeaweedFS's program: the lake is on it, and it is killed too")
+    parser.add_argument("--replicas", type=int, default=1, help="processes of the cloud")
     args = parser.parse_args()
     report = Report("judge_chaos")
     result = judge_result(report, args)

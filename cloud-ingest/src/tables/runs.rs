@@ -1,14 +1,14 @@
 //! Column chunks of text that stays the same for many rows: the dictionary's page, and one page of runs.
 //!
 //! parquet's own writer finds out by hashing that a row says what the row before it said, which for silver's ten columns
-//! of text took longer than everything else in its files. Whoever has words by number knows it already. What is laid out
-//! here is plain Parquet (Apache Parquet, "Encodings": PLAIN dictionary page, RLE_DICTIONARY data page of version 1, and
+//! of text took longer than everything else in its files. Whoever has words by number, or by runs, knows it already. What
+//! is laid out here is plain Parquet (Apache Parquet, "Encodings": PLAIN dictionary page, RLE_DICTIONARY data page of version 1, and
 //! of the RLE/bit-packing hybrid the runs alone); columns with short runs are better left to the library.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, sync::Arc};
 
 use arrow::{
-    array::{Array, ArrayRef, AsArray},
+    array::{Array, ArrayRef, AsArray, DictionaryArray, Int32Array, RunArray},
     datatypes::Int32Type,
 };
 use bytes::Bytes;
@@ -30,7 +30,26 @@ use parquet::{
 };
 
 /// With fewer rows to a run, packing bits takes less room.
-const LONG: usize = 8;
+pub(crate) const LONG: usize = 8;
+
+/// Text by runs: the key of each run's word.
+pub(super) fn of_runs(column: &ArrayRef) -> Option<(&RunArray<Int32Type>, &DictionaryArray<Int32Type>)> {
+    let runs = column.as_any().downcast_ref::<RunArray<Int32Type>>()?;
+    Some((runs, runs.values().as_dictionary_opt()?))
+}
+
+/// The same text by rows.
+pub(super) fn unrolled(column: &ArrayRef) -> ArrayRef {
+    let Some((runs, words)) = of_runs(column) else { return column.clone() };
+    let mut keys: Vec<Option<i32>> = Vec::with_capacity(runs.len());
+    for (at, end) in (runs.get_start_physical_index()..).zip(runs.run_ends().sliced_values()) {
+        let key = words.is_valid(at).then(|| words.keys().value(at));
+        keys.resize(usize::try_from(end).unwrap_or(0), key);
+    }
+    // The keys are those of a dictionary.
+    let keys = Int32Array::from(keys);
+    Arc::new(DictionaryArray::new(keys, Arc::clone(words.values())))
+}
 
 /// The words of a column in the order in which they come, and where they stand.
 #[derive(Debug, Default)]
@@ -42,47 +61,60 @@ struct Runs {
 }
 
 impl Runs {
-    /// `None` when a part is no dictionary of text, or when runs are short.
+    /// `None` when a part is no text by dictionary or by runs, or when runs are short.
     fn of(parts: &[&ArrayRef]) -> Option<Runs> {
         let mut all = Runs::default();
         let mut index = HashMap::<&str, u32>::new();
         for part in parts {
-            let part = part.as_dictionary_opt::<Int32Type>()?;
-            let (keys, words) = (part.keys(), part.values().as_string_opt::<i32>()?);
-            let mut codes: Vec<Option<u32>> = vec![None; words.len()];
-            let mut row = 0;
-            while row < keys.len() {
-                let (null, key) = (keys.is_null(row), keys.value(row));
-                let same =
-                    |other: &usize| keys.is_null(*other) == null && (null || keys.value(*other) == key);
-                let run = (row + 1..keys.len()).take_while(same).count() + 1;
-                let code = if null {
-                    None
-                } else {
-                    let known = &mut codes[usize::try_from(key).ok()?];
-                    if known.is_none() {
-                        let word = words.value(usize::try_from(key).ok()?);
-                        let next = u32::try_from(all.words.len()).ok()?;
-                        let code = *index.entry(word).or_insert(next);
-                        if code == next {
-                            all.words.push(ByteArray::from(word));
-                        }
-                        *known = Some(code);
-                    }
-                    *known
-                };
-                match all.runs.last_mut() {
-                    Some((last, rows)) if *last == code => *rows += run as u64,
-                    _ => all.runs.push((code, run as u64)),
+            if let Some((runs, said)) = of_runs(part) {
+                let words = said.values().as_string_opt::<i32>()?;
+                let mut row = 0;
+                for (at, end) in (runs.get_start_physical_index()..).zip(runs.run_ends().sliced_values()) {
+                    let code = said.key(at).map(|key| all.code(&mut index, words.value(key)));
+                    let end = usize::try_from(end).ok()?;
+                    all.push(code, end - row);
+                    row = end;
                 }
-                row += run;
+            } else {
+                let part = part.as_dictionary_opt::<Int32Type>()?;
+                let (keys, words) = (part.keys(), part.values().as_string_opt::<i32>()?);
+                let mut codes: Vec<Option<u32>> = vec![None; words.len()];
+                let mut row = 0;
+                while row < keys.len() {
+                    let (null, key) = (keys.is_null(row), keys.value(row));
+                    let same =
+                        |other: &usize| keys.is_null(*other) == null && (null || keys.value(*other) == key);
+                    let run = (row + 1..keys.len()).take_while(same).count() + 1;
+                    let code = part
+                        .key(row)
+                        .map(|key| *codes[key].get_or_insert_with(|| all.code(&mut index, words.value(key))));
+                    all.push(code, run);
+                    row += run;
+                }
             }
-            all.rows += keys.len();
             if all.runs.len() * LONG > all.rows {
                 return None;
             }
         }
         (!all.words.is_empty()).then_some(all)
+    }
+
+    /// The number of a word.
+    fn code<'a>(&mut self, index: &mut HashMap<&'a str, u32>, word: &'a str) -> u32 {
+        let next = u32::try_from(self.words.len()).expect("fewer words than rows, which an i32 counts");
+        let code = *index.entry(word).or_insert(next);
+        if code == next {
+            self.words.push(ByteArray::from(word));
+        }
+        code
+    }
+
+    fn push(&mut self, code: Option<u32>, rows: usize) {
+        match self.runs.last_mut() {
+            Some((last, before)) if *last == code => *before += rows as u64,
+            _ => self.runs.push((code, rows as u64)),
+        }
+        self.rows += rows;
     }
 
     fn nulls(&self) -> u64 {

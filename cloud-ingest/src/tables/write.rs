@@ -1,7 +1,7 @@
 //! Data files of a table: rows by partition, each partition one Parquet file, and what the log says of it.
 //!
-//! * zstd level 1; DELTA_BINARY_PACKED for instants and sequence numbers, dictionaries for the rest.
-//! * A column of text may come as a dictionary array: the file does not say so, and nobody widens it.
+//! * zstd level 1; DELTA_BINARY_PACKED for instants and sequence numbers, dictionaries for the rest, where they pay.
+//! * A column of text may come as a dictionary array, or as runs of one: the file does not say so, and nobody widens it.
 //! * The log has the minimum and maximum of the columns that queries filter by; instants to the microsecond, so that a
 //!   reader that takes them for exact is right, too.
 
@@ -11,7 +11,7 @@ use anyhow::Context;
 use arrow::{
     array::{Array, ArrayRef, AsArray, BooleanArray, RecordBatch},
     compute::{cast, filter_record_batch},
-    datatypes::{DataType, Field, Int32Type, Int64Type, Schema, SchemaRef},
+    datatypes::{DataType, Field, Float64Type, Int32Type, Int64Type, Schema, SchemaRef},
     row::{RowConverter, SortField},
 };
 use common::time::{Clock, SystemClock, Timestamp};
@@ -33,6 +33,10 @@ use uuid::Uuid;
 use super::runs;
 use crate::{lake::Table, store::Store};
 
+/// So many numbers of a column are looked at, to see whether they repeat.
+const SAMPLE: usize = 4096;
+/// Numbers that parquet's writer lets a dictionary hold: 1 MiB of them.
+const DICTIONARY: usize = 128 * 1024;
 /// Most rows of a row group, unless a batch has more.
 const ROW_GROUP: usize = 1024 * 1024;
 
@@ -162,7 +166,7 @@ fn is_constant(column: &ArrayRef) -> bool {
             let keys = column.as_dictionary::<Int32Type>().keys().values();
             keys.iter().all(|key| *key == keys[0])
         }
-        _ => n == 1,
+        _ => n == 1 || runs::of_runs(column).is_some_and(|(_, words)| words.len() == 1),
     }
 }
 
@@ -174,10 +178,7 @@ fn without_partitions(table: Table, batch: &RecordBatch) -> anyhow::Result<Recor
     for field in kept {
         let column =
             batch.column_by_name(field.name()).with_context(|| format!("column {}", field.name()))?;
-        let same = match column.data_type() {
-            DataType::Dictionary(_, value) => **value == *field.data_type(),
-            other => other == field.data_type(),
-        };
+        let same = said(column.data_type()) == field.data_type();
         anyhow::ensure!(same, "column {} of {} is {}", field.name(), table.path(), column.data_type());
         fields.push(Field::new(field.name(), column.data_type().clone(), field.is_nullable()));
         columns.push(Arc::clone(column));
@@ -185,12 +186,55 @@ fn without_partitions(table: Table, batch: &RecordBatch) -> anyhow::Result<Recor
     Ok(RecordBatch::try_new(Arc::new(Schema::new(fields)), columns)?)
 }
 
+/// What a column says, however it is laid out.
+fn said(layout: &DataType) -> &DataType {
+    match layout {
+        DataType::RunEndEncoded(_, values) => said(values.data_type()),
+        DataType::Dictionary(_, words) => words,
+        plain => plain,
+    }
+}
+
+/// Whether a dictionary of these numbers pays. Of `k` out of so many different ones as it can hold, about k² / 2n are
+/// there twice; are it fewer, then there are more, and the writer would begin with a dictionary only to give it up.
+fn repeats(parts: &[&ArrayRef]) -> bool {
+    let rows: usize = parts.iter().map(|part| part.len()).sum();
+    let values = parts.iter().flat_map(|part| part.as_primitive::<Float64Type>().values());
+    let mut sample: Vec<u64> = values.step_by(rows.div_ceil(SAMPLE).max(1)).map(|v| v.to_bits()).collect();
+    let looked_at = sample.len();
+    sample.sort_unstable();
+    sample.dedup();
+    (looked_at - sample.len()) * 2 * DICTIONARY >= looked_at * looked_at
+}
+
+/// How a file with these rows is written.
+fn properties_of(table: Table, schema: &Schema, batches: &[RecordBatch]) -> WriterProperties {
+    let mut builder = writer_properties(table).into_builder();
+    for (ix, field) in schema.fields().iter().enumerate() {
+        let parts: Vec<&ArrayRef> = batches.iter().map(|batch| batch.column(ix)).collect();
+        if *field.data_type() == DataType::Float64 && !repeats(&parts) {
+            builder = builder.set_column_dictionary_enabled(ColumnPath::from(field.name().as_str()), false);
+        }
+    }
+    builder.build()
+}
+
 /// The bytes of a data file, and its statistics for the log.
 fn encode(table: Table, batches: &[RecordBatch]) -> anyhow::Result<(Vec<u8>, Value)> {
-    let schema = batches.first().context("a file has rows")?.schema();
+    // The library is given text by rows.
+    let fields = batches.first().context("a file has rows")?.schema_ref().fields().iter().map(|field| {
+        match field.data_type() {
+            DataType::RunEndEncoded(_, words) => {
+                Arc::new(field.as_ref().clone().with_data_type(words.data_type().clone()))
+            }
+            _ => Arc::clone(field),
+        }
+    });
+    let schema = Arc::new(Schema::new(fields.collect::<Vec<_>>()));
     // Without arrow's own schema every reader takes text for text.
-    let options =
-        ArrowWriterOptions::new().with_properties(writer_properties(table)).with_skip_arrow_metadata(true);
+    let options = ArrowWriterOptions::new()
+        .with_properties(properties_of(table, &schema, batches))
+        .with_skip_arrow_metadata(true);
     let mut bytes = Vec::new();
     let writer = ArrowWriter::try_new_with_options(&mut bytes, Arc::clone(&schema), options)?;
     let (mut writer, columns) = writer.into_serialized_writer()?;
@@ -205,7 +249,7 @@ fn encode(table: Table, batches: &[RecordBatch]) -> anyhow::Result<(Vec<u8>, Val
                 continue;
             }
             for part in parts {
-                for leaf in compute_leaves(schema.field(ix), part)? {
+                for leaf in compute_leaves(schema.field(ix), &runs::unrolled(part))? {
                     column.write(&leaf)?;
                 }
             }
@@ -295,7 +339,8 @@ fn limits(data_type: &DataType, groups: &[&Statistics]) -> Option<(Value, Value)
 #[cfg(test)]
 mod tests {
     use arrow::array::{
-        DictionaryArray, Float64Array, Int64Array, StringArray, TimestampMicrosecondArray, new_null_array,
+        DictionaryArray, Float64Array, Int64Array, RunArray, StringArray, TimestampMicrosecondArray,
+        new_null_array,
     };
     use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
     use proptest::prelude::*;
@@ -350,15 +395,48 @@ mod tests {
         assert_eq!(parted, "device_type = \"a/../b\" cannot name a partition");
     }
 
+    /// Each row as a run of its own, but for those that say what the row before them said.
+    fn runs_of(column: &ArrayRef) -> ArrayRef {
+        let rows = column.as_dictionary::<Int32Type>();
+        let keys: Vec<Option<i32>> = rows.keys().iter().collect();
+        let (mut ends, mut said) = (Vec::new(), Vec::new());
+        for run in keys.chunk_by(|a, b| a == b) {
+            ends.push(ends.last().copied().unwrap_or(0) + i32::try_from(run.len()).unwrap());
+            said.push(run[0]);
+        }
+        let said = DictionaryArray::<Int32Type>::new(said.into(), Arc::clone(rows.values()));
+        Arc::new(RunArray::<Int32Type>::try_new(&ends.into(), &said).unwrap())
+    }
+
+    #[test]
+    fn only_numbers_that_repeat_get_a_dictionary() {
+        let encodings = |of: &dyn Fn(usize) -> f64, n: usize| {
+            let all: Vec<_> = (0..n).map(|i| ("flow", "a", i as i64, Some(of(i)))).collect();
+            let parts = by_partition(TABLE, vec![rows(&all)]).unwrap();
+            let (bytes, _) = encode(TABLE, parts.values().next().unwrap()).unwrap();
+            let size = bytes.len();
+            let reader = ParquetRecordBatchReaderBuilder::try_new(bytes::Bytes::from(bytes)).unwrap();
+            let columns = reader.metadata().row_group(0).columns();
+            let value = columns.iter().find(|c| c.column_path().string() == "value").unwrap();
+            (value.dictionary_page_offset().is_some(), size)
+        };
+        // A converter of 12 bits, and a measurement to the last bit.
+        assert!(encodings(&|i| (i * 7919 % 4096) as f64 * 0.01, 200_000).0);
+        let (dictionary, plain) = encodings(&|i| (i as f64).sqrt(), 200_000);
+        assert!(!dictionary && plain < 200_000 * 8, "{plain} B");
+        assert!(encodings(&|_| 1.5, 20).0);
+        assert!(!encodings(&|i| i as f64, 20).0);
+    }
+
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(200))]
 
-        /// Whatever the runs, nulls and dictionaries of a column: what is read is what was written, as parquet's own
-        /// writer has it.
+        /// Whatever the runs, nulls and dictionaries of a column, and whichever of its parts come as runs: what is read is
+        /// what was written, as parquet's own writer has it.
         #[test]
         fn runs_of_text_are_read_as_they_were_written(
             parts in prop::collection::vec(prop::collection::vec((0i32..40, 1usize..60), 0..30), 1..4),
-            (nullable, words) in (any::<bool>(), 1i32..300),
+            (nullable, words, as_runs) in (any::<bool>(), 1i32..300, any::<[bool; 4]>()),
         ) {
             let field = Field::new("segment", common::wire::dict(), nullable);
             let schema = Arc::new(Schema::new(vec![field]));
@@ -377,7 +455,14 @@ mod tests {
                     RecordBatch::try_new(Arc::clone(&schema), vec![Arc::new(column)]).unwrap()
                 })
                 .collect();
-            let (bytes, stats) = encode(TABLE, &batches).unwrap();
+            let laid_out = batches.iter().zip(as_runs).map(|(batch, as_runs)| {
+                let column = if as_runs { runs_of(batch.column(0)) } else { Arc::clone(batch.column(0)) };
+                prop_assert_eq!(&runs::unrolled(&column), batch.column(0));
+                let field = Field::new("segment", column.data_type().clone(), nullable);
+                Ok(RecordBatch::try_new(Arc::new(Schema::new(vec![field])), vec![column]).unwrap())
+            });
+            let laid_out = laid_out.collect::<Result<Vec<_>, TestCaseError>>()?;
+            let (bytes, stats) = encode(TABLE, &laid_out).unwrap();
             let mut plain = Vec::new();
             let properties = Some(writer_properties(TABLE));
             let mut writer = ArrowWriter::try_new(&mut plain, Arc::clone(&schema), properties).unwrap();

@@ -49,7 +49,8 @@ def outcome(request):
     """What became of a request: its answer's registers, an exception code, or None where nothing came."""
     try:
         answer = request()
-    except ModbusException:
+    except (ModbusException, ConnectionError):
+        # A connection that is cut while something is under way is reset, and not closed.
         return None
     return answer.exception_code if answer.isError() else answer.registers
 

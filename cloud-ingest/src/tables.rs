@@ -51,11 +51,8 @@ use deltalake::{
 };
 use futures::{Stream, StreamExt};
 
+pub(crate) use self::rewrite::{RETAIN, conform};
 pub use self::{rewrite::TIERS, write::writer_properties};
-pub(crate) use self::{
-    rewrite::{RETAIN, conform},
-    runs::LONG,
-};
 use crate::{lake::Table, store::Store};
 
 /// Rows that go into files together.

@@ -174,10 +174,10 @@ pub(super) struct Routes(HashMap<String, Arc<Route>>);
 impl Routes {
     fn of(&mut self, rules: &Rules, topic: &str) -> Arc<Route> {
         if let Some(route) = self.0.get(topic) {
-            return route.clone();
+            return Arc::clone(route);
         }
         let route = Arc::new(Route::of(&rules.root, &rules.json, topic));
-        self.0.insert(topic.to_owned(), route.clone());
+        self.0.insert(topic.to_owned(), Arc::clone(&route));
         route
     }
 }

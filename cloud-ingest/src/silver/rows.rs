@@ -1,7 +1,7 @@
 //! The rows of each table.
 //!
-//! Columns of text are dictionaries over the words of the plan, and runs of rows that say the same, all the way into the
-//! data files; instants and values are the candidates' own, where nothing lies between them.
+//! Columns of text are runs over the words of the plan, all the way into the data files; instants and values are the
+//! candidates' own, where nothing lies between them.
 
 use std::{
     collections::{BTreeMap, HashMap, hash_map::Entry},
@@ -15,7 +15,7 @@ use arrow::{
         NullBufferBuilder, PrimitiveArray, RecordBatch, RunArray, StringArray, TimestampMicrosecondArray,
     },
     buffer::ScalarBuffer,
-    datatypes::{ArrowNativeType, Int32Type, Int64Type, Schema},
+    datatypes::{ArrowNativeType, Int32Type, Int64Type},
 };
 use common::time::Timestamp;
 
@@ -28,9 +28,8 @@ use super::{
 };
 use crate::{
     decode::MaintenanceRecord,
-    lake::{Table, year_month},
+    lake::{Table, with_text, year_month},
     quality::Reject,
-    tables::LONG,
 };
 
 /// Rows in one batch of `sensor_readings`.
@@ -115,12 +114,8 @@ fn column<T: ArrowPrimitiveType>(
     PrimitiveArray::new(values.into(), nulls.finish())
 }
 
-/// A column of what is said by so many rows after one another, a negative word being null: as runs where these are long.
-fn text(
-    words: &ArrayRef,
-    rows: usize,
-    said: impl IntoIterator<Item = (i32, usize)>,
-) -> anyhow::Result<ArrayRef> {
+/// A column of what is said by so many rows after one another, a negative word being null.
+fn text(words: &ArrayRef, said: impl IntoIterator<Item = (i32, usize)>) -> anyhow::Result<ArrayRef> {
     let (mut keys, mut ends) = (Vec::<i32>::new(), Vec::<i32>::new());
     let mut end = 0;
     for (key, rows) in said {
@@ -133,22 +128,11 @@ fn text(
             }
         }
     }
-    let short = keys.len() * LONG > rows;
-    if short {
-        let mut of_rows = Vec::with_capacity(rows);
-        for (key, end) in keys.iter().zip(&ends) {
-            of_rows.resize(usize::try_from(*end)?, *key);
-        }
-        keys = of_rows;
-    }
     let keys: Int32Array = match keys.iter().all(|key| *key >= 0) {
         true => keys.into(),
         false => keys.into_iter().map(|key| Some(key).filter(|key| *key >= 0)).collect(),
     };
     let words = DictionaryArray::<Int32Type>::try_new(keys, Arc::clone(words))?;
-    if short {
-        return Ok(Arc::new(words));
-    }
     Ok(Arc::new(RunArray::<Int32Type>::try_new(&ends.into(), &words)?))
 }
 
@@ -170,6 +154,7 @@ pub(super) fn sensor_readings(
         })
         .collect();
     let words: ArrayRef = Arc::new(StringArray::from(words.list));
+    let schema = with_text(&Table::SensorReadings.schema(), text(&words, [])?.data_type());
     let parts = partitions(&candidates, stored);
     let ts = ScalarBuffer::from(std::mem::take(&mut candidates.ts));
     let value = ScalarBuffer::from(std::mem::take(&mut candidates.value));
@@ -180,7 +165,7 @@ pub(super) fn sensor_readings(
             let n = count(&rows);
             let runs = runs(&candidates, &rows, delivered);
             let word =
-                |key: &dyn Fn(&Run<'_>) -> i32| text(&words, n, runs.iter().map(|run| (key(run), run.rows)));
+                |key: &dyn Fn(&Run<'_>) -> i32| text(&words, runs.iter().map(|run| (key(run), run.rows)));
             let instant = |micros: TimestampMicrosecondArray| Arc::new(micros.with_timezone("UTC"));
             let value = taken(&value, &rows);
             let valid = value.iter().any(|v| v.is_nan()).then(|| value.iter().map(|v| !v.is_nan()).collect());
@@ -189,14 +174,14 @@ pub(super) fn sensor_readings(
             let columns: Vec<ArrayRef> = vec![
                 instant(TimestampMicrosecondArray::new(taken(&ts, &rows), None)),
                 word(&|run| run.slot.device_id)?,
-                text(&words, n, [(device_type, n)])?,
+                word(&|_| device_type)?,
                 word(&|run| run.slot.asset_id)?,
                 word(&|run| run.slot.site)?,
                 word(&|run| messages[run.message].0)?,
                 Arc::new(Float64Array::new(value, valid)),
                 word(&|run| run.slot.unit)?,
                 word(&|run| run.slot.kind)?,
-                text(&words, n, quality)?,
+                text(&words, quality)?,
                 instant(column(&runs, |run| Some(run.from.received_at.as_micros()))),
                 word(&|run| messages[run.message].1)?,
                 Arc::new(column::<Int64Type>(&runs, |run| run.from.name().map(|n| n.seq))),
@@ -204,11 +189,7 @@ pub(super) fn sensor_readings(
                 Arc::new(years.slice(0, n)),
                 Arc::new(months.slice(0, n)),
             ];
-            let fields = Table::SensorReadings.schema();
-            let fields = fields.fields().iter().zip(&columns);
-            let fields = fields
-                .map(|(field, column)| field.as_ref().clone().with_data_type(column.data_type().clone()));
-            batches.push(RecordBatch::try_new(Arc::new(Schema::new(fields.collect::<Vec<_>>())), columns)?);
+            batches.push(RecordBatch::try_new(Arc::clone(&schema), columns)?);
         }
     }
     Ok(batches)

@@ -1,9 +1,9 @@
 //! Column chunks of text that stays the same for many rows: the dictionary's page, and one page of runs.
 //!
 //! parquet's own writer finds out by hashing that a row says what the row before it said, which for silver's ten columns
-//! of text took longer than everything else in its files. Whoever has words by number, or by runs, knows it already. What
-//! is laid out here is plain Parquet (Apache Parquet, "Encodings": PLAIN dictionary page, RLE_DICTIONARY data page of version 1, and
-//! of the RLE/bit-packing hybrid the runs alone); columns with short runs are better left to the library.
+//! of text took longer than everything else in its files. Whoever lays them out knows it already. What is written here is
+//! plain Parquet (Apache Parquet, "Encodings": PLAIN dictionary page, RLE_DICTIONARY data page of version 1, and of the
+//! RLE/bit-packing hybrid the runs alone); columns with short runs are better left to the library.
 
 use std::{collections::HashMap, sync::Arc};
 
@@ -30,7 +30,7 @@ use parquet::{
 };
 
 /// With fewer rows to a run, packing bits takes less room.
-pub(crate) const LONG: usize = 8;
+const LONG: usize = 8;
 
 /// Text by runs: the key of each run's word.
 pub(super) fn of_runs(column: &ArrayRef) -> Option<(&RunArray<Int32Type>, &DictionaryArray<Int32Type>)> {
@@ -40,7 +40,7 @@ pub(super) fn of_runs(column: &ArrayRef) -> Option<(&RunArray<Int32Type>, &Dicti
 
 /// The same text by rows.
 pub(super) fn unrolled(column: &ArrayRef) -> ArrayRef {
-    let Some((runs, words)) = of_runs(column) else { return column.clone() };
+    let Some((runs, words)) = of_runs(column) else { return Arc::clone(column) };
     let mut keys: Vec<Option<i32>> = Vec::with_capacity(runs.len());
     for (at, end) in (runs.get_start_physical_index()..).zip(runs.run_ends().sliced_values()) {
         let key = words.is_valid(at).then(|| words.keys().value(at));
@@ -61,36 +61,19 @@ struct Runs {
 }
 
 impl Runs {
-    /// `None` when a part is no text by dictionary or by runs, or when runs are short.
+    /// `None` when a part is no text by runs, or when these are short.
     fn of(parts: &[&ArrayRef]) -> Option<Runs> {
         let mut all = Runs::default();
         let mut index = HashMap::<&str, u32>::new();
         for part in parts {
-            if let Some((runs, said)) = of_runs(part) {
-                let words = said.values().as_string_opt::<i32>()?;
-                let mut row = 0;
-                for (at, end) in (runs.get_start_physical_index()..).zip(runs.run_ends().sliced_values()) {
-                    let code = said.key(at).map(|key| all.code(&mut index, words.value(key)));
-                    let end = usize::try_from(end).ok()?;
-                    all.push(code, end - row);
-                    row = end;
-                }
-            } else {
-                let part = part.as_dictionary_opt::<Int32Type>()?;
-                let (keys, words) = (part.keys(), part.values().as_string_opt::<i32>()?);
-                let mut codes: Vec<Option<u32>> = vec![None; words.len()];
-                let mut row = 0;
-                while row < keys.len() {
-                    let (null, key) = (keys.is_null(row), keys.value(row));
-                    let same =
-                        |other: &usize| keys.is_null(*other) == null && (null || keys.value(*other) == key);
-                    let run = (row + 1..keys.len()).take_while(same).count() + 1;
-                    let code = part
-                        .key(row)
-                        .map(|key| *codes[key].get_or_insert_with(|| all.code(&mut index, words.value(key))));
-                    all.push(code, run);
-                    row += run;
-                }
+            let (runs, said) = of_runs(part)?;
+            let words = said.values().as_string_opt::<i32>()?;
+            let mut row = 0;
+            for (at, end) in (runs.get_start_physical_index()..).zip(runs.run_ends().sliced_values()) {
+                let code = said.key(at).map(|key| all.code(&mut index, words.value(key)));
+                let end = usize::try_from(end).ok()?;
+                all.push(code, end - row);
+                row = end;
             }
             if all.runs.len() * LONG > all.rows {
                 return None;

@@ -153,6 +153,8 @@ struct Chaos {
     broker: Program,
     /// At least one.
     cloud: Vec<Replica>,
+    /// Where they have the lake.
+    lake: StoreSettings,
     /// `None` for a lake in a folder.
     store: Option<Server>,
     load: Load,
@@ -167,8 +169,6 @@ struct Chaos {
 /// A process of the cloud.
 struct Replica {
     program: Program,
-    /// Where it has the lake.
-    lake: StoreSettings,
     http: SocketAddr,
     /// Messages that it had acknowledged right after the last strike.
     before: f64,
@@ -262,13 +262,13 @@ impl Chaos {
                 configs::cloud(&section, loopback(mqtt), ports[0], ports[1], options.replicas > 1, &name);
             let config = write(&format!("{name}.toml"), text)?;
             let program = Program::new("cloud-ingest", cloud.clone(), &run_with(&config), log(&name))?;
-            let lake = Settings::load(Some(&config))?.store;
-            anyhow::Ok(Replica { program, lake, http: loopback(ports[1]), before: 0.0 })
+            anyhow::Ok(Replica { program, http: loopback(ports[1]), before: 0.0 })
         });
         let cloud = replicas.collect::<anyhow::Result<Vec<_>>>()?;
         Ok(Chaos {
             agent: Program::new("edge-agent", agent, &run_with(&agent_toml), log("edge-agent"))?,
             cloud,
+            lake: Settings::load(Some(&dir.join("cloud-1.toml")))?.store,
             broker: Program::new("mosquitto", mosquitto, &["-c".as_ref(), &broker_toml], log("mosquitto"))?,
             load: Load::create(&rows, options.seed, SystemClock.now().floor(PERIOD))
                 .with_context(|| format!("writing {}", rows.display()))?,
@@ -287,7 +287,7 @@ impl Chaos {
     /// Starts everything, those that others need first.
     async fn begin(&mut self) -> anyhow::Result<()> {
         if let Some(server) = &mut self.store {
-            server.start(&self.cloud[0].lake).await.context("starting the store")?;
+            server.start(&self.lake).await.context("starting the store")?;
         }
         for program in self.programs() {
             program.start()?;
@@ -483,7 +483,7 @@ impl Chaos {
     /// Silver against the file, and the ledger; whether everything is accounted for.
     async fn audit(&self) -> anyhow::Result<bool> {
         let truth = self.load.truth;
-        let tables = Tables::open(&Store::configured(&self.cloud[0].lake)?).await?;
+        let tables = Tables::open(&Store::configured(&self.lake)?).await?;
         let Verdict { absent, doubled, examples } =
             judge::judge(&tables, truth).await.context("reading silver")?;
         let ledger = ledger::audit(&tables, SystemClock.now()).await?;

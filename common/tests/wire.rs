@@ -9,7 +9,11 @@ use arrow::{
         Array, ArrayRef, AsArray, BooleanArray, DictionaryArray, Float64Array, Int32Array, Int64Array,
         RecordBatch, StringArray, TimestampMicrosecondArray, UInt8Array,
     },
-    datatypes::{Int32Type, TimestampMicrosecondType},
+    datatypes::{Float64Type, Int32Type, TimestampMicrosecondType},
+    ipc::{
+        reader::StreamReader,
+        writer::{IpcWriteOptions, StreamWriter},
+    },
 };
 use common::{
     documents::Devices,
@@ -286,6 +290,53 @@ fn topics() {
     ] {
         assert_eq!(Topic::parse(root, other), None, "{other}");
     }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(300))]
+
+    /// One decoder for many payloads reads each as arrow's own reader does, compressed or not, with nulls or without.
+    #[test]
+    fn a_decoder_reads_what_arrow_reads(
+        payloads in prop::collection::vec((0usize..4, 1usize..300, any::<u64>(), any::<[bool; 3]>()), 1..6),
+    ) {
+        let mut decoder = wire::Decoder::default();
+        for (lane, times, noise, [compressed, dented, empty]) in payloads {
+            let lane = Lane::ALL[lane];
+            let rows = arrow::compute::concat_batches(&wire::schema(lane), &vec![sample(lane); times]).unwrap();
+            let rows = if empty { rows.slice(0, 0) } else { noisy(&rows, noise) };
+            let codec = compressed.then_some(arrow::ipc::CompressionType::ZSTD);
+            let options = IpcWriteOptions::default().try_with_compression(codec).unwrap();
+            let mut writer = StreamWriter::try_new_with_options(Vec::new(), &rows.schema(), options).unwrap();
+            writer.write(&rows).unwrap();
+            let mut bytes = writer.into_inner().unwrap();
+            let read = StreamReader::try_new(&bytes[..], None).unwrap().next().unwrap().unwrap();
+            prop_assert_eq!(&decoder.decode(lane, &bytes).unwrap().0, &read);
+            if dented {
+                let at = (noise % bytes.len() as u64) as usize;
+                bytes[at] ^= 1 << (noise % 8);
+                let _ = decoder.decode(lane, &bytes);
+            }
+        }
+    }
+}
+
+/// The same rows with other numbers, which compress worse or not at all.
+fn noisy(rows: &RecordBatch, seed: u64) -> RecordBatch {
+    let mut state = seed | 1;
+    let columns = rows.columns().iter().map(|column| -> ArrayRef {
+        match column.as_primitive_opt::<Float64Type>() {
+            Some(values) => {
+                let noise = values.iter().map(|value| {
+                    state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+                    value.map(|value| value + state as f64)
+                });
+                Arc::new(noise.collect::<Float64Array>())
+            }
+            None => Arc::clone(column),
+        }
+    });
+    RecordBatch::try_new(rows.schema(), columns.collect()).unwrap()
 }
 
 proptest! {

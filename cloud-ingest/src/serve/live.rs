@@ -29,7 +29,7 @@ use common::{
     reading::Quality,
     time::{Clock, Timestamp},
     topic_filter,
-    wire::{self, Identity, Lane, Stream, Topic},
+    wire::{self, Decoder, Identity, Lane, Stream, Topic},
 };
 use rumqttc::v5::{
     MqttOptions,
@@ -216,7 +216,7 @@ pub struct Live {
     clock: Arc<dyn Clock>,
     state: Arc<Mutex<State>>,
     /// Held by whoever decodes, so that nobody else looks in between.
-    reading: Arc<Mutex<()>>,
+    reading: Arc<Mutex<Decoder>>,
 }
 
 impl std::fmt::Debug for Live {
@@ -271,14 +271,14 @@ impl Live {
 
     /// Decodes what has come since somebody looked last, without keeping what comes meanwhile from coming.
     fn read(&self) -> MutexGuard<'_, State> {
-        let _reading = self.reading.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut decoder = self.reading.lock().unwrap_or_else(PoisonError::into_inner);
         let unread = std::mem::take(&mut self.lock().unread);
         for ((site, _), Queue { messages, .. }) in unread {
             for Unread { payload, form, received_at, .. } in messages {
                 let keep = self.keep.keep;
                 match form {
                     Form::Arrow => {
-                        if let Ok(batch) = wire::decode(Lane::Readings, &payload) {
+                        if let Ok((batch, _)) = decoder.decode(Lane::Readings, &payload) {
                             self.lock().readings(&site, &batch, received_at, keep);
                         }
                     }

@@ -27,7 +27,10 @@ use std::{
 
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 use chrono::{Datelike, Timelike};
-use common::{time::Timestamp, wire::instant};
+use common::{
+    time::Timestamp,
+    wire::{dict, instant},
+};
 use uuid::Uuid;
 
 /// A Delta table of the lake.
@@ -354,10 +357,10 @@ impl Table {
     }
 }
 
-/// The same columns, with text in another layout: how rows go in and out of data files, which do not know of it.
-pub fn with_text(schema: &Schema, layout: &DataType) -> SchemaRef {
+/// The same columns, with dictionaries for text: how rows come out of data files, which do not know of it.
+pub fn with_dictionaries(schema: &Schema) -> SchemaRef {
     let fields = schema.fields().iter().map(|field| match field.data_type() {
-        DataType::Utf8 => Arc::new(field.as_ref().clone().with_data_type(layout.clone())),
+        DataType::Utf8 => Arc::new(field.as_ref().clone().with_data_type(dict())),
         _ => Arc::clone(field),
     });
     Arc::new(Schema::new(fields.collect::<Vec<_>>()))

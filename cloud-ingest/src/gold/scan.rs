@@ -37,7 +37,7 @@ use super::{
     parts::Gateways,
     series::{Words, run},
 };
-use crate::lake::with_text;
+use crate::lake::with_dictionaries;
 
 /// Rows decoded at a time.
 const BATCH: usize = 16 * 1024;
@@ -145,7 +145,7 @@ async fn read(
 ) -> anyhow::Result<Rows> {
     let mut reader = DataFile { store, path: path.clone(), size };
     let found = ArrowReaderMetadata::load_async(&mut reader, ArrowReaderOptions::new()).await?;
-    let options = ArrowReaderOptions::new().with_schema(with_text(found.schema(), &dict()));
+    let options = ArrowReaderOptions::new().with_schema(with_dictionaries(found.schema()));
     let metadata = ArrowReaderMetadata::try_new(Arc::clone(found.metadata()), options)?;
     let parquet = metadata.parquet_schema();
     let wanted = ProjectionMask::columns(parquet, scan.columns.iter().copied());

@@ -1,7 +1,7 @@
 //! The rows of each table.
 //!
-//! Columns of text are runs over the words of the plan, all the way into the data files; instants and values are the
-//! candidates' own, where nothing lies between them.
+//! What a sender, a message or a partition says is laid out by runs, all the way into the data files; instants and values
+//! are the candidates' own, where nothing lies between them.
 
 use std::{
     collections::{BTreeMap, HashMap, hash_map::Entry},
@@ -11,11 +11,11 @@ use std::{
 
 use arrow::{
     array::{
-        ArrayRef, ArrowPrimitiveType, BooleanArray, DictionaryArray, Float64Array, Int32Array, Int64Array,
-        NullBufferBuilder, PrimitiveArray, RecordBatch, RunArray, StringArray, TimestampMicrosecondArray,
+        ArrayRef, BooleanArray, DictionaryArray, Float64Array, Int32Array, Int64Array, RecordBatch, RunArray,
+        StringArray, TimestampMicrosecondArray,
     },
     buffer::ScalarBuffer,
-    datatypes::{ArrowNativeType, Int32Type, Int64Type},
+    datatypes::{ArrowNativeType, Int32Type, Schema, SchemaRef},
 };
 use common::time::Timestamp;
 
@@ -28,7 +28,7 @@ use super::{
 };
 use crate::{
     decode::MaintenanceRecord,
-    lake::{Table, with_text, year_month},
+    lake::{Table, year_month},
     quality::Reject,
 };
 
@@ -70,17 +70,24 @@ impl Quarantined {
     }
 }
 
+/// What a message says in every row, as indices of words; negative for null.
+struct Said {
+    gateway: i32,
+    epoch: i32,
+    segment: i32,
+    received_at: i32,
+    seq: i32,
+}
+
 /// Rows that follow one another, of one sender's words and one message.
 struct Run<'a> {
     slot: &'a Slot,
-    from: &'a Delivered,
-    /// Index of `from`.
-    message: usize,
+    said: &'a Said,
     rows: usize,
 }
 
 /// The runs of rows; a device's readings lie together, and it sends several in a message.
-fn runs<'a>(candidates: &'a Candidates, rows: &[Range<usize>], delivered: &'a [Delivered]) -> Vec<Run<'a>> {
+fn runs<'a>(candidates: &'a Candidates, rows: &[Range<usize>], said: &'a [Said]) -> Vec<Run<'a>> {
     let Candidates { slot, message, slots, .. } = candidates;
     let mut runs = Vec::new();
     for rows in rows {
@@ -88,34 +95,16 @@ fn runs<'a>(candidates: &'a Candidates, rows: &[Range<usize>], delivered: &'a [D
         while at < rows.end {
             let same = |i: &usize| (slot[*i], message[*i]) == (slot[at], message[at]);
             let rows = (at + 1..rows.end).take_while(same).count() + 1;
-            let (slot, message) = (slot[at] as usize, message[at] as usize);
-            runs.push(Run { slot: &slots[slot], from: &delivered[message], message, rows });
+            let (slot, said) = (&slots[slot[at] as usize], &said[message[at] as usize]);
+            runs.push(Run { slot, said, rows });
             at += rows;
         }
     }
     runs
 }
 
-/// A column of what each run says, `None` being null.
-fn column<T: ArrowPrimitiveType>(
-    runs: &[Run<'_>],
-    value: impl Fn(&Run<'_>) -> Option<T::Native>,
-) -> PrimitiveArray<T> {
-    let n = runs.iter().map(|run| run.rows).sum();
-    let (mut values, mut nulls) = (Vec::with_capacity(n), NullBufferBuilder::new(n));
-    for run in runs {
-        let value = value(run);
-        values.resize(values.len() + run.rows, value.unwrap_or_default());
-        match value {
-            Some(_) => nulls.append_n_non_nulls(run.rows),
-            None => nulls.append_n_nulls(run.rows),
-        }
-    }
-    PrimitiveArray::new(values.into(), nulls.finish())
-}
-
-/// A column of what is said by so many rows after one another, a negative word being null.
-fn text(words: &ArrayRef, said: impl IntoIterator<Item = (i32, usize)>) -> anyhow::Result<ArrayRef> {
+/// A column of which of the words so many rows after one another say, a negative one being null.
+fn by_runs(words: &ArrayRef, said: impl IntoIterator<Item = (i32, usize)>) -> anyhow::Result<ArrayRef> {
     let (mut keys, mut ends) = (Vec::<i32>::new(), Vec::<i32>::new());
     let mut end = 0;
     for (key, rows) in said {
@@ -146,53 +135,67 @@ pub(super) fn sensor_readings(
     let mut words = std::mem::take(&mut candidates.words);
     let qualities = [0u8, 1, 2].map(|code| words.intern(quality_word(code)));
     let segments: Vec<i32> = places.segments.iter().map(|path| words.intern(path)).collect();
-    let messages: Vec<(i32, i32)> = delivered
-        .iter()
-        .map(|d| {
-            let gateway = words.intern(d.gateway());
-            (gateway, d.name().map_or(-1, |n| words.intern(&n.epoch)))
-        })
-        .collect();
+    let said = |(d, at): (&Delivered, i32)| Said {
+        gateway: words.intern(d.gateway()),
+        epoch: d.name().map_or(-1, |n| words.intern(&n.epoch)),
+        segment: segments[d.segment],
+        received_at: at,
+        seq: d.name().map_or(-1, |_| at),
+    };
+    let said: Vec<Said> = delivered.iter().zip(0..).map(said).collect();
     let words: ArrayRef = Arc::new(StringArray::from(words.list));
-    let schema = with_text(&Table::SensorReadings.schema(), text(&words, [])?.data_type());
+    let received_at: ArrayRef = Arc::new(instants(delivered.iter().map(|d| d.received_at)));
+    let seq = delivered.iter().map(|d| d.name().map_or(0, |n| n.seq));
+    let seq: ArrayRef = Arc::new(Int64Array::from_iter_values(seq));
     let parts = partitions(&candidates, stored);
     let ts = ScalarBuffer::from(std::mem::take(&mut candidates.ts));
     let value = ScalarBuffer::from(std::mem::take(&mut candidates.value));
-    let mut batches = Vec::new();
+    let (mut batches, mut schema) = (Vec::new(), None);
     for ((device_type, year, month), rows) in parts {
-        let [years, months] = [year, month].map(|n| Int64Array::from(vec![n; count(&rows).min(BATCH)]));
+        let [year, month]: [ArrayRef; 2] = [year, month].map(|n| Arc::new(Int64Array::from(vec![n])) as _);
         for rows in cut(&rows, BATCH) {
             let n = count(&rows);
-            let runs = runs(&candidates, &rows, delivered);
-            let word =
-                |key: &dyn Fn(&Run<'_>) -> i32| text(&words, runs.iter().map(|run| (key(run), run.rows)));
-            let instant = |micros: TimestampMicrosecondArray| Arc::new(micros.with_timezone("UTC"));
+            let runs = runs(&candidates, &rows, &said);
+            let column = |words: &ArrayRef, key: &dyn Fn(&Run<'_>) -> i32| {
+                by_runs(words, runs.iter().map(|run| (key(run), run.rows)))
+            };
+            let word = |key: &dyn Fn(&Run<'_>) -> i32| column(&words, key);
+            let ts = TimestampMicrosecondArray::new(taken(&ts, &rows), None);
             let value = taken(&value, &rows);
             let valid = value.iter().any(|v| v.is_nan()).then(|| value.iter().map(|v| !v.is_nan()).collect());
             let codes = rows.iter().flat_map(|rows| &candidates.quality[rows.clone()]);
             let quality = codes.map(|code| (qualities[usize::from((*code).min(2))], 1));
             let columns: Vec<ArrayRef> = vec![
-                instant(TimestampMicrosecondArray::new(taken(&ts, &rows), None)),
+                Arc::new(ts.with_timezone("UTC")),
                 word(&|run| run.slot.device_id)?,
                 word(&|_| device_type)?,
                 word(&|run| run.slot.asset_id)?,
                 word(&|run| run.slot.site)?,
-                word(&|run| messages[run.message].0)?,
+                word(&|run| run.said.gateway)?,
                 Arc::new(Float64Array::new(value, valid)),
                 word(&|run| run.slot.unit)?,
                 word(&|run| run.slot.kind)?,
-                text(&words, quality)?,
-                instant(column(&runs, |run| Some(run.from.received_at.as_micros()))),
-                word(&|run| messages[run.message].1)?,
-                Arc::new(column::<Int64Type>(&runs, |run| run.from.name().map(|n| n.seq))),
-                word(&|run| segments[run.from.segment])?,
-                Arc::new(years.slice(0, n)),
-                Arc::new(months.slice(0, n)),
+                by_runs(&words, quality)?,
+                column(&received_at, &|run| run.said.received_at)?,
+                word(&|run| run.said.epoch)?,
+                column(&seq, &|run| run.said.seq)?,
+                word(&|run| run.said.segment)?,
+                by_runs(&year, [(0, n)])?,
+                by_runs(&month, [(0, n)])?,
             ];
-            batches.push(RecordBatch::try_new(Arc::clone(&schema), columns)?);
+            let schema = schema.get_or_insert_with(|| laid_out(&Table::SensorReadings.schema(), &columns));
+            batches.push(RecordBatch::try_new(Arc::clone(schema), columns)?);
         }
     }
     Ok(batches)
+}
+
+/// The same columns as they are laid out.
+fn laid_out(schema: &Schema, columns: &[ArrayRef]) -> SchemaRef {
+    let fields = schema.fields().iter().zip(columns);
+    let fields =
+        fields.map(|(field, column)| field.as_ref().clone().with_data_type(column.data_type().clone()));
+    Arc::new(Schema::new(fields.collect::<Vec<_>>()))
 }
 
 /// Word of the device type, year, month.

@@ -1,19 +1,20 @@
-//! Column chunks of text that stays the same for many rows: the dictionary's page, and one page of runs.
+//! Column chunks of what stays the same for many rows: the dictionary's page, and one page of runs.
 //!
 //! parquet's own writer finds out by hashing that a row says what the row before it said, which for silver's ten columns
-//! of text took longer than everything else in its files. Whoever lays them out knows it already. What is written here is
-//! plain Parquet (Apache Parquet, "Encodings": PLAIN dictionary page, RLE_DICTIONARY data page of version 1, and of the
+//! of text took longer than everything else in its files; numbers it takes one by one. Whoever lays them out knows it
+//! already. What is written here is plain Parquet (Apache Parquet, "Encodings": PLAIN dictionary page, RLE_DICTIONARY data page of version 1, and of the
 //! RLE/bit-packing hybrid the runs alone); columns with short runs are better left to the library.
 
 use std::{collections::HashMap, sync::Arc};
 
 use arrow::{
     array::{Array, ArrayRef, AsArray, DictionaryArray, Int32Array, RunArray},
-    datatypes::Int32Type,
+    compute::take,
+    datatypes::{DataType, Int32Type, Int64Type, TimestampMicrosecondType},
 };
 use bytes::Bytes;
 use parquet::{
-    basic::{Compression, Encoding, EncodingMask, PageType},
+    basic::{Compression, Encoding, EncodingMask, PageType, Type},
     column::{
         page::{CompressedPage, Page, PageWriter},
         writer::ColumnCloseResult,
@@ -32,45 +33,82 @@ use parquet::{
 /// With fewer rows to a run, packing bits takes less room.
 const LONG: usize = 8;
 
-/// Text by runs: the key of each run's word.
+/// A column by runs: the key of each run's word.
 pub(super) fn of_runs(column: &ArrayRef) -> Option<(&RunArray<Int32Type>, &DictionaryArray<Int32Type>)> {
     let runs = column.as_any().downcast_ref::<RunArray<Int32Type>>()?;
     Some((runs, runs.values().as_dictionary_opt()?))
 }
 
-/// The same text by rows.
-pub(super) fn unrolled(column: &ArrayRef) -> ArrayRef {
-    let Some((runs, words)) = of_runs(column) else { return Arc::clone(column) };
+/// How a column is laid out once it is [`unrolled`].
+pub(super) fn by_rows(layout: &DataType) -> &DataType {
+    match layout {
+        DataType::RunEndEncoded(_, said) => match said.data_type() {
+            DataType::Dictionary(_, number) if **number != DataType::Utf8 => number,
+            text => text,
+        },
+        rows => rows,
+    }
+}
+
+/// The same column by rows: text by dictionary, numbers as they are.
+///
+/// # Errors
+/// None that the bytes in memory could cause.
+pub(super) fn unrolled(column: &ArrayRef) -> Result<ArrayRef> {
+    let Some((runs, words)) = of_runs(column) else { return Ok(Arc::clone(column)) };
     let mut keys: Vec<Option<i32>> = Vec::with_capacity(runs.len());
     for (at, end) in (runs.get_start_physical_index()..).zip(runs.run_ends().sliced_values()) {
         let key = words.is_valid(at).then(|| words.keys().value(at));
         keys.resize(usize::try_from(end).unwrap_or(0), key);
     }
-    // The keys are those of a dictionary.
     let keys = Int32Array::from(keys);
-    Arc::new(DictionaryArray::new(keys, Arc::clone(words.values())))
+    match words.values().data_type() {
+        DataType::Utf8 => Ok(Arc::new(DictionaryArray::try_new(keys, Arc::clone(words.values()))?)),
+        _ => Ok(take(words.values(), &keys, None)?),
+    }
+}
+
+/// A word as PLAIN has it, but for the length before text; `None` of what is neither text nor a whole number.
+fn plain(words: &ArrayRef, key: usize) -> Option<Vec<u8>> {
+    if let Some(text) = words.as_string_opt::<i32>() {
+        return Some(text.value(key).into());
+    }
+    let number = match words.as_primitive_opt::<Int64Type>() {
+        Some(numbers) => numbers.value(key),
+        None => words.as_primitive_opt::<TimestampMicrosecondType>()?.value(key),
+    };
+    Some(number.to_le_bytes().into())
 }
 
 /// The words of a column in the order in which they come, and where they stand.
 #[derive(Debug, Default)]
 struct Runs {
-    words: Vec<ByteArray>,
+    words: Vec<Vec<u8>>,
     /// Index of the word, or none for null, and how many rows say it.
     runs: Vec<(Option<u32>, u64)>,
     rows: usize,
 }
 
 impl Runs {
-    /// `None` when a part is no text by runs, or when these are short.
+    /// `None` when a part is not by runs, or when these are short.
     fn of(parts: &[&ArrayRef]) -> Option<Runs> {
         let mut all = Runs::default();
-        let mut index = HashMap::<&str, u32>::new();
+        let mut index = HashMap::<Vec<u8>, u32>::new();
+        let (mut words, mut codes): (Option<&ArrayRef>, Vec<Option<u32>>) = (None, Vec::new());
         for part in parts {
             let (runs, said) = of_runs(part)?;
-            let words = said.values().as_string_opt::<i32>()?;
+            if !words.is_some_and(|words| Arc::ptr_eq(words, said.values())) {
+                (words, codes) = (Some(said.values()), vec![None; said.values().len()]);
+            }
             let mut row = 0;
             for (at, end) in (runs.get_start_physical_index()..).zip(runs.run_ends().sliced_values()) {
-                let code = said.key(at).map(|key| all.code(&mut index, words.value(key)));
+                let code = match said.key(at) {
+                    Some(key) if codes[key].is_none() => {
+                        codes[key] = Some(all.code(&mut index, plain(said.values(), key)?));
+                        codes[key]
+                    }
+                    key => key.and_then(|key| codes[key]),
+                };
                 let end = usize::try_from(end).ok()?;
                 all.push(code, end - row);
                 row = end;
@@ -83,13 +121,12 @@ impl Runs {
     }
 
     /// The number of a word.
-    fn code<'a>(&mut self, index: &mut HashMap<&'a str, u32>, word: &'a str) -> u32 {
+    fn code(&mut self, index: &mut HashMap<Vec<u8>, u32>, word: Vec<u8>) -> u32 {
         let next = u32::try_from(self.words.len()).expect("fewer words than rows, which an i32 counts");
-        let code = *index.entry(word).or_insert(next);
-        if code == next {
-            self.words.push(ByteArray::from(word));
-        }
-        code
+        *index.entry(word).or_insert_with_key(|word| {
+            self.words.push(word.clone());
+            next
+        })
     }
 
     fn push(&mut self, code: Option<u32>, rows: usize) {
@@ -104,14 +141,28 @@ impl Runs {
         self.runs.iter().filter(|(code, _)| code.is_none()).map(|(_, rows)| rows).sum()
     }
 
-    /// Length and bytes of each word.
-    fn dictionary(&self) -> Bytes {
+    /// The bytes of each word, before text with their length.
+    fn dictionary(&self, text: bool) -> Bytes {
         let mut page = Vec::new();
         for word in &self.words {
-            page.extend_from_slice(&u32::try_from(word.len()).unwrap_or(u32::MAX).to_le_bytes());
-            page.extend_from_slice(word.data());
+            if text {
+                page.extend_from_slice(&u32::try_from(word.len()).unwrap_or(u32::MAX).to_le_bytes());
+            }
+            page.extend_from_slice(word);
         }
         page.into()
+    }
+
+    /// The least and the greatest word.
+    fn limits(&self, text: bool) -> Statistics {
+        let nulls = Some(self.nulls());
+        if text {
+            let [least, greatest] = [self.words.iter().min(), self.words.iter().max()]
+                .map(|word| word.map(|word| ByteArray::from(word.clone())));
+            return Statistics::byte_array(least, greatest, None, nulls, false);
+        }
+        let numbers = || self.words.iter().filter_map(|word| Some(i64::from_le_bytes(*word.first_chunk()?)));
+        Statistics::int64(numbers().min(), numbers().max(), None, nulls, false)
     }
 
     /// Which rows are null, where any may be, and the words of the others.
@@ -159,7 +210,8 @@ pub(super) fn chunk(
     statistics: bool,
 ) -> Result<Option<(Bytes, ColumnCloseResult)>> {
     let Some(runs) = Runs::of(parts) else { return Ok(None) };
-    let (dictionary, data) = (runs.dictionary(), runs.data(column.max_def_level() > 0));
+    let text = column.physical_type() == Type::BYTE_ARRAY;
+    let (dictionary, data) = (runs.dictionary(text), runs.data(column.max_def_level() > 0));
     let (rows, words) = (u32::try_from(runs.rows)?, u32::try_from(runs.words.len())?);
     let (dictionary_size, data_size) = (dictionary.len(), data.len());
     let mut bytes = TrackedWrite::new(Vec::with_capacity(dictionary_size + data_size + 64));
@@ -196,10 +248,7 @@ pub(super) fn chunk(
         .set_dictionary_page_offset(Some(i64::try_from(dictionary.offset)?))
         .set_data_page_offset(i64::try_from(data.offset)?);
     if statistics {
-        let least = runs.words.iter().min_by_key(|word| word.data()).cloned();
-        let greatest = runs.words.iter().max_by_key(|word| word.data()).cloned();
-        let limits = Statistics::byte_array(least, greatest, None, Some(runs.nulls()), false);
-        metadata = metadata.set_statistics(limits);
+        metadata = metadata.set_statistics(runs.limits(text));
     }
     let location = PageLocation {
         offset: i64::try_from(data.offset)?,

@@ -1,8 +1,8 @@
 //! Data files of a table: rows by partition, each partition one Parquet file, and what the log says of it.
 //!
 //! * zstd level 1; DELTA_BINARY_PACKED for instants and sequence numbers, dictionaries for the rest, where they pay.
-//! * A column of text may come as a dictionary array, or as runs of one: the file does not say so, and nobody widens it.
-//!   Long runs are written as they are.
+//! * A column of text may come as a dictionary array, and any column as runs of one: the file does not say so, and nobody
+//!   widens it. Long runs are written as they are ([`runs`]).
 //! * The log has the minimum and maximum of the columns that queries filter by; instants to the microsecond, so that a
 //!   reader that takes them for exact is right, too.
 
@@ -232,15 +232,10 @@ fn properties_of(table: Table, schema: &Schema, batches: &[RecordBatch]) -> Writ
 
 /// The bytes of a data file, and its statistics for the log.
 fn encode(table: Table, batches: &[RecordBatch]) -> anyhow::Result<(Vec<u8>, Value)> {
-    // The library is given text by rows.
-    let fields = batches.first().context("a file has rows")?.schema_ref().fields().iter().map(|field| {
-        match field.data_type() {
-            DataType::RunEndEncoded(_, words) => {
-                Arc::new(field.as_ref().clone().with_data_type(words.data_type().clone()))
-            }
-            _ => Arc::clone(field),
-        }
-    });
+    // What the library is given.
+    let fields = batches.first().context("a file has rows")?.schema_ref().fields().iter();
+    let fields =
+        fields.map(|field| field.as_ref().clone().with_data_type(runs::by_rows(field.data_type()).clone()));
     let schema = Arc::new(Schema::new(fields.collect::<Vec<_>>()));
     // Without arrow's own schema every reader takes text for text.
     let options = ArrowWriterOptions::new()
@@ -260,7 +255,7 @@ fn encode(table: Table, batches: &[RecordBatch]) -> anyhow::Result<(Vec<u8>, Val
                 continue;
             }
             for part in parts {
-                for leaf in compute_leaves(schema.field(ix), &runs::unrolled(part))? {
+                for leaf in compute_leaves(schema.field(ix), &runs::unrolled(part)?)? {
                     column.write(&leaf)?;
                 }
             }
@@ -407,8 +402,7 @@ mod tests {
     }
 
     /// Each row as a run of its own, but for those that say what the row before them said.
-    fn runs_of(column: &ArrayRef) -> ArrayRef {
-        let rows = column.as_dictionary::<Int32Type>();
+    fn runs_of(rows: &DictionaryArray<Int32Type>) -> ArrayRef {
         let keys: Vec<Option<i32>> = rows.keys().iter().collect();
         let (mut ends, mut said) = (Vec::new(), Vec::new());
         for run in keys.chunk_by(|a, b| a == b) {
@@ -445,33 +439,41 @@ mod tests {
         /// Whatever the runs, nulls and dictionaries of a column, and though one of its parts comes by rows: what is read
         /// is what was written, as parquet's own writer has it.
         #[test]
-        fn runs_of_text_are_read_as_they_were_written(
+        fn runs_are_read_as_they_were_written(
             parts in prop::collection::vec(prop::collection::vec((0i32..40, 1usize..60), 0..30), 1..4),
-            (nullable, words, by_rows) in (any::<bool>(), 1i32..300, 0usize..8),
+            (numbers, nullable, words, by_rows) in (any::<bool>(), any::<bool>(), 1i32..300, 0usize..8),
         ) {
-            let field = Field::new("segment", common::wire::dict(), nullable);
-            let schema = Arc::new(Schema::new(vec![field]));
+            let (name, layout) =
+                if numbers { ("seq", DataType::Int64) } else { ("segment", common::wire::dict()) };
+            let schema = Arc::new(Schema::new(vec![Field::new(name, layout.clone(), nullable)]));
+            let mut said = Vec::new();
             let batches: Vec<RecordBatch> = parts
                 .iter()
                 .enumerate()
                 .map(|(n, runs)| {
                     // Other dictionaries in each part; more words than any row says.
-                    let list: Vec<String> = (0..words).map(|w| format!("word {}", w + n as i32)).collect();
+                    let list: Vec<i64> = (0..words).map(|word| i64::from(word - 9) * 3 + n as i64).collect();
                     let keys = runs.iter().flat_map(|(word, rows)| {
                         let key = (!nullable || word % 5 > 0).then_some(word % words);
                         std::iter::repeat_n(key, *rows)
                     });
-                    let words = Arc::new(StringArray::from(list));
+                    let words: ArrayRef = match numbers {
+                        true => Arc::new(Int64Array::from(list)),
+                        false => Arc::new(StringArray::from_iter_values(list.iter().map(i64::to_string))),
+                    };
                     let column = DictionaryArray::<Int32Type>::try_new(keys.collect(), words).unwrap();
-                    RecordBatch::try_new(Arc::clone(&schema), vec![Arc::new(column)]).unwrap()
+                    said.push(runs_of(&column));
+                    let rows = cast(&column, &layout).unwrap();
+                    RecordBatch::try_new(Arc::clone(&schema), vec![rows]).unwrap()
                 })
                 .collect();
-            let laid_out = batches.iter().enumerate().map(|(n, batch)| {
+            let laid_out = batches.iter().zip(&said).enumerate().map(|(n, (batch, runs))| {
                 let rows = batch.column(0);
-                let column = if n == by_rows { Arc::clone(rows) } else { runs_of(rows) };
-                prop_assert_eq!(&runs::unrolled(&column), rows);
-                let field = Field::new("segment", column.data_type().clone(), nullable);
-                Ok(RecordBatch::try_new(Arc::new(Schema::new(vec![field])), vec![column]).unwrap())
+                prop_assert_eq!(&runs::unrolled(runs).unwrap(), rows);
+                let column = if n == by_rows { rows } else { runs };
+                let field = Field::new(name, column.data_type().clone(), nullable);
+                let schema = Arc::new(Schema::new(vec![field]));
+                Ok(RecordBatch::try_new(schema, vec![Arc::clone(column)]).unwrap())
             });
             let laid_out = laid_out.collect::<Result<Vec<_>, TestCaseError>>()?;
             let (bytes, stats) = encode(TABLE, &laid_out).unwrap();
@@ -491,6 +493,13 @@ mod tests {
             };
             let written = read(plain, 1024);
             prop_assert_eq!(stats["numRecords"].as_u64(), Some(written.len() as u64));
+            if numbers {
+                let all: Vec<i64> = written.iter().flatten().map(|number| number.parse().unwrap()).collect();
+                prop_assert_eq!(stats["minValues"]["seq"].as_i64(), all.iter().min().copied());
+                prop_assert_eq!(stats["maxValues"]["seq"].as_i64(), all.iter().max().copied());
+                let nulls = written.len() - all.len();
+                prop_assert_eq!(stats["nullCount"]["seq"].as_u64(), Some(nulls as u64));
+            }
             prop_assert_eq!(&read(bytes.clone(), 1024), &written);
             prop_assert_eq!(&read(bytes, 7), &written);
         }

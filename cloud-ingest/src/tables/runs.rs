@@ -92,11 +92,16 @@ struct Runs {
 impl Runs {
     /// `None` when a part is not by runs, or when these are short.
     fn of(parts: &[&ArrayRef]) -> Option<Runs> {
+        let columns = parts.iter().map(|part| of_runs(part)).collect::<Option<Vec<_>>>()?;
+        let rows: usize = columns.iter().map(|(runs, _)| runs.len()).sum();
+        let many: usize = columns.iter().map(|(runs, _)| runs.run_ends().sliced_values().count()).sum();
+        if many * LONG > rows {
+            return None;
+        }
         let mut all = Runs::default();
         let mut index = HashMap::<Vec<u8>, u32>::new();
         let (mut words, mut codes): (Option<&ArrayRef>, Vec<Option<u32>>) = (None, Vec::new());
-        for part in parts {
-            let (runs, said) = of_runs(part)?;
+        for (runs, said) in columns {
             if !words.is_some_and(|words| Arc::ptr_eq(words, said.values())) {
                 (words, codes) = (Some(said.values()), vec![None; said.values().len()]);
             }
@@ -112,9 +117,6 @@ impl Runs {
                 let end = usize::try_from(end).ok()?;
                 all.push(code, end - row);
                 row = end;
-            }
-            if all.runs.len() * LONG > all.rows {
-                return None;
             }
         }
         (!all.words.is_empty()).then_some(all)

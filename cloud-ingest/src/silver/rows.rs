@@ -163,8 +163,8 @@ pub(super) fn sensor_readings(
             let ts = TimestampMicrosecondArray::new(taken(&ts, &rows), None);
             let value = taken(&value, &rows);
             let valid = value.iter().any(|v| v.is_nan()).then(|| value.iter().map(|v| !v.is_nan()).collect());
-            let codes = rows.iter().flat_map(|rows| &candidates.quality[rows.clone()]);
-            let quality = codes.map(|code| (qualities[usize::from((*code).min(2))], 1));
+            let same = rows.iter().flat_map(|rows| candidates.quality[rows.clone()].chunk_by(u8::eq));
+            let quality = same.map(|same| (qualities[usize::from(same[0].min(2))], same.len()));
             let columns: Vec<ArrayRef> = vec![
                 Arc::new(ts.with_timezone("UTC")),
                 word(&|run| run.slot.device_id)?,

@@ -107,15 +107,12 @@ impl Runs {
             }
             let mut row = 0;
             for (at, end) in (runs.get_start_physical_index()..).zip(runs.run_ends().sliced_values()) {
-                let code = match said.key(at) {
-                    Some(key) if codes[key].is_none() => {
-                        codes[key] = Some(all.code(&mut index, plain(said.values(), key)?));
-                        codes[key]
-                    }
-                    key => key.and_then(|key| codes[key]),
-                };
+                let key = said.key(at);
+                if let Some(key) = key.filter(|key| codes[*key].is_none()) {
+                    codes[key] = Some(all.code(&mut index, plain(said.values(), key)?));
+                }
                 let end = usize::try_from(end).ok()?;
-                all.push(code, end - row);
+                all.push(key.and_then(|key| codes[key]), end - row);
                 row = end;
             }
         }

@@ -26,7 +26,6 @@ use arrow::{
         root_as_message,
     },
 };
-
 use flatbuffers::FlatBufferBuilder;
 use zstd::bulk::Decompressor;
 
@@ -74,8 +73,10 @@ impl Decoder {
         // trips an assertion in it; a poison message must not take its reader down.
         let read = catch_unwind(AssertUnwindSafe(|| self.read(payload)));
         let batch = read.unwrap_or_else(|_| Err(malformed("malformed metadata")))?;
-        let metadata = batch.schema_ref().metadata().clone();
-        Ok((conform(lane, &batch)?, metadata))
+        let rows = conform(lane, &batch)?;
+        let schema = batch.schema();
+        drop(batch);
+        Ok((rows, Arc::unwrap_or_clone(schema).metadata))
     }
 
     /// The batch, with the columns that it says it has. May panic.

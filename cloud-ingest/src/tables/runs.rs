@@ -2,8 +2,9 @@
 //!
 //! parquet's own writer finds out by hashing that a row says what the row before it said, which for silver's ten columns
 //! of text took longer than everything else in its files; numbers it takes one by one. Whoever lays them out knows it
-//! already. What is written here is plain Parquet (Apache Parquet, "Encodings": PLAIN dictionary page, RLE_DICTIONARY data page of version 1, and of the
-//! RLE/bit-packing hybrid the runs alone); columns with short runs are better left to the library.
+//! already. What is written here is plain Parquet (Apache Parquet, "Encodings": PLAIN dictionary page, RLE_DICTIONARY
+//! data page of version 1, and of the RLE/bit-packing hybrid the runs alone); columns with short runs are better left
+//! to the library.
 
 use std::{collections::HashMap, sync::Arc};
 
@@ -98,7 +99,7 @@ impl Runs {
         if many * LONG > rows {
             return None;
         }
-        let mut all = Runs::default();
+        let mut all = Runs { rows, ..Runs::default() };
         let mut index = HashMap::<Vec<u8>, u32>::new();
         let (mut words, mut codes): (Option<&ArrayRef>, Vec<Option<u32>>) = (None, Vec::new());
         for (runs, said) in columns {
@@ -133,7 +134,6 @@ impl Runs {
             Some((last, before)) if *last == code => *before += rows as u64,
             _ => self.runs.push((code, rows as u64)),
         }
-        self.rows += rows;
     }
 
     fn nulls(&self) -> u64 {

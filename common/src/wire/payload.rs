@@ -89,7 +89,7 @@ impl Decoder {
         let schema: SchemaRef = Arc::new(fb_to_schema(header));
         let mut dictionaries: HashMap<i64, ArrayRef> = HashMap::new();
         let mut read = None;
-        while let Some(Part { message, bytes, body }) = parts.next()? {
+        while let Some(Part { message, bytes, body, decoded }) = parts.next()? {
             let version = message.version();
             match message.header_type() {
                 MessageHeader::DictionaryBatch => {
@@ -112,7 +112,7 @@ impl Decoder {
                     let batch = message
                         .header_as_record_batch()
                         .ok_or_else(|| malformed("a batch without a header"))?;
-                    let (batch, body) = self.plain(batch, body)?;
+                    let (batch, body) = self.plain(batch, body, decoded)?;
                     let batch =
                         read_record_batch(&body, batch, Arc::clone(&schema), &dictionaries, None, &version);
                     read = Some(batch.map_err(arrow)?);
@@ -127,11 +127,12 @@ impl Decoder {
     }
 
     /// A batch and its body with what zstd has compressed as it was before (Arrow Columnar Format, `Message.fbs`: each
-    /// buffer begins with its decoded length, or says that it is not compressed).
+    /// buffer begins with its decoded length, or says that it is not compressed); `decoded` is what they say together.
     fn plain<'a>(
         &'a mut self,
         batch: ipc::RecordBatch<'a>,
         body: &[u8],
+        decoded: usize,
     ) -> Result<(ipc::RecordBatch<'a>, Buffer), WireError> {
         let by_zstd = batch.compression().is_some_and(|by| {
             (by.codec(), by.method()) == (CompressionType::ZSTD, BodyCompressionMethod::BUFFER)
@@ -139,7 +140,7 @@ impl Decoder {
         let (true, Some(buffers)) = (by_zstd, batch.buffers()) else {
             return Ok((batch, Buffer::from(body)));
         };
-        let mut plain = MutableBuffer::new(claimed(&batch, body) + ALIGNED * buffers.len());
+        let mut plain = MutableBuffer::new(decoded + ALIGNED * buffers.len());
         let mut places = Vec::with_capacity(buffers.len());
         let zstd = |e| malformed(&format!("zstd: {e}"));
         for buffer in buffers {
@@ -151,12 +152,12 @@ impl Decoder {
                     let length = length.map_err(|_| malformed("a buffer of negative length"))?;
                     plain.resize(begin + length, 0);
                     // Nothing at all may stand for nothing.
-                    let decoded = match length {
+                    let written = match length {
                         0 => 0,
                         _ => self.zstd.decompress_to_buffer(bytes, &mut plain[begin..]).map_err(zstd)?,
                     };
-                    if decoded != length {
-                        return Err(malformed(&format!("a buffer of {decoded} B that says {length} B")));
+                    if written != length {
+                        return Err(malformed(&format!("a buffer of {written} B that says {length} B")));
                     }
                 }
                 Some(Err([])) => {}
@@ -214,6 +215,8 @@ struct Part<'a> {
     /// Header and body.
     bytes: &'a [u8],
     body: &'a [u8],
+    /// The bytes that its compressed buffers say they decode to.
+    decoded: usize,
 }
 
 /// The messages of a stream. None has a header or a body that is longer than the payload, nor compressed buffers that
@@ -246,12 +249,13 @@ impl<'a> Parts<'a> {
             .header_as_record_batch()
             .or_else(|| message.header_as_dictionary_batch().and_then(|d| d.data()))
             .filter(|batch| batch.compression().is_some());
-        self.decoded = self.decoded.saturating_add(batch.map_or(0, |batch| claimed(&batch, body)));
+        let decoded = batch.map_or(0, |batch| claimed(&batch, body));
+        self.decoded = self.decoded.saturating_add(decoded);
         if self.decoded > MAX_DECODED {
             return Err(malformed(&format!("it decodes to {} B, more than {MAX_DECODED} B", self.decoded)));
         }
         self.rest = after;
-        Ok(Some(Part { message, bytes: &tail[..header.len() + length], body }))
+        Ok(Some(Part { message, bytes: &tail[..header.len() + length], body, decoded }))
     }
 }
 

@@ -20,7 +20,7 @@
 //! acknowledges what that made durable and says farewell; refine carries on until everything in bronze is in
 //! silver, and gold takes a last step. Without the role `ingest`, refine follows the stop signal itself.
 
-use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, sync::Arc};
 
 use anyhow::Context;
 use common::{config::Mistakes, telemetry, time::Clock};
@@ -50,8 +50,6 @@ use crate::{
 
 /// What was read from the broker at once, on its way to bronze.
 const INBOUND: usize = 64;
-/// How often memory that is free goes back to the kernel: batches of every stage leave holes between each other's.
-const TIDY: Duration = Duration::from_secs(10);
 /// Segments between bronze and the acknowledgements.
 const DURABLE: usize = 4;
 
@@ -123,16 +121,10 @@ pub async fn run(
         stages.spawn(serve::run(serve_settings(&settings)?, parts, stop));
     }
     // The first stage that cannot go on ends the program; at a stop all of them end by themselves.
-    let mut tidy = tokio::time::interval(TIDY);
-    loop {
-        tokio::select! {
-            ended = stages.join_next() => match ended {
-                Some(ended) => ended.context("a stage panicked")??,
-                None => return Ok(()),
-            },
-            _ = tidy.tick() => drop(tokio::task::spawn_blocking(common::memory::give_back)),
-        }
+    while let Some(ended) = stages.join_next().await {
+        ended.context("a stage panicked")??;
     }
+    Ok(())
 }
 
 /// The quality rules that new plans are made with.

@@ -55,6 +55,9 @@ pub(crate) use self::rewrite::{RETAIN, conform};
 pub use self::{rewrite::TIERS, write::writer_properties};
 use crate::{lake::Table, store::Store};
 
+/// Bytes of footers of data files that sessions keep. DataFusion's 50 MB fill up within an hour where each second brings a
+/// small file, most of which are soon packed and never asked for again.
+const FOOTERS: usize = 8 * 1024 * 1024;
 /// Rows that go into files together.
 const FILE_ROWS: usize = 4_000_000;
 /// Name of the catalog, which is the database of the PostgreSQL wire.
@@ -128,7 +131,7 @@ impl Tables {
             store: store.clone(),
             of_rules: Arc::default(),
             newest: Arc::default(),
-            runtime: Arc::new(RuntimeEnv::default()),
+            runtime: RuntimeEnvBuilder::new().with_metadata_cache_limit(FOOTERS).build_arc()?,
         };
         for table in Table::ALL {
             tables.snapshot(table).await?;

@@ -189,9 +189,6 @@ pub(super) async fn step(
             for of in silver.groups(chunk, settings.hold).await? {
                 let series = silver.read(chunk, settings.hold, of).await?;
                 made.add(chunk, &series, settings.hold, now)?;
-                drop(series);
-                // The next one needs as much again, in other pieces.
-                common::memory::give_back();
             }
             let of_block = m + 1 == chunks.len();
             let last = of_block && n + 1 == blocks.len();

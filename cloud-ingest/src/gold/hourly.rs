@@ -91,7 +91,8 @@ pub(super) fn row(device: &DeviceSeries<'_>, span: &Range<i64>, hold: i64) -> Op
     };
     let gauge = kind == Kind::Gauge;
     let exact = gauge && source == Source::Readings;
-    let [p50, p95] = [0.50, 0.95].map(|p| if exact { quantile(&mut values, p) } else { None });
+    let stddev = if gauge { moments.stddev(&values, &parts.windows) } else { None };
+    let [p50, p95] = if exact { quantiles(&mut values, [0.50, 0.95]) } else { [None; 2] };
     Some(HourRow {
         hour: Timestamp::from_micros(hour),
         meta,
@@ -100,7 +101,7 @@ pub(super) fn row(device: &DeviceSeries<'_>, span: &Range<i64>, hold: i64) -> Op
         max: moments.max,
         mean: moments.mean.filter(|_| gauge),
         time_weighted_mean: held.mean(),
-        stddev: moments.stddev.filter(|_| gauge),
+        stddev,
         first,
         last,
         p50,
@@ -129,7 +130,8 @@ fn ends(samples: &[Sample], windows: &[&Window]) -> (Option<f64>, Option<f64>) {
     (first.map(|(_, v)| v), last.map(|(_, v)| v))
 }
 
-/// A sum whose error does not grow with the number of terms (Neumaier's variant of Kahan's).
+/// A sum whose error does not grow with the number of terms (Neumaier's variant of Kahan's). What an addition loses is
+/// exact, by Knuth's TwoSum (The Art of Computer Programming 2, 4.2.2, theorem B): it needs no comparison.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Sum {
     sum: f64,
@@ -139,8 +141,8 @@ pub(super) struct Sum {
 impl Sum {
     pub(super) fn add(&mut self, value: f64) {
         let sum = self.sum + value;
-        self.lost +=
-            if self.sum.abs() >= value.abs() { (self.sum - sum) + value } else { (value - sum) + self.sum };
+        let added = sum - self.sum;
+        self.lost += (self.sum - (sum - added)) + (value - added);
         self.sum = sum;
     }
 
@@ -153,6 +155,38 @@ impl Sum {
         values.into_iter().for_each(|value| sum.add(value));
         sum.total()
     }
+
+    /// Of a term for each value, in lanes.
+    fn of_each(values: &[f64], term: impl Fn(f64) -> f64) -> Sum {
+        let mut lanes = [Sum::default(); LANES];
+        let (blocks, rest) = values.as_chunks::<LANES>();
+        for block in blocks {
+            lanes.iter_mut().zip(block).for_each(|(lane, value)| lane.add(term(*value)));
+        }
+        let mut sum = Sum::default();
+        for Sum { sum: of_lane, lost } in lanes {
+            sum.add(of_lane);
+            sum.lost += lost;
+        }
+        rest.iter().for_each(|value| sum.add(term(*value)));
+        sum
+    }
+}
+
+/// Values that are looked at side by side: one addition need not wait for the one before.
+const LANES: usize = 4;
+
+/// The value that nothing goes before, in lanes; none is NaN.
+fn foremost(values: &[f64], before: impl Fn(f64, f64) -> bool) -> Option<f64> {
+    let mut lanes = [*values.first()?; LANES];
+    let (blocks, rest) = values.as_chunks::<LANES>();
+    let keep = |held: &mut f64, value: f64| *held = if before(value, *held) { value } else { *held };
+    for block in blocks {
+        lanes.iter_mut().zip(block).for_each(|(lane, value)| keep(lane, *value));
+    }
+    let mut first = lanes[0];
+    lanes.iter().chain(rest).for_each(|value| keep(&mut first, *value));
+    Some(first)
 }
 
 /// Statistics that combine over readings and windows.
@@ -162,39 +196,51 @@ pub(super) struct Moments {
     pub(super) min: Option<f64>,
     pub(super) max: Option<f64>,
     pub(super) mean: Option<f64>,
-    pub(super) stddev: Option<f64>,
 }
 
 impl Moments {
     pub(super) fn of(values: &[f64], windows: &[&Window]) -> Moments {
-        let windows: Vec<&&Window> = windows.iter().filter(|w| w.count > 0).collect();
-        let count =
-            i64::try_from(values.len()).unwrap_or(i64::MAX) + windows.iter().map(|w| w.count).sum::<i64>();
-        let weighted = windows.iter().filter_map(|w| Some((w.count as f64, w.mean?)));
-        let weight = values.len() as f64 + weighted.clone().map(|(n, _)| n).sum::<f64>();
-        let sum = Sum::of(values.iter().copied().chain(weighted.clone().map(|(n, mean)| n * mean)));
-        let mean = (weight > 0.0).then(|| sum / weight);
-        let stddev = mean.filter(|_| weight > 1.0).map(|mean| {
-            let squares = values.iter().map(|v| (v - mean) * (v - mean));
-            let pooled = windows.iter().filter_map(|w| {
-                let (n, m) = (w.count as f64, w.mean?);
-                let s = w.stddev.unwrap_or(0.0);
-                Some((n - 1.0) * s * s + n * (m - mean) * (m - mean))
-            });
-            (Sum::of(squares.chain(pooled)) / (weight - 1.0)).sqrt()
-        });
-        let lows = values.iter().copied().chain(windows.iter().filter_map(|w| w.min));
-        let highs = values.iter().copied().chain(windows.iter().filter_map(|w| w.max));
-        Moments { count, min: lows.reduce(f64::min), max: highs.reduce(f64::max), mean, stddev }
+        let windows = || windows.iter().filter(|w| w.count > 0);
+        let count = i64::try_from(values.len()).unwrap_or(i64::MAX) + windows().map(|w| w.count).sum::<i64>();
+        let (mut weight, mut sum) = (values.len() as f64, Sum::of_each(values, |value| value));
+        for (n, mean) in windows().filter_map(|w| Some((w.count as f64, w.mean?))) {
+            weight += n;
+            sum.add(n * mean);
+        }
+        let lows = foremost(values, |a, b| a < b).into_iter().chain(windows().filter_map(|w| w.min));
+        let highs = foremost(values, |a, b| a > b).into_iter().chain(windows().filter_map(|w| w.max));
+        let mean = (weight > 0.0).then(|| sum.total() / weight);
+        Moments { count, min: lows.reduce(f64::min), max: highs.reduce(f64::max), mean }
+    }
+
+    /// Of the sample, in a second pass around the mean.
+    fn stddev(&self, values: &[f64], windows: &[&Window]) -> Option<f64> {
+        let mean = self.mean?;
+        let (mut weight, mut squares) =
+            (values.len() as f64, Sum::of_each(values, |v| (v - mean) * (v - mean)));
+        for (w, of_window) in windows.iter().filter(|w| w.count > 0).filter_map(|w| Some((w, w.mean?))) {
+            let (n, s) = (w.count as f64, w.stddev.unwrap_or(0.0));
+            weight += n;
+            squares.add((n - 1.0) * s * s + n * (of_window - mean) * (of_window - mean));
+        }
+        (weight > 1.0).then(|| (squares.total() / (weight - 1.0)).sqrt())
     }
 }
 
-/// `percentile_cont`: linear interpolation at rank `p * (n - 1)`. Leaves the values in another order.
-pub(super) fn quantile(values: &mut [f64], p: f64) -> Option<f64> {
-    let rank = p * (values.len().checked_sub(1)? as f64);
-    let (_, low, above) = values.select_nth_unstable_by(rank.floor() as usize, f64::total_cmp);
-    let high = above.iter().copied().min_by(f64::total_cmp).unwrap_or(*low);
-    Some(*low + (high - *low) * (rank - rank.floor()))
+/// `percentile_cont` at each `p`, which rise: linear interpolation at rank `p * (n - 1)`. Leaves the values in another
+/// order.
+fn quantiles<const N: usize>(values: &mut [f64], of: [f64; N]) -> [Option<f64>; N] {
+    let Some(last) = values.len().checked_sub(1) else { return [None; N] };
+    // What lies before is no greater than what follows.
+    let mut before = 0;
+    of.map(|p| {
+        let rank = p * last as f64;
+        let at = rank.floor() as usize;
+        let (_, low, above) = values[before..].select_nth_unstable_by(at - before, f64::total_cmp);
+        let high = foremost(above, |a, b| a < b).unwrap_or(*low);
+        before = at;
+        Some(*low + (high - *low) * (rank - rank.floor()))
+    })
 }
 
 /// Values by the time that they hold.

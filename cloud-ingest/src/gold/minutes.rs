@@ -51,16 +51,18 @@ fn hour_rows(device: &DeviceSeries<'_>, parts: &HourParts<'_>, rows: &mut Vec<Mi
     for window in &parts.windows {
         windows.entry(minute(window.start)).or_default().push(window);
     }
-    let samples = &device.samples[parts.samples.clone()];
     let mut values: Vec<f64> = Vec::new();
     let first = rows.len();
-    for chunk in samples.chunk_by(|a, b| minute(a.ts) == minute(b.ts)) {
+    let mut rest = &device.samples[parts.samples.clone()];
+    while let Some(sample) = rest.first() {
+        let at = minute(sample.ts);
+        let (of_minute, later) = rest.split_at(rest.partition_point(|s| s.ts < (at + 1) * MINUTE_MICROS));
+        rest = later;
         values.clear();
-        values.extend(chunk.iter().filter(|s| s.usable()).map(|s| s.value));
-        let at = minute(chunk[0].ts);
+        values.extend(of_minute.iter().filter(|s| s.usable()).map(|s| s.value));
         if let Some(last) = values.last().copied() {
             windows.remove(&at);
-            let meta = chunk[chunk.len() - 1].meta;
+            let meta = of_minute[of_minute.len() - 1].meta;
             rows.push(row(at, meta, Moments::of(&values, &[]), Some(last), Source::Readings));
         }
     }
@@ -75,7 +77,7 @@ fn hour_rows(device: &DeviceSeries<'_>, parts: &HourParts<'_>, rows: &mut Vec<Mi
 }
 
 fn row(minute: i64, meta: u32, moments: Moments, last: Option<f64>, source: Source) -> MinuteRow {
-    let Moments { count, min, max, mean, .. } = moments;
+    let Moments { count, min, max, mean } = moments;
     let time = Timestamp::from_micros(minute * MINUTE_MICROS);
     MinuteRow { time, meta, count, min, max, mean, last, source }
 }

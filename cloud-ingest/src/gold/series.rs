@@ -287,8 +287,13 @@ impl SeriesBuilder {
             let rows = row..row + texts.run(row);
             row = rows.end;
             let meta = self.meta(&texts, rows.start);
-            let hours = ts[rows.clone()].chunk_by(|a, b| floor_hour(*a) == floor_hour(*b));
-            self.speaking.extend(hours.map(|of_hour| (meta, floor_hour(of_hour[0]))));
+            let mut rest = &ts[rows.clone()];
+            while let Some(first) = rest.first() {
+                let hour = floor_hour(*first);
+                self.speaking.insert((meta, hour));
+                let within = hour..hour + HOUR_MICROS;
+                rest = &rest[rest.iter().take_while(|ts| within.contains(*ts)).count()..];
+            }
             let of = self.columns.len();
             self.devices[self.device_of[meta as usize]].runs.push(Run { of, rows, meta });
         }

@@ -58,6 +58,8 @@ struct Memory {
     rss_at_50_percent: u64,
     rss_at_100_percent: u64,
     pss_at_100_percent: u64,
+    /// The least and the most RSS of each tenth of the time: between gold's steps, and within one.
+    rss_of_tenths: [(u64, u64); 10],
     /// By least squares over the last three quarters.
     rss_growth_per_hour: f64,
 }
@@ -141,11 +143,17 @@ impl Memory {
         let at = |part: f64| samples.get(((samples.len() as f64 * part).ceil() as usize).checked_sub(1)?);
         let warm = &samples[(samples.len() as f64 * WARM) as usize..];
         let points: Vec<(f64, f64)> = warm.iter().map(|(at, rss, _)| (at / 3600.0, *rss as f64)).collect();
+        let tenth = |n: usize| {
+            let of = &samples[n * samples.len() / 10..(n + 1) * samples.len() / 10];
+            let rss = || of.iter().map(|(_, rss, _)| *rss);
+            (rss().min().unwrap_or(0), rss().max().unwrap_or(0))
+        };
         Some(Memory {
             rss_at_10_percent: at(0.1)?.1,
             rss_at_50_percent: at(0.5)?.1,
             rss_at_100_percent: at(1.0)?.1,
             pss_at_100_percent: at(1.0)?.2,
+            rss_of_tenths: std::array::from_fn(tenth),
             rss_growth_per_hour: slope(&points)?,
         })
     }
@@ -174,6 +182,10 @@ mod tests {
         let memory = Memory::of(&samples).unwrap();
         assert_eq!((memory.rss_at_10_percent, memory.rss_at_50_percent), (100_000, 205_000));
         assert_eq!((memory.rss_at_100_percent, memory.pss_at_100_percent), (210_000, 1_000));
+        assert_eq!(
+            (memory.rss_of_tenths[0], memory.rss_of_tenths[9]),
+            ((1_000, 100_000), (209_010, 210_000))
+        );
         assert!((memory.rss_growth_per_hour - 36_000.0).abs() < 1e-6, "{memory:?}");
         assert_eq!(Memory::of(&samples[..1]), None);
     }

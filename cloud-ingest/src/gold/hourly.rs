@@ -488,6 +488,31 @@ mod tests {
     }
 
     #[test]
+    fn side_by_side_is_as_one_by_one() {
+        for n in 0..40_u8 {
+            // Whole numbers of up to 66 bits, of which a plain sum of floats loses the small ones.
+            let whole = |at: u8| (i128::from(at) * 7_919 % 101 - 50) << (u32::from(at) * 11 % 60);
+            let values: Vec<f64> = (0..n).map(|at| whole(at) as f64).collect();
+            let exact: i128 = (0..n).map(whole).sum();
+            assert_eq!(Sum::of_each(&values, |value| value).total(), exact as f64, "{n}");
+            let mut sorted = values.clone();
+            sorted.sort_by(f64::total_cmp);
+            assert_eq!(foremost(&values, |a, b| a < b), sorted.first().copied(), "{n}");
+            assert_eq!(foremost(&values, |a, b| a > b), sorted.last().copied(), "{n}");
+            let rank = |p: f64| {
+                let rank = p * sorted.len().checked_sub(1)? as f64;
+                let [low, high] = [rank.floor(), rank.ceil()].map(|at| sorted[at as usize]);
+                Some(low + (high - low) * rank.fract())
+            };
+            assert_eq!(
+                quantiles(&mut values.clone(), [0.0, 0.5, 0.95, 1.0]),
+                [0.0, 0.5, 0.95, 1.0].map(rank),
+                "{n}"
+            );
+        }
+    }
+
+    #[test]
     fn counters_rise_and_states_change() {
         // Readings (minute, value); how far a counter went; how often a state changed.
         for (readings, delta, transitions) in [

@@ -320,11 +320,12 @@ impl Tables {
         let session = DeltaSessionContext::new_with_session_overrides(&one).map_err(failed)?;
         base.update_datafusion_session(&session.state()).map_err(failed)?;
         let commit = rewrite::fenced(properties(txn), &base);
+        let layout = write::properties_of(table, &table.schema(), &rows);
         let mut write = base
             .write(rows)
             .with_session_state(Arc::new(session.state()))
             .with_save_mode(SaveMode::Overwrite)
-            .with_writer_properties(writer_properties(table))
+            .with_writer_properties(layout)
             .with_commit_properties(commit);
         if let Some(predicate) = predicate {
             write = write.with_replace_where(predicate);

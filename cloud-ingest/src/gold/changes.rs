@@ -1,9 +1,10 @@
 //! What is new in silver: the hours that data files touch which were added since a version of a table.
 //!
-//! The Delta log says which files came (`dataChange=true` only, so compaction touches nothing). Those that are
-//! still there are asked for their hours exactly; of those that were compacted away since, the statistics
-//! give the range. What retention removed is gone for good and touches nothing. When other rows were removed, when the log no longer reaches back, or when the table is another one
-//! than before, everything counts as touched.
+//! The Delta log says which files came (`dataChange=true` only, so compaction touches nothing). Of those that are still
+//! there the hours are exact: by their statistics where they reach from an hour no further than into the next, else by
+//! their rows. Of those that were compacted away since, the statistics give the range. What retention removed is gone
+//! for good and touches nothing. When other rows were removed, when the log no longer reaches back, or when the table is
+//! another one than before, everything counts as touched.
 
 use std::{collections::BTreeSet, time::Duration};
 
@@ -18,7 +19,7 @@ use deltalake::{
 
 use super::{
     hourly,
-    series::{ints, micros},
+    series::{floor_hour, ints, micros},
 };
 use crate::{
     plan::REFINE,
@@ -164,7 +165,7 @@ impl Changes {
     ) -> anyhow::Result<BTreeSet<Timestamp>> {
         let mut hours = BTreeSet::new();
         for (from, to) in &self.gone {
-            let from = super::series::floor_hour(*from);
+            let from = floor_hour(*from);
             let every = (0..).map(|n| from + n * HOUR_MICROS).take_while(|hour| hour <= to);
             hours.extend(hourly::touched(every.chain([*to]), hold));
         }
@@ -182,11 +183,29 @@ pub(super) async fn hours_in(
     time: &str,
     hold: Duration,
 ) -> anyhow::Result<BTreeSet<Timestamp>> {
-    let context = context(&[("t", Some(table), files)]).await?;
+    let mut hours = BTreeSet::new();
+    let mut left: BTreeSet<String> = files.into_iter().flatten().cloned().collect();
+    for file in table.snapshot()?.log_data().iter() {
+        let path = file.path().into_owned();
+        if files.is_some() && !left.remove(&path) {
+            continue;
+        }
+        match file.stats().and_then(|stats| limits(&stats, time)) {
+            // The first and the last row are there, and between their hours is none.
+            Some((from, to)) if floor_hour(to) - floor_hour(from) <= HOUR_MICROS => {
+                hours.extend(hourly::touched([from, to], hold));
+            }
+            _ => _ = left.insert(path),
+        }
+    }
+    if left.is_empty() {
+        return Ok(hours);
+    }
+    let left: Vec<String> = left.into_iter().collect();
+    let context = context(&[("t", Some(table), Some(&left))]).await?;
     let sql = format!(
         "SELECT cast({time} AS bigint) / {HOUR_MICROS} AS hour, max({time}) AS last FROM t GROUP BY 1"
     );
-    let mut hours = BTreeSet::new();
     for batch in context.sql(&sql).await?.collect().await? {
         let starts = ints(&batch, "hour")?;
         let lasts = micros(&batch, "last")?;

@@ -243,8 +243,8 @@ async fn days(
     let hold = i64::try_from(settings.hold.as_micros()).unwrap_or(HOUR_MICROS);
     for (hour, parts) in parts {
         let within = hour..Timestamp::from_micros(hour.as_micros() + HOUR_MICROS);
-        for of in silver.groups(&within, settings.hold).await? {
-            let series = silver.read(&within, settings.hold, of).await?;
+        for part in silver.parts(&within, settings.hold).await? {
+            let series = silver.read(&part, settings.hold).await?;
             for device in series.devices() {
                 for (_, at, part) in parts.iter().filter(|(site, ..)| *site == named(device.site)) {
                     let span = part.start.as_micros()..part.end.as_micros();

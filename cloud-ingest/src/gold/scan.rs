@@ -1,19 +1,15 @@
 //! Rows of a silver table within a span of time, straight from its data files.
 //!
 //! Text stays what it is in the files, dictionaries: whoever reads millions of rows of a few devices then compares
-//! numbers. Files whose statistics lie outside of the span are left out; of the others only the rows within are decoded
-//! further than their time.
+//! numbers. Files whose statistics lie outside of the span are left out. Of the others, what is read of a row that is not
+//! wanted is at most its time, and of a page without one that is wanted nothing.
 
 use std::{ops::Range, sync::Arc};
 
 use anyhow::Context;
 use arrow::{
-    array::{
-        ArrayRef, AsArray, BooleanArray, BooleanBufferBuilder, DictionaryArray, Int32Array, RecordBatch,
-        StringArray,
-    },
+    array::{ArrayRef, AsArray, BooleanArray, DictionaryArray, Int32Array, RecordBatch, StringArray},
     datatypes::{Field, Int32Type, Schema, TimestampMicrosecondType},
-    error::ArrowError,
 };
 use bytes::Bytes;
 use common::{time::Timestamp, wire::dict};
@@ -23,26 +19,20 @@ use object_store::{ObjectStore, ObjectStoreExt, path::Path};
 use parquet::{
     arrow::{
         ParquetRecordBatchStreamBuilder, ProjectionMask,
-        arrow_reader::{
-            ArrowPredicate, ArrowPredicateFn, ArrowReaderMetadata, ArrowReaderOptions, RowFilter,
-        },
+        arrow_reader::{ArrowPredicateFn, ArrowReaderMetadata, ArrowReaderOptions, RowFilter, RowSelection},
         async_reader::{AsyncFileReader, ParquetRecordBatchStream},
     },
     errors::ParquetError,
-    file::metadata::{ParquetMetaData, ParquetMetaDataReader},
+    file::metadata::{PageIndexPolicy, ParquetMetaData, ParquetMetaDataReader},
 };
 
-use super::{
-    changes::limits,
-    parts::Gateways,
-    series::{Words, run},
-};
+use super::{changes::limits, parts::Chosen};
 use crate::lake::with_dictionaries;
 
 /// Rows decoded at a time.
 const BATCH: usize = 16 * 1024;
-/// Bytes at the end of a file that mostly hold its footer.
-const FOOTER: usize = 32 * 1024;
+/// Bytes at the end of a file that mostly hold its footer, and where its pages are.
+const FOOTER: usize = 64 * 1024;
 
 /// What is read of which rows.
 #[derive(Clone, Debug)]
@@ -52,23 +42,73 @@ pub(super) struct Scan<'a> {
     /// Name of the column of instants that the span is about.
     pub(super) time: &'a str,
     pub(super) span: Range<Timestamp>,
-    /// Whose rows; `None` for everybody's.
-    pub(super) of: Option<Gateways>,
+    /// Which rows; `None` for all.
+    pub(super) of: Option<Chosen>,
 }
 
-/// Rows within the scan's span, by what the log says of its files: as if they lay evenly in their times. Gateways do not
-/// count.
-pub(super) fn rows(scan: &Scan<'_>) -> anyhow::Result<u64> {
-    let span = scan.span.start.as_micros()..scan.span.end.as_micros();
-    let mut rows = 0.0;
-    for file in scan.snapshot.snapshot()?.log_data().iter() {
-        let count = file.num_records().unwrap_or(0) as f64;
-        let known = file.stats().and_then(|stats| limits(&stats, scan.time));
-        let (from, to) = known.unwrap_or((span.start, span.end - 1));
-        let inside = (to.min(span.end - 1) - from.max(span.start) + 1).max(0);
-        rows += count * inside as f64 / (to - from + 1).max(1) as f64;
+/// A data file that may have rows within a scan's span.
+pub(super) struct File {
+    pub(super) path: Path,
+    size: u64,
+    /// How many rows lie within the span, and in parts of all: as if they lay evenly in their times.
+    rows: f64,
+    pub(super) share: f64,
+    /// No row lies outside of the span.
+    inside: bool,
+    /// The partition's columns that are asked for, which are not in the file.
+    partition: Vec<(String, String)>,
+}
+
+impl Scan<'_> {
+    /// By what the log says of them.
+    fn files(&self) -> anyhow::Result<Vec<File>> {
+        let span = self.span.start.as_micros()..self.span.end.as_micros();
+        let mut files = Vec::new();
+        for file in self.snapshot.snapshot()?.log_data().iter() {
+            // Statistics may be cut down to milliseconds.
+            let known = file.stats().and_then(|stats| limits(&stats, self.time));
+            let (from, to) = known.map_or((span.start, span.end - 1), |(from, to)| (from, to + 999));
+            if to < span.start || from >= span.end {
+                continue;
+            }
+            let within = to.min(span.end - 1) - from.max(span.start) + 1;
+            let share = within as f64 / (to - from + 1) as f64;
+            let values = file.partition_values();
+            let named = values.iter().flat_map(|values| values.fields().iter().zip(values.values()));
+            files.push(File {
+                path: file.object_store_path(),
+                size: u64::try_from(file.size()).unwrap_or(0),
+                rows: share * file.num_records().unwrap_or(0) as f64,
+                share,
+                inside: known.is_some() && from >= span.start && to < span.end,
+                partition: named
+                    .filter(|(field, _)| self.columns.contains(&field.name().as_str()))
+                    .map(|(field, value)| (field.name().clone(), value.serialize()))
+                    .collect(),
+            });
+        }
+        Ok(files)
     }
-    Ok(rows.ceil() as u64)
+
+    async fn read(
+        &self,
+        file: &File,
+        (chosen, span): (Option<RowSelection>, Option<Range<i64>>),
+        mut take: impl FnMut(&RecordBatch) -> anyhow::Result<()>,
+    ) -> anyhow::Result<()> {
+        let reading = || format!("reading {}", file.path);
+        let store = self.snapshot.log_store().object_store(None);
+        let mut rows = read(store, file, self, chosen, span).await.with_context(reading)?;
+        while let Some(batch) = rows.try_next().await.with_context(reading)? {
+            take(&with_partition(batch, &file.partition)?)?;
+        }
+        Ok(())
+    }
+}
+
+/// Rows within the scan's span, by what the log says of its files. Which are chosen does not count.
+pub(super) fn rows(scan: &Scan<'_>) -> anyhow::Result<u64> {
+    Ok(scan.files()?.iter().map(|file| file.rows).sum::<f64>().ceil() as u64)
 }
 
 /// Gives every batch of the scan's columns to `take`; text comes as dictionaries.
@@ -76,30 +116,28 @@ pub(super) async fn scan(
     scan: &Scan<'_>,
     mut take: impl FnMut(&RecordBatch) -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
-    let store = scan.snapshot.log_store().object_store(None);
     let span = scan.span.start.as_micros()..scan.span.end.as_micros();
-    for file in scan.snapshot.snapshot()?.log_data().iter() {
-        // Statistics may be cut down to milliseconds.
-        let known =
-            file.stats().and_then(|stats| limits(&stats, scan.time)).map(|(from, to)| (from, to + 999));
-        if known.is_some_and(|(from, to)| to < span.start || from >= span.end) {
-            continue;
-        }
-        let inside = known.is_some_and(|(from, to)| from >= span.start && to < span.end);
-        let values = file.partition_values();
-        let named = values.iter().flat_map(|values| values.fields().iter().zip(values.values()));
-        let partition: Vec<(String, String)> = named
-            .filter(|(field, _)| scan.columns.contains(&field.name().as_str()))
-            .map(|(field, value)| (field.name().clone(), value.serialize()))
-            .collect();
-        let path = file.object_store_path();
-        let size = u64::try_from(file.size()).unwrap_or(0);
-        let read =
-            read(Arc::clone(&store), &path, size, scan, if inside { None } else { Some(span.clone()) });
-        let mut rows = read.await.with_context(|| format!("reading {path}"))?;
-        while let Some(batch) = rows.try_next().await.with_context(|| format!("reading {path}"))? {
-            take(&with_partition(batch, &partition)?)?;
-        }
+    for file in scan.files()? {
+        let chosen = match &scan.of {
+            Some(chosen) => match chosen.get(&file.path) {
+                Some(rows) => Some(rows.clone()),
+                None => continue,
+            },
+            None => None,
+        };
+        let span = (!file.inside).then(|| span.clone());
+        scan.read(&file, (chosen, span), &mut take).await?;
+    }
+    Ok(())
+}
+
+/// The same of all rows of its files, in their order, whether they lie within the span or not.
+pub(super) async fn whole(
+    scan: &Scan<'_>,
+    mut take: impl FnMut(&File, &RecordBatch) -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
+    for file in scan.files()? {
+        scan.read(&file, (None, None), |batch| take(&file, batch)).await?;
     }
     Ok(())
 }
@@ -131,19 +169,21 @@ impl AsyncFileReader for DataFile {
         _options: Option<&'a ArrowReaderOptions>,
     ) -> BoxFuture<'a, parquet::errors::Result<Arc<ParquetMetaData>>> {
         let size = self.size;
-        let reader = ParquetMetaDataReader::new().with_prefetch_hint(Some(FOOTER));
+        let reader = ParquetMetaDataReader::new()
+            .with_prefetch_hint(Some(FOOTER))
+            .with_offset_index_policy(PageIndexPolicy::Optional);
         reader.load_and_finish(self, size).map_ok(Arc::new).boxed()
     }
 }
 
 async fn read(
     store: Arc<dyn ObjectStore>,
-    path: &Path,
-    size: u64,
+    file: &File,
     scan: &Scan<'_>,
+    chosen: Option<RowSelection>,
     span: Option<Range<i64>>,
 ) -> anyhow::Result<Rows> {
-    let mut reader = DataFile { store, path: path.clone(), size };
+    let mut reader = DataFile { store, path: file.path.clone(), size: file.size };
     let found = ArrowReaderMetadata::load_async(&mut reader, ArrowReaderOptions::new()).await?;
     let options = ArrowReaderOptions::new().with_schema(with_dictionaries(found.schema()));
     let metadata = ArrowReaderMetadata::try_new(Arc::clone(found.metadata()), options)?;
@@ -151,33 +191,18 @@ async fn read(
     let wanted = ProjectionMask::columns(parquet, scan.columns.iter().copied());
     let time = ProjectionMask::columns(parquet, [scan.time]);
     let builder = ParquetRecordBatchStreamBuilder::new_with_metadata(reader, metadata.clone());
-    let builder = builder.with_projection(wanted).with_batch_size(BATCH);
-    let mut filters: Vec<Box<dyn ArrowPredicate>> = Vec::new();
+    let mut builder = builder.with_projection(wanted).with_batch_size(BATCH);
+    if let Some(chosen) = chosen {
+        builder = builder.with_row_selection(chosen);
+    }
     if let Some(span) = span {
-        filters.push(Box::new(ArrowPredicateFn::new(time, move |batch: RecordBatch| {
+        let within = ArrowPredicateFn::new(time, move |batch: RecordBatch| {
             let times = batch.column(0).as_primitive::<TimestampMicrosecondType>();
             Ok(times.values().iter().map(|ts| Some(span.contains(ts))).collect::<BooleanArray>())
-        })));
+        });
+        builder = builder.with_row_filter(RowFilter::new(vec![Box::new(within)]));
     }
-    if let Some(gateways) = scan.of.clone() {
-        let who = ProjectionMask::columns(parquet, ["site", "gateway_id"]);
-        filters.push(Box::new(ArrowPredicateFn::new(who, move |batch| sent_by(&batch, &gateways))));
-    }
-    let builder = if filters.is_empty() { builder } else { builder.with_row_filter(RowFilter::new(filters)) };
     Ok(builder.build()?)
-}
-
-/// Which rows are of these gateways. What repeats is looked up once a run.
-fn sent_by(batch: &RecordBatch, gateways: &Gateways) -> Result<BooleanArray, ArrowError> {
-    let column = |name| Words::of(batch, name).map_err(|e| ArrowError::SchemaError(format!("{e:#}")));
-    let columns = [column("gateway_id")?, column("site")?];
-    let mut sent = BooleanBufferBuilder::new(batch.num_rows());
-    while sent.len() < batch.num_rows() {
-        let row = sent.len();
-        let [gateway, site] = columns.each_ref().map(|of| of.value(row).unwrap_or("").to_owned());
-        sent.append_n(run(&columns, row), gateways.contains(&(site, gateway)));
-    }
-    Ok(BooleanArray::new(sent.finish(), None))
 }
 
 /// Adds the partition's columns, which are not in the file, as text.

@@ -280,7 +280,12 @@ impl SeriesBuilder {
         };
         let words = Words::of(batch, "quality")?;
         let qualities: Vec<Quality> = words.values.iter().map(quality_of).collect();
-        let quality = |row| words.key(row).map_or(Quality::Bad, |key| qualities[key]);
+        let mut quality = Vec::with_capacity(batch.num_rows());
+        while quality.len() < batch.num_rows() {
+            let row = quality.len();
+            let said = words.key(row).map_or(Quality::Bad, |key| qualities[key]);
+            quality.resize(row + words.run(row, usize::MAX), said);
+        }
         let mut row = 0;
         // Silver lies by device: what repeats is looked up once a run.
         while row < batch.num_rows() {
@@ -297,7 +302,7 @@ impl SeriesBuilder {
             let of = self.columns.len();
             self.devices[self.device_of[meta as usize]].runs.push(Run { of, rows, meta });
         }
-        self.columns.push(Columns { ts, value, quality: (0..row).map(quality).collect() });
+        self.columns.push(Columns { ts, value, quality });
         Ok(())
     }
 
@@ -472,13 +477,19 @@ impl Words {
     fn run(&self, row: usize, most: usize) -> usize {
         let end = row.saturating_add(most).min(self.keys.len());
         match self.keys.null_count() {
-            0 => {
-                let keys = &self.keys.values()[row..end];
-                keys.iter().take_while(|key| **key == keys[0]).count()
-            }
+            0 => alike(&self.keys.values()[row..end]),
             _ => (row..end).take_while(|other| self.key(*other) == self.key(row)).count(),
         }
     }
+}
+
+/// How many keys from the first on are the same, looked at many side by side.
+fn alike(keys: &[i32]) -> usize {
+    let same = |key: &i32| Some(key) == keys.first();
+    let (blocks, _) = keys.as_chunks::<32>();
+    let whole =
+        32 * blocks.iter().take_while(|keys| keys.iter().fold(true, |all, key| all & same(key))).count();
+    whole + keys[whole..].iter().take_while(|key| same(key)).count()
 }
 
 fn quality_of(word: Option<&str>) -> Quality {

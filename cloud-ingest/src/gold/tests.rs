@@ -428,12 +428,14 @@ async fn gateway_by_gateway_hours_are_the_same() {
     let within = Timestamp::from_micros(START)..Timestamp::from_micros(START + 3 * HOUR_MICROS);
     let hold = lake.settings.hold;
     let mut made = Vec::new();
-    for (most, groups) in [(u64::MAX, 1), (3_600, 2), (1, 4)] {
-        let parts = silver.groups_of(&within, hold, most).await.unwrap();
-        assert_eq!(parts.len(), groups, "{parts:?}");
+    // All together; in two groups; four gateways by themselves, hour by hour.
+    for (most, number) in [(u64::MAX, 1), (3_600, 2), (1, 12)] {
+        let parts = silver.parts_of(&within, hold, most).await.unwrap();
+        assert_eq!(parts.len(), number, "{parts:?}");
         let mut rows = Vec::new();
-        for of in parts {
-            let series = silver.read(&within, hold, of).await.unwrap();
+        for part in parts {
+            let within = part.within.clone();
+            let series = silver.read(&part, hold).await.unwrap();
             let hours = series.devices().flat_map(|device| hourly::hours(&device, &within, hold));
             rows.extend(hours.map(|row| format!("{row:?}")));
             let minutes: Vec<_> =
@@ -451,6 +453,21 @@ async fn gateway_by_gateway_hours_are_the_same() {
     assert_eq!(made[0].iter().filter(|row| !row.starts_with('|')).count(), 13, "{:?}", made[0]);
     assert_eq!(made[0], made[1]);
     assert_eq!(made[0], made[2]);
+}
+
+#[tokio::test]
+async fn the_log_and_the_rows_tell_the_same_hours() {
+    // One hour; up to the hold, and beyond; two hours; three, of which the one between has a row, or none.
+    for seconds in [&[5, 10][..], &[0, 2_699], &[0, 2_700], &[-1, 0], &[0, 4_000, 8_000], &[0, 8_000]] {
+        let mut lake = Lake::new().await;
+        let rows: Vec<_> = seconds.iter().map(|at| ("a", *at, 1.0, Quality::Good)).collect();
+        lake.readings(&rows).await;
+        let silver = windows::Silver::newest(&lake.tables).await.unwrap().unwrap();
+        let hold = lake.settings.hold;
+        let hours = changes::hours_in(&silver.readings, None, "ts", hold).await.unwrap();
+        let times = seconds.iter().map(|at| START + at * SECOND);
+        assert_eq!(hours, hourly::touched(times, hold), "{seconds:?}");
+    }
 }
 
 fn anomalies(records: &[Record]) -> RecordBatch {

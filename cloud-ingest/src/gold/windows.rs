@@ -22,7 +22,7 @@ use super::{
     calendar::Calendars,
     changes::{self, Changes},
     daily, health, hourly, minutes,
-    parts::Gateways,
+    parts::{self, Chosen, Part},
     publish::{self, Keyed, Progress, SILVER},
     scan::{self, Scan},
     series::{AGGREGATE_COLUMNS, READING_COLUMNS, Series, SeriesBuilder},
@@ -83,15 +83,11 @@ impl Silver {
         changes::version(&self.readings)
     }
 
-    /// Everything from `hold` before `within` on, of some gateways or all.
-    pub(super) async fn read(
-        &self,
-        within: &Range<Timestamp>,
-        hold: Duration,
-        of: Option<Gateways>,
-    ) -> anyhow::Result<Series> {
+    /// Everything of a part, from `hold` before it on.
+    pub(super) async fn read(&self, part: &Part, hold: Duration) -> anyhow::Result<Series> {
         let mut builder = SeriesBuilder::default();
-        for (of, readings) in self.scans(within, hold, of).iter().zip([true, false]) {
+        let scans = self.scans(&part.within, hold, part.of.clone());
+        for (of, readings) in scans.iter().zip([true, false]) {
             let add = |batch: &RecordBatch| {
                 if readings { builder.readings(batch) } else { builder.aggregates(batch) }
             };
@@ -105,7 +101,7 @@ impl Silver {
         &self,
         within: &Range<Timestamp>,
         hold: Duration,
-        of: Option<Gateways>,
+        of: Option<Chosen>,
     ) -> Vec<Scan<'_>> {
         let span = within.start - hold..within.end;
         let readings = Scan {
@@ -180,15 +176,12 @@ pub(super) async fn step(
         }
     }
     for (n, block) in blocks.iter().enumerate() {
-        let mut chunks = Vec::new();
-        for span in publish::spans(block) {
-            chunks.extend(silver.chunks(&span, settings.hold)?);
-        }
+        let chunks: Vec<_> = publish::spans(block).iter().flat_map(parts::chunks).collect();
         let mut made = Made::default();
         for (m, chunk) in chunks.iter().enumerate() {
-            for of in silver.groups(chunk, settings.hold).await? {
-                let series = silver.read(chunk, settings.hold, of).await?;
-                made.add(chunk, &series, settings.hold, now)?;
+            for part in silver.parts(chunk, settings.hold).await? {
+                let series = silver.read(&part, settings.hold).await?;
+                made.add(&part.within, &series, settings.hold, now)?;
             }
             let of_block = m + 1 == chunks.len();
             let last = of_block && n + 1 == blocks.len();

@@ -219,7 +219,7 @@ fn repeats(parts: &[&ArrayRef]) -> bool {
 }
 
 /// How a file with these rows is written.
-fn properties_of(table: Table, schema: &Schema, batches: &[RecordBatch]) -> WriterProperties {
+pub(super) fn properties_of(table: Table, schema: &Schema, batches: &[RecordBatch]) -> WriterProperties {
     let mut builder = writer_properties(table).into_builder();
     for (ix, field) in schema.fields().iter().enumerate() {
         let parts: Vec<&ArrayRef> = batches.iter().map(|batch| batch.column(ix)).collect();

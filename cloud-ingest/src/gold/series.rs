@@ -1,6 +1,6 @@
 //! Readings and edge aggregates of silver, sorted by device and time: what hours and minutes are made of.
 //!
-//! * A reading takes 17 bytes, in the columns as they were read; the texts that repeat (device, type, unit, …) are kept
+//! * A reading takes 17 bytes, in columns as they are read; the texts that repeat (device, type, unit, …) are kept
 //!   once, as a [`Meta`]. Only the device that is looked at is laid out and sorted ([`Series::devices`]).
 //! * Of an edge window that was sent more than once the fullest is kept: a whole one before a partial one, then
 //!   the longer cover, then the higher revision, then the one that came last. Partial windows of one minute whose
@@ -21,7 +21,6 @@ use arrow::{
         Array, ArrayRef, AsArray, BooleanArray, Float64Array, Int32Array, Int64Array, RecordBatch,
         StringArray,
     },
-    buffer::ScalarBuffer,
     compute::cast,
     datatypes::{DataType, Int32Type, TimestampMicrosecondType},
 };
@@ -182,13 +181,26 @@ impl DeviceSeries<'_> {
     }
 }
 
-/// Readings as they were read.
+/// Readings in the order in which they were read.
 #[derive(Debug)]
 struct Columns {
-    ts: ScalarBuffer<i64>,
+    ts: Vec<i64>,
     /// NaN for null.
-    value: ScalarBuffer<f64>,
+    value: Vec<f64>,
     quality: Vec<Quality>,
+}
+
+/// Readings that columns have room for. What a file has of a group may be few, and would keep the reader's buffers.
+const ROOM: usize = 128 * 1024;
+
+impl Columns {
+    fn with_room(rows: usize) -> Self {
+        Self {
+            ts: Vec::with_capacity(rows),
+            value: Vec::with_capacity(rows),
+            quality: Vec::with_capacity(rows),
+        }
+    }
 }
 
 /// Readings of one device that lie together in [`Columns`].
@@ -272,37 +284,42 @@ impl SeriesBuilder {
     /// When a column is missing or of another type, which the lake's schema rules out.
     pub fn readings(&mut self, batch: &RecordBatch) -> anyhow::Result<()> {
         let texts = MetaColumns::of(batch)?;
-        let ts = micros(batch, "ts")?.values().clone();
-        let values = floats(batch, "value")?;
-        let value = match values.null_count() {
-            0 => values.values().clone(),
-            _ => values.iter().map(|value| value.unwrap_or(f64::NAN)).collect(),
-        };
+        let (times, values) = (micros(batch, "ts")?, floats(batch, "value")?);
         let words = Words::of(batch, "quality")?;
         let qualities: Vec<Quality> = words.values.iter().map(quality_of).collect();
-        let mut quality = Vec::with_capacity(batch.num_rows());
-        while quality.len() < batch.num_rows() {
-            let row = quality.len();
-            let said = words.key(row).map_or(Quality::Bad, |key| qualities[key]);
-            quality.resize(row + words.run(row, usize::MAX), said);
+        if self.columns.last().is_none_or(|last| last.ts.capacity() - last.ts.len() < batch.num_rows()) {
+            self.columns.push(Columns::with_room(batch.num_rows().max(ROOM)));
         }
+        let of = self.columns.len() - 1;
+        let begin = self.columns[of].ts.len();
         let mut row = 0;
         // Silver lies by device: what repeats is looked up once a run.
         while row < batch.num_rows() {
             let rows = row..row + texts.run(row);
             row = rows.end;
             let meta = self.meta(&texts, rows.start);
-            let mut rest = &ts[rows.clone()];
+            let mut rest = &times.values()[rows.clone()];
             while let Some(first) = rest.first() {
                 let hour = floor_hour(*first);
                 self.speaking.insert((meta, hour));
                 let within = hour..hour + HOUR_MICROS;
                 rest = &rest[rest.iter().take_while(|ts| within.contains(*ts)).count()..];
             }
-            let of = self.columns.len();
+            let rows = begin + rows.start..begin + rows.end;
             self.devices[self.device_of[meta as usize]].runs.push(Run { of, rows, meta });
         }
-        self.columns.push(Columns { ts, value, quality });
+        let Columns { ts, value, quality } = &mut self.columns[of];
+        ts.extend_from_slice(times.values());
+        match values.null_count() {
+            0 => value.extend_from_slice(values.values()),
+            _ => value.extend(values.iter().map(|value| value.unwrap_or(f64::NAN))),
+        }
+        let mut row = 0;
+        while row < batch.num_rows() {
+            let said = words.key(row).map_or(Quality::Bad, |key| qualities[key]);
+            row += words.run(row, usize::MAX);
+            quality.resize(begin + row, said);
+        }
         Ok(())
     }
 

@@ -60,11 +60,15 @@ pub(super) struct File {
 }
 
 impl Scan<'_> {
-    /// By what the log says of them.
+    /// Those with rows that are chosen, by what the log says of them.
     fn files(&self) -> anyhow::Result<Vec<File>> {
         let span = self.span.start.as_micros()..self.span.end.as_micros();
         let mut files = Vec::new();
         for file in self.snapshot.snapshot()?.log_data().iter() {
+            let path = file.object_store_path();
+            if self.of.as_ref().is_some_and(|chosen| !chosen.contains_key(&path)) {
+                continue;
+            }
             // Statistics may be cut down to milliseconds.
             let known = file.stats().and_then(|stats| limits(&stats, self.time));
             let (from, to) = known.map_or((span.start, span.end - 1), |(from, to)| (from, to + 999));
@@ -76,7 +80,7 @@ impl Scan<'_> {
             let values = file.partition_values();
             let named = values.iter().flat_map(|values| values.fields().iter().zip(values.values()));
             files.push(File {
-                path: file.object_store_path(),
+                path,
                 size: u64::try_from(file.size()).unwrap_or(0),
                 rows: share * file.num_records().unwrap_or(0) as f64,
                 share,
@@ -90,23 +94,53 @@ impl Scan<'_> {
         Ok(files)
     }
 
+    /// Of the chosen rows those within `span`; `None` for all.
     async fn read(
         &self,
         file: &File,
-        (chosen, span): (Option<RowSelection>, Option<Range<i64>>),
+        chosen: Option<RowSelection>,
+        span: Option<Range<i64>>,
         mut take: impl FnMut(&RecordBatch) -> anyhow::Result<()>,
     ) -> anyhow::Result<()> {
         let reading = || format!("reading {}", file.path);
-        let store = self.snapshot.log_store().object_store(None);
-        let mut rows = read(store, file, self, chosen, span).await.with_context(reading)?;
+        let mut rows = self.open(file, chosen, span).await.with_context(reading)?;
         while let Some(batch) = rows.try_next().await.with_context(reading)? {
             take(&with_partition(batch, &file.partition)?)?;
         }
         Ok(())
     }
+
+    async fn open(
+        &self,
+        file: &File,
+        chosen: Option<RowSelection>,
+        span: Option<Range<i64>>,
+    ) -> anyhow::Result<ParquetRecordBatchStream<DataFile>> {
+        let store = self.snapshot.log_store().object_store(None);
+        let mut reader = DataFile { store, path: file.path.clone(), size: file.size };
+        let found = ArrowReaderMetadata::load_async(&mut reader, ArrowReaderOptions::new()).await?;
+        let options = ArrowReaderOptions::new().with_schema(with_dictionaries(found.schema()));
+        let metadata = ArrowReaderMetadata::try_new(Arc::clone(found.metadata()), options)?;
+        let parquet = metadata.parquet_schema();
+        let wanted = ProjectionMask::columns(parquet, self.columns.iter().copied());
+        let time = ProjectionMask::columns(parquet, [self.time]);
+        let builder = ParquetRecordBatchStreamBuilder::new_with_metadata(reader, metadata.clone());
+        let mut builder = builder.with_projection(wanted).with_batch_size(BATCH);
+        if let Some(chosen) = chosen {
+            builder = builder.with_row_selection(chosen);
+        }
+        if let Some(span) = span {
+            let within = ArrowPredicateFn::new(time, move |batch: RecordBatch| {
+                let times = batch.column(0).as_primitive::<TimestampMicrosecondType>();
+                Ok(times.values().iter().map(|ts| Some(span.contains(ts))).collect::<BooleanArray>())
+            });
+            builder = builder.with_row_filter(RowFilter::new(vec![Box::new(within)]));
+        }
+        Ok(builder.build()?)
+    }
 }
 
-/// Rows within the scan's span, by what the log says of its files. Which are chosen does not count.
+/// Rows within the scan's span, by what the log says of its files.
 pub(super) fn rows(scan: &Scan<'_>) -> anyhow::Result<u64> {
     Ok(scan.files()?.iter().map(|file| file.rows).sum::<f64>().ceil() as u64)
 }
@@ -118,15 +152,9 @@ pub(super) async fn scan(
 ) -> anyhow::Result<()> {
     let span = scan.span.start.as_micros()..scan.span.end.as_micros();
     for file in scan.files()? {
-        let chosen = match &scan.of {
-            Some(chosen) => match chosen.get(&file.path) {
-                Some(rows) => Some(rows.clone()),
-                None => continue,
-            },
-            None => None,
-        };
+        let chosen = scan.of.as_ref().and_then(|chosen| chosen.get(&file.path).cloned());
         let span = (!file.inside).then(|| span.clone());
-        scan.read(&file, (chosen, span), &mut take).await?;
+        scan.read(&file, chosen, span, &mut take).await?;
     }
     Ok(())
 }
@@ -137,12 +165,10 @@ pub(super) async fn whole(
     mut take: impl FnMut(&File, &RecordBatch) -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
     for file in scan.files()? {
-        scan.read(&file, (None, None), |batch| take(&file, batch)).await?;
+        scan.read(&file, None, None, |batch| take(&file, batch)).await?;
     }
     Ok(())
 }
-
-type Rows = ParquetRecordBatchStream<DataFile>;
 
 /// A data file, read in parts.
 struct DataFile {
@@ -174,35 +200,6 @@ impl AsyncFileReader for DataFile {
             .with_offset_index_policy(PageIndexPolicy::Optional);
         reader.load_and_finish(self, size).map_ok(Arc::new).boxed()
     }
-}
-
-async fn read(
-    store: Arc<dyn ObjectStore>,
-    file: &File,
-    scan: &Scan<'_>,
-    chosen: Option<RowSelection>,
-    span: Option<Range<i64>>,
-) -> anyhow::Result<Rows> {
-    let mut reader = DataFile { store, path: file.path.clone(), size: file.size };
-    let found = ArrowReaderMetadata::load_async(&mut reader, ArrowReaderOptions::new()).await?;
-    let options = ArrowReaderOptions::new().with_schema(with_dictionaries(found.schema()));
-    let metadata = ArrowReaderMetadata::try_new(Arc::clone(found.metadata()), options)?;
-    let parquet = metadata.parquet_schema();
-    let wanted = ProjectionMask::columns(parquet, scan.columns.iter().copied());
-    let time = ProjectionMask::columns(parquet, [scan.time]);
-    let builder = ParquetRecordBatchStreamBuilder::new_with_metadata(reader, metadata.clone());
-    let mut builder = builder.with_projection(wanted).with_batch_size(BATCH);
-    if let Some(chosen) = chosen {
-        builder = builder.with_row_selection(chosen);
-    }
-    if let Some(span) = span {
-        let within = ArrowPredicateFn::new(time, move |batch: RecordBatch| {
-            let times = batch.column(0).as_primitive::<TimestampMicrosecondType>();
-            Ok(times.values().iter().map(|ts| Some(span.contains(ts))).collect::<BooleanArray>())
-        });
-        builder = builder.with_row_filter(RowFilter::new(vec![Box::new(within)]));
-    }
-    Ok(builder.build()?)
 }
 
 /// Adds the partition's columns, which are not in the file, as text.

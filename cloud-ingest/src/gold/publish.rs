@@ -14,10 +14,11 @@ use std::{
     sync::Arc,
 };
 
-use anyhow::Context;
 use arrow::{
-    array::{ArrayRef, BooleanArray, Int64Array, RecordBatch, TimestampMicrosecondArray},
-    compute::{cast, concat_batches, filter_record_batch},
+    array::{ArrayRef, BooleanArray, Int64Array, RecordBatch, TimestampMicrosecondArray, UInt64Array},
+    compute::{
+        and, cast, concat_batches, filter_record_batch, is_not_null, kernels::cmp::not_distinct, take,
+    },
     datatypes::Schema,
     row::{RowConverter, Rows, SortField},
 };
@@ -26,7 +27,7 @@ use deltalake::DeltaTable;
 
 use super::{
     changes,
-    series::{floor_hour, ints, micros},
+    series::{column, floor_hour, ints, micros},
 };
 use crate::{
     lake::Table,
@@ -199,21 +200,13 @@ impl Difference {
         keyed: Keyed,
         now: Timestamp,
     ) -> anyhow::Result<Difference> {
-        let schema = computed.schema();
-        let names = schema.fields().iter().map(|f| f.name().as_str());
-        let valued: Vec<&str> = names.filter(|name| !is_stamp(&schema, name)).collect();
-        let (old_keys, new_keys) = rows(existing, &computed, keyed.key)?;
-        let (old_values, new_values) = rows(existing, &computed, &valued)?;
+        let (old_keys, new_keys) = keys(existing, &computed, keyed.key)?;
         let mut known: HashMap<&[u8], usize> =
             (0..existing.num_rows()).map(|row| (old_keys.row(row).data(), row)).collect();
         // By computed row: the existing one of its key.
         let before: Vec<Option<usize>> =
             (0..computed.num_rows()).map(|row| known.remove(new_keys.row(row).data())).collect();
-        let differs: Vec<bool> = before
-            .iter()
-            .enumerate()
-            .map(|(row, old)| old.is_none_or(|old| old_values.row(old) != new_values.row(row)))
-            .collect();
+        let differs = differs(existing, &computed, &before, keyed)?;
         let mut vanished: Vec<usize> = known.into_values().collect();
         vanished.sort_unstable();
         let changed = differs.iter().filter(|d| **d).count() + vanished.len();
@@ -222,17 +215,35 @@ impl Difference {
     }
 }
 
-/// Both batches' columns in a form that compares bytewise.
-fn rows(a: &RecordBatch, b: &RecordBatch, names: &[&str]) -> anyhow::Result<(Rows, Rows)> {
+/// Both batches' keys in a form that compares bytewise.
+fn keys(a: &RecordBatch, b: &RecordBatch, names: &[&str]) -> anyhow::Result<(Rows, Rows)> {
     let columns = |batch: &RecordBatch| -> anyhow::Result<Vec<ArrayRef>> {
-        let column =
-            |name: &&str| batch.column_by_name(name).cloned().with_context(|| format!("column {name}"));
-        names.iter().map(column).collect()
+        names.iter().map(|name| column(batch, name).cloned()).collect()
     };
     let (a, b) = (columns(a)?, columns(b)?);
     let fields = b.iter().map(|column| SortField::new(column.data_type().clone())).collect();
     let converter = RowConverter::new(fields)?;
     Ok((converter.convert_columns(&a)?, converter.convert_columns(&b)?))
+}
+
+/// By computed row, whether it says anything else than the existing one of its key.
+fn differs(
+    existing: &RecordBatch,
+    computed: &RecordBatch,
+    before: &[Option<usize>],
+    keyed: Keyed,
+) -> anyhow::Result<Vec<bool>> {
+    let schema = computed.schema();
+    let places: UInt64Array = before.iter().map(|old| old.map(|old| old as u64)).collect();
+    let mut same = is_not_null(&places)?;
+    for (field, new) in schema.fields().iter().zip(computed.columns()) {
+        let name = field.name().as_str();
+        if !keyed.key.contains(&name) && !is_stamp(&schema, name) {
+            let old = take(column(existing, name)?, &places, None)?;
+            same = and(&same, &not_distinct(&old, new)?)?;
+        }
+    }
+    Ok(same.values().iter().map(|same| !same).collect())
 }
 
 /// Whether a column says how its row came to be, and not what it is. The `updated_at` of a table without `revision`
@@ -334,5 +345,68 @@ impl Parts {
         let times = micros(rows, time)?;
         let mask: BooleanArray = times.values().iter().map(|ts| Some(wanted(self, *ts))).collect();
         Ok(filter_record_batch(rows, &mask)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use common::reading::Kind;
+
+    use super::{
+        super::{
+            minutes::{MinuteRow, batch},
+            series::{Meta, Source},
+            windows::MINUTES,
+        },
+        *,
+    };
+
+    /// A row a device: its minimum, and its last value.
+    fn minutes(rows: &[(&str, Option<f64>, Option<f64>)]) -> RecordBatch {
+        let meta = |device: &str| Meta {
+            site: "s".to_owned(),
+            gateway: "g".to_owned(),
+            device: device.to_owned(),
+            device_type: "t".to_owned(),
+            asset: None,
+            unit: "Cel".to_owned(),
+            kind: Kind::Gauge,
+        };
+        let metas: Vec<_> = rows.iter().map(|row| meta(row.0)).collect();
+        let row = |(meta, (_, min, last)): (u32, &(&str, Option<f64>, Option<f64>))| MinuteRow {
+            time: Timestamp::default(),
+            meta,
+            count: 1,
+            min: *min,
+            max: None,
+            mean: None,
+            last: *last,
+            source: Source::Readings,
+        };
+        let rows: Vec<_> = (0..).zip(rows).map(row).collect();
+        batch(&rows, &metas).unwrap()
+    }
+
+    #[test]
+    fn rows_differ_in_a_value_or_in_whether_there_is_one() {
+        let one = Some(1.0);
+        let stood = minutes(&[
+            ("gone", one, one),
+            ("same", one, None),
+            ("risen", one, one),
+            ("lost", one, one),
+            ("found", None, one),
+        ]);
+        let computed = minutes(&[
+            ("found", Some(0.0), one),
+            ("lost", one, None),
+            ("new", one, one),
+            ("same", one, None),
+            ("risen", one, Some(1.5)),
+        ]);
+        let difference = Difference::between(&stood, computed, MINUTES, Timestamp::default()).unwrap();
+        assert_eq!(difference.differs, [true, true, true, false, true]);
+        assert_eq!((difference.vanished, difference.changed), (vec![0], 5));
+        assert_eq!(difference.rows.num_rows(), 5);
     }
 }

@@ -42,7 +42,7 @@ const HOURLY: Keyed = Keyed {
     closed: None,
     key: &["hour", "site", "device_id"],
 };
-const MINUTES: Keyed = Keyed {
+pub(super) const MINUTES: Keyed = Keyed {
     table: Table::Timeseries1m,
     time: Some("time"),
     closed: None,

@@ -244,7 +244,6 @@ fn quantiles<const N: usize>(values: &mut [f64], of: [f64; N]) -> [Option<f64>; 
 }
 
 /// Values by the time that they hold.
-#[derive(Default)]
 struct Held {
     weighted: Sum,
     covered: f64,
@@ -253,21 +252,24 @@ struct Held {
 
 impl Held {
     fn of(device: &DeviceSeries<'_>, parts: &HourParts<'_>, span: &Range<i64>, hold: i64) -> Held {
-        let mut held = Held::default();
         let (hour, end) = (span.start, span.end);
         // The reading before the hour may still hold at its start, whatever the hour itself is made of.
         let from = parts.samples.start.saturating_sub(1);
+        let (mut covered, mut good) = (0, 0);
+        let mut weighted = Vec::with_capacity(parts.samples.end - from);
         for ix in from..parts.samples.end {
             let sample = &device.samples[ix];
             let next = device.samples.get(ix + 1).map_or(i64::MAX, |next| next.ts);
             let (start, stop) = (sample.ts.max(hour), next.min(sample.ts.saturating_add(hold)).min(end));
             if sample.usable() && start < stop {
-                let time = (stop - start) as f64;
-                held.weighted.add(sample.value * time);
-                held.covered += time;
-                held.good += if sample.quality == Quality::Good { time } else { 0.0 };
+                let time = stop - start;
+                weighted.push(sample.value * time as f64);
+                covered += time;
+                good += if sample.quality == Quality::Good { time } else { 0 };
             }
         }
+        let weighted = Sum::of_each(&weighted, |value| value);
+        let mut held = Held { weighted, covered: covered as f64, good: good as f64 };
         for window in &parts.windows {
             let time = (window.covered.end.min(end) - window.covered.start.max(hour)) as f64;
             if let Some(mean) = window.mean.filter(|_| window.count > 0 && time > 0.0) {

@@ -14,6 +14,7 @@
 //! * No commit looks for old log entries, which would list the whole log; [`Tables::tidy_log`] does.
 
 mod columns;
+mod data_file;
 mod rewrite;
 mod runs;
 mod splice;
@@ -51,7 +52,10 @@ use deltalake::{
 };
 use futures::{Stream, StreamExt};
 
-pub(crate) use self::rewrite::{RETAIN, conform};
+pub(crate) use self::{
+    data_file::DataFile,
+    rewrite::{RETAIN, conform},
+};
 pub use self::{rewrite::TIERS, write::writer_properties};
 use crate::{lake::Table, store::Store};
 

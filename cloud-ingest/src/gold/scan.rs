@@ -11,28 +11,21 @@ use arrow::{
     array::{ArrayRef, AsArray, BooleanArray, DictionaryArray, Int32Array, RecordBatch, StringArray},
     datatypes::{Field, Int32Type, Schema, TimestampMicrosecondType},
 };
-use bytes::Bytes;
 use common::{time::Timestamp, wire::dict};
 use deltalake::{DeltaTable, kernel::scalars::ScalarExt};
-use futures::{FutureExt, TryFutureExt, TryStreamExt, future::BoxFuture};
-use object_store::{ObjectStore, ObjectStoreExt, path::Path};
-use parquet::{
-    arrow::{
-        ParquetRecordBatchStreamBuilder, ProjectionMask,
-        arrow_reader::{ArrowPredicateFn, ArrowReaderMetadata, ArrowReaderOptions, RowFilter, RowSelection},
-        async_reader::{AsyncFileReader, ParquetRecordBatchStream},
-    },
-    errors::ParquetError,
-    file::metadata::{PageIndexPolicy, ParquetMetaData, ParquetMetaDataReader},
+use futures::TryStreamExt;
+use object_store::path::Path;
+use parquet::arrow::{
+    ParquetRecordBatchStreamBuilder, ProjectionMask,
+    arrow_reader::{ArrowPredicateFn, ArrowReaderMetadata, ArrowReaderOptions, RowFilter, RowSelection},
+    async_reader::ParquetRecordBatchStream,
 };
 
 use super::{changes::limits, parts::Chosen};
-use crate::lake::with_dictionaries;
+use crate::{lake::with_dictionaries, tables::DataFile};
 
 /// Rows decoded at a time.
 const BATCH: usize = 16 * 1024;
-/// Bytes at the end of a file that mostly hold its footer, and where its pages are.
-const FOOTER: usize = 64 * 1024;
 
 /// What is read of which rows.
 #[derive(Clone, Debug)]
@@ -117,7 +110,7 @@ impl Scan<'_> {
         span: Option<Range<i64>>,
     ) -> anyhow::Result<ParquetRecordBatchStream<DataFile>> {
         let store = self.snapshot.log_store().object_store(None);
-        let mut reader = DataFile { store, path: file.path.clone(), size: file.size };
+        let mut reader = DataFile::new(store, file.path.clone(), file.size);
         let found = ArrowReaderMetadata::load_async(&mut reader, ArrowReaderOptions::new()).await?;
         let options = ArrowReaderOptions::new().with_schema(with_dictionaries(found.schema()));
         let metadata = ArrowReaderMetadata::try_new(Arc::clone(found.metadata()), options)?;
@@ -168,38 +161,6 @@ pub(super) async fn whole(
         scan.read(&file, None, None, |batch| take(&file, batch)).await?;
     }
     Ok(())
-}
-
-/// A data file, read in parts.
-struct DataFile {
-    store: Arc<dyn ObjectStore>,
-    path: Path,
-    size: u64,
-}
-
-impl AsyncFileReader for DataFile {
-    fn get_bytes(&mut self, range: Range<u64>) -> BoxFuture<'_, parquet::errors::Result<Bytes>> {
-        self.store.get_range(&self.path, range).map_err(|e| ParquetError::External(e.into())).boxed()
-    }
-
-    fn get_byte_ranges(
-        &mut self,
-        ranges: Vec<Range<u64>>,
-    ) -> BoxFuture<'_, parquet::errors::Result<Vec<Bytes>>> {
-        let read = async move { self.store.get_ranges(&self.path, &ranges).await };
-        read.map_err(|e| ParquetError::External(e.into())).boxed()
-    }
-
-    fn get_metadata<'a>(
-        &'a mut self,
-        _options: Option<&'a ArrowReaderOptions>,
-    ) -> BoxFuture<'a, parquet::errors::Result<Arc<ParquetMetaData>>> {
-        let size = self.size;
-        let reader = ParquetMetaDataReader::new()
-            .with_prefetch_hint(Some(FOOTER))
-            .with_offset_index_policy(PageIndexPolicy::Optional);
-        reader.load_and_finish(self, size).map_ok(Arc::new).boxed()
-    }
 }
 
 /// Adds the partition's columns, which are not in the file, as text.

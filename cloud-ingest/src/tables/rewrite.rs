@@ -8,8 +8,7 @@
 //!
 //! **Sizes.** Files are packed by tiers, so that a row is written a few times, not once for every 24 commits:
 //! small ones into files of [`TIERS`] each in turn, the larger ones without decoding them ([`splice`]). One file is
-//! written at a time, and its bytes stream to the store: a compaction takes the memory of one row group, or of one of the
-//! files that are copied.
+//! written at a time, and its bytes stream to the store: a compaction takes the memory of a row group.
 //!
 //! **Retention** removes whole files all of whose rows are older than the cutoff, so it rewrites nothing and a row
 //! may live longer, up to its file's youngest. The cutoff stands in the table as `txn("retain", µs)`.

@@ -21,7 +21,7 @@ use anyhow::Context;
 use arrow::{array::RecordBatch, compute::concat_batches, datatypes::SchemaRef};
 use bytes::Bytes;
 use common::time::Timestamp;
-use futures::{FutureExt, StreamExt, TryStreamExt, future::BoxFuture, stream::BoxStream};
+use futures::{StreamExt, TryStreamExt, stream::BoxStream};
 use object_store::{ObjectStore, ObjectStoreExt, buffered::BufWriter, path::Path};
 use parquet::{
     arrow::{
@@ -30,10 +30,8 @@ use parquet::{
             ArrowReaderMetadata, ArrowReaderOptions, ParquetRecordBatchReaderBuilder, RowSelection,
             RowSelector,
         },
-        async_reader::AsyncFileReader,
     },
-    errors::ParquetError,
-    file::metadata::{KeyValue, PageIndexPolicy, ParquetMetaData, ParquetMetaDataReader},
+    file::metadata::KeyValue,
 };
 use sha2::{Digest, Sha256};
 use tokio::io::AsyncWriteExt;
@@ -42,11 +40,13 @@ use crate::{
     bronze,
     lake::{PackName, SegmentName, bronze_hour, bronze_schema},
     plan::Planned,
-    store::Store,
+    store::{Ranged, Store},
 };
 
 /// Key of the footer's entry that lists the segments.
 pub const SEGMENTS: &str = "tailrace.segments";
+/// Bytes at a pack's end that are fetched at once: most footers and page indices fit.
+const TAIL: usize = 256 << 10;
 /// Segments that are read at the same time.
 const READ_AHEAD: usize = 4;
 /// A row group is closed at this size in memory, in bytes.
@@ -278,9 +278,8 @@ impl Pack {
     }
 
     async fn read_footer(store: &Store, hour: Timestamp, path: Path, size: u64) -> anyhow::Result<Pack> {
-        let object = Object { objects: store.objects(), path: path.clone(), size };
-        let footer = object.clone().footer().await?;
-        let metadata = ArrowReaderMetadata::try_new(footer, ArrowReaderOptions::new())?;
+        let mut object = Ranged { objects: store.objects(), path: path.clone(), size, tail: TAIL };
+        let metadata = ArrowReaderMetadata::load_async(&mut object, ArrowReaderOptions::new()).await?;
         let entries = metadata.metadata().file_metadata().key_value_metadata();
         let listed = entries.into_iter().flatten().find(|entry| entry.key == SEGMENTS);
         let listed =
@@ -315,7 +314,8 @@ impl Pack {
             selectors.push(RowSelector::select(span.len()));
             at = span.end;
         }
-        let reader = Object { objects: store.objects(), path: self.path.clone(), size: self.size };
+        let (objects, path) = (store.objects(), self.path.clone());
+        let reader = Ranged { objects, path, size: self.size, tail: TAIL };
         // Without the footer's entries, which arrow takes for the schema's own.
         let schema: SchemaRef = bronze_schema();
         let rows = ParquetRecordBatchStreamBuilder::new_with_metadata(reader, self.metadata.clone())
@@ -339,51 +339,6 @@ impl Pack {
         })
         .boxed())
     }
-}
-
-/// A Parquet object that is read in ranges.
-#[derive(Clone)]
-struct Object {
-    objects: Arc<dyn ObjectStore>,
-    path: Path,
-    size: u64,
-}
-
-impl Object {
-    /// Bytes at the end that are fetched at once: most footers and page indices fit.
-    const TAIL: usize = 256 << 10;
-
-    async fn footer(mut self) -> parquet::errors::Result<Arc<ParquetMetaData>> {
-        let size = self.size;
-        let reader = ParquetMetaDataReader::new()
-            .with_offset_index_policy(PageIndexPolicy::Optional)
-            .with_prefetch_hint(Some(Self::TAIL));
-        Ok(Arc::new(reader.load_and_finish(&mut self, size).await?))
-    }
-}
-
-impl AsyncFileReader for Object {
-    fn get_bytes(&mut self, range: Range<u64>) -> BoxFuture<'_, parquet::errors::Result<Bytes>> {
-        async move { self.objects.get_range(&self.path, range).await.map_err(external) }.boxed()
-    }
-
-    fn get_byte_ranges(
-        &mut self,
-        ranges: Vec<Range<u64>>,
-    ) -> BoxFuture<'_, parquet::errors::Result<Vec<Bytes>>> {
-        async move { self.objects.get_ranges(&self.path, &ranges).await.map_err(external) }.boxed()
-    }
-
-    fn get_metadata<'a>(
-        &'a mut self,
-        _: Option<&'a ArrowReaderOptions>,
-    ) -> BoxFuture<'a, parquet::errors::Result<Arc<ParquetMetaData>>> {
-        self.clone().footer().boxed()
-    }
-}
-
-fn external(error: object_store::Error) -> ParquetError {
-    ParquetError::External(error.into())
 }
 
 type PacksOfHour = (Timestamp, Vec<Arc<Pack>>);

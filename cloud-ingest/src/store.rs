@@ -14,6 +14,7 @@
 
 mod cloud;
 mod disk;
+mod ranged;
 
 use std::{fmt, path::Path as FilePath, sync::Arc, time::Duration};
 
@@ -28,7 +29,7 @@ use object_store::{
 };
 use url::Url;
 
-pub(crate) use self::cloud::check;
+pub(crate) use self::{cloud::check, ranged::Ranged};
 use crate::{lake::PUT_IF_ABSENT, settings::StoreSettings};
 
 /// Tries of the proof that may fail, and the pause after each.

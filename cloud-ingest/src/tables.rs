@@ -14,7 +14,6 @@
 //! * No commit looks for old log entries, which would list the whole log; [`Tables::tidy_log`] does.
 
 mod columns;
-mod data_file;
 mod rewrite;
 mod runs;
 mod splice;
@@ -52,16 +51,15 @@ use deltalake::{
 };
 use futures::{Stream, StreamExt};
 
-pub(crate) use self::{
-    data_file::DataFile,
-    rewrite::{RETAIN, conform},
-};
+pub(crate) use self::rewrite::{RETAIN, conform};
 pub use self::{rewrite::TIERS, write::writer_properties};
 use crate::{lake::Table, store::Store};
 
 /// Bytes of footers of data files that sessions keep. Where each second brings a small file there were 16 MB of them after
 /// eleven minutes, on their way to DataFusion's 50 MB; most such files are soon packed and never asked for again.
 const FOOTERS: usize = 8 * 1024 * 1024;
+/// Bytes at the end of a data file that mostly hold its footer, and where its pages are.
+pub(crate) const TAIL: usize = 64 * 1024;
 /// Rows that go into files together.
 const FILE_ROWS: usize = 4_000_000;
 /// Name of the catalog, which is the database of the PostgreSQL wire.

@@ -22,7 +22,7 @@ use parquet::arrow::{
 };
 
 use super::{changes::limits, parts::Chosen};
-use crate::{lake::with_dictionaries, tables::DataFile};
+use crate::{lake::with_dictionaries, store::Ranged, tables::TAIL};
 
 /// Rows decoded at a time.
 const BATCH: usize = 16 * 1024;
@@ -108,9 +108,9 @@ impl Scan<'_> {
         file: &File,
         chosen: Option<RowSelection>,
         span: Option<Range<i64>>,
-    ) -> anyhow::Result<ParquetRecordBatchStream<DataFile>> {
-        let store = self.snapshot.log_store().object_store(None);
-        let mut reader = DataFile::new(store, file.path.clone(), file.size);
+    ) -> anyhow::Result<ParquetRecordBatchStream<Ranged>> {
+        let objects = self.snapshot.log_store().object_store(None);
+        let mut reader = Ranged { objects, path: file.path.clone(), size: file.size, tail: TAIL };
         let found = ArrowReaderMetadata::load_async(&mut reader, ArrowReaderOptions::new()).await?;
         let options = ArrowReaderOptions::new().with_schema(with_dictionaries(found.schema()));
         let metadata = ArrowReaderMetadata::try_new(Arc::clone(found.metadata()), options)?;

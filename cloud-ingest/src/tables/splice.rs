@@ -24,8 +24,11 @@ use serde_json::{Map, Value, json};
 use tokio::io::AsyncWriteExt;
 use uuid::Uuid;
 
-use super::{DataFile, writer_properties};
-use crate::{lake::Table, store::Store};
+use super::{TAIL, writer_properties};
+use crate::{
+    lake::Table,
+    store::{Ranged, Store},
+};
 
 /// Files that are smaller than this, on average, have row groups that are too small to keep.
 const SMALL: u64 = 512 << 10;
@@ -104,8 +107,9 @@ async fn copy(
     for add in adds {
         let reading = || format!("reading {}", add.path);
         let path = Path::from(format!("{}/{}", table.path(), add.path));
-        let mut from = DataFile::new(store.objects(), path, u64::try_from(add.size)?);
-        let about = from.about(PageIndexPolicy::Optional).await.with_context(reading)?;
+        let bytes = u64::try_from(add.size)?;
+        let mut from = Ranged { objects: store.objects(), path, size: bytes, tail: TAIL };
+        let about = from.footer(PageIndexPolicy::Optional).await.with_context(reading)?;
         let schema = about.file_metadata().schema_descr().root_schema_ptr();
         let writer = match &mut to {
             None => {
@@ -170,7 +174,7 @@ struct Piece {
 }
 
 impl Piece {
-    async fn of(file: &mut DataFile, group: &RowGroupMetaData) -> parquet::errors::Result<Piece> {
+    async fn of(file: &mut Ranged, group: &RowGroupMetaData) -> parquet::errors::Result<Piece> {
         let ranges = || group.columns().iter().map(|column| column.byte_range());
         let at = ranges().map(|(start, _)| start).min().unwrap_or(0);
         let end = ranges().map(|(start, bytes)| start + bytes).max().unwrap_or(0);

@@ -1,4 +1,4 @@
-//! A data file of a table, read in parts.
+//! A Parquet object that is read in ranges.
 
 use std::{ops::Range, sync::Arc};
 
@@ -11,46 +11,44 @@ use parquet::{
     file::metadata::{PageIndexPolicy, ParquetMetaData, ParquetMetaDataReader},
 };
 
-/// Bytes at the end of a file that mostly hold its footer, and where its pages are.
-const FOOTER: usize = 64 * 1024;
-
-/// A data file whose size is known.
-pub(crate) struct DataFile {
-    store: Arc<dyn ObjectStore>,
-    path: Path,
-    size: u64,
+/// A Parquet object whose size is known.
+pub(crate) struct Ranged {
+    pub(crate) objects: Arc<dyn ObjectStore>,
+    pub(crate) path: Path,
+    pub(crate) size: u64,
+    /// Bytes at the end that are fetched at once: they mostly hold the footer, and where the pages are.
+    pub(crate) tail: usize,
 }
 
-impl DataFile {
-    pub(crate) fn new(store: Arc<dyn ObjectStore>, path: Path, size: u64) -> Self {
-        Self { store, path, size }
-    }
-
+impl Ranged {
     /// Its footer, with where its pages are, and what it says of each of them as asked.
-    pub(super) async fn about(&mut self, of_pages: PageIndexPolicy) -> Result<ParquetMetaData> {
+    pub(crate) async fn footer(&mut self, of_pages: PageIndexPolicy) -> Result<ParquetMetaData> {
         let size = self.size;
         let reader = ParquetMetaDataReader::new()
-            .with_prefetch_hint(Some(FOOTER))
+            .with_prefetch_hint(Some(self.tail))
             .with_offset_index_policy(PageIndexPolicy::Optional)
             .with_column_index_policy(of_pages);
         reader.load_and_finish(self, size).await
     }
 }
 
-impl AsyncFileReader for DataFile {
+impl AsyncFileReader for Ranged {
     fn get_bytes(&mut self, range: Range<u64>) -> BoxFuture<'_, Result<Bytes>> {
-        self.store.get_range(&self.path, range).map_err(|e| ParquetError::External(e.into())).boxed()
+        self.objects.get_range(&self.path, range).map_err(external).boxed()
     }
 
     fn get_byte_ranges(&mut self, ranges: Vec<Range<u64>>) -> BoxFuture<'_, Result<Vec<Bytes>>> {
-        let read = async move { self.store.get_ranges(&self.path, &ranges).await };
-        read.map_err(|e| ParquetError::External(e.into())).boxed()
+        async move { self.objects.get_ranges(&self.path, &ranges).await.map_err(external) }.boxed()
     }
 
     fn get_metadata<'a>(
         &'a mut self,
-        _options: Option<&'a ArrowReaderOptions>,
+        _: Option<&'a ArrowReaderOptions>,
     ) -> BoxFuture<'a, Result<Arc<ParquetMetaData>>> {
-        self.about(PageIndexPolicy::Skip).map_ok(Arc::new).boxed()
+        self.footer(PageIndexPolicy::Skip).map_ok(Arc::new).boxed()
     }
+}
+
+fn external(error: object_store::Error) -> ParquetError {
+    ParquetError::External(error.into())
 }

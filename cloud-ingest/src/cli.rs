@@ -22,7 +22,7 @@ use crate::{
     refine::Refiner,
     rules::{self, trial},
     serve,
-    settings::{Role, Settings},
+    settings::{Role, Settings, StoreSettings},
     store::Store,
     tables::Tables,
     upkeep,
@@ -257,7 +257,7 @@ pub async fn main(cli: Cli) -> ExitCode {
         Command::Check => check(&settings).await.map(|()| true),
         Command::Query { sql } => query(&settings, &sql).await.map(|()| true),
         Command::Rebuild { verify, from, to, into, json } => {
-            rebuild(&settings, rebuild::Options { verify, from, to, into }, json).await
+            rebuild(&settings, rebuild::Options { verify, from, to, into: None }, into, json).await
         }
         Command::Maintain { json } => maintain(&settings, json).await,
         Command::Quarantine(Quarantine::Ls { of, json }) => {
@@ -342,8 +342,15 @@ async fn check(settings: &Settings) -> anyhow::Result<()> {
 }
 
 /// Whether nothing differs.
-async fn rebuild(settings: &Settings, options: rebuild::Options, json: bool) -> anyhow::Result<bool> {
+async fn rebuild(
+    settings: &Settings,
+    mut options: rebuild::Options,
+    into: Option<String>,
+    json: bool,
+) -> anyhow::Result<bool> {
     let store = Store::configured(&settings.store)?;
+    let new = into.map(|url| Store::configured(&StoreSettings { url, ..settings.store.clone() }));
+    options.into = new.transpose()?;
     let gold = pipeline::gold(settings);
     let progress = |text: &str| eprintln!("{text}");
     let report = rebuild::rebuild(&store, &options, &gold, SystemClock.now(), progress).await?;

@@ -58,7 +58,8 @@ pub async fn drain(settings: &Settings, clock: Arc<dyn Clock>) -> anyhow::Result
         !is_running(&settings.mqtt).await.context("listening for heartbeats")?,
         "{client_id} is running: its heartbeat was heard; stop it (SIGTERM), then drain again"
     );
-    let store = Store::open(&settings.store.url)?;
+    let store = Store::configured(&settings.store)?;
+    store.prove_put_if_absent().await?;
     let metrics = Metrics::new(&mut telemetry::registry());
     let writer = Uuid::now_v7();
     let (stop, stopped) = watch::channel(false);

@@ -70,8 +70,8 @@ pub struct Options {
     pub from: Option<Timestamp>,
     /// Plans from the first one on that names a segment of this hour or a later one are left out.
     pub to: Option<Timestamp>,
-    /// URL or path of the lake to write; without it a temporary one.
-    pub into: Option<String>,
+    /// The lake to write; without it a temporary one.
+    pub into: Option<Store>,
 }
 
 /// What came of it.
@@ -147,12 +147,13 @@ pub async fn rebuild(
         options.verify || !part,
         "--from and --to need --verify: a part of the plans makes no lake"
     );
-    let scratch = Scratch::open(options.into.as_deref())?;
+    let scratch = Scratch::open(options.into.clone())?;
     anyhow::ensure!(scratch.store.url() != lake.url(), "--into is the lake itself; name another folder");
     let standing = Standing::pin(lake, gold).await.context("reading the lake")?;
     progress("reading the plans");
     let chosen = Chosen::of(lake, &standing, options).await.context("reading the plans")?;
     let tables = Tables::open(&scratch.store).await.context("opening the lake to write")?;
+    scratch.store.prove_put_if_absent().await?;
     tables.create_missing().await.context("creating tables")?;
     let mut report = Report {
         plans: chosen.last,
@@ -180,9 +181,9 @@ struct Scratch {
 }
 
 impl Scratch {
-    fn open(into: Option<&str>) -> anyhow::Result<Scratch> {
-        if let Some(url) = into {
-            return Ok(Scratch { store: Store::open(url)?, temporary: None });
+    fn open(into: Option<Store>) -> anyhow::Result<Scratch> {
+        if let Some(store) = into {
+            return Ok(Scratch { store, temporary: None });
         }
         let folder = std::env::temp_dir().join(format!("tailrace-rebuild-{}", Uuid::now_v7()));
         let url = folder.to_str().with_context(|| format!("{} is no text", folder.display()))?;

@@ -301,8 +301,8 @@ impl Tables {
     }
 
     /// Replaces the rows that match `predicate` (SQL over the table's columns; all rows with `None`) by
-    /// `rows`, which must match it too, and sets `txn`, in one commit from `base`. Returns the table's new
-    /// version.
+    /// `rows`, which must match it too, and sets `txn`, in one commit from `base`. Returns the table as it is with
+    /// this commit.
     ///
     /// # Errors
     /// See [`TablesError`].
@@ -313,7 +313,7 @@ impl Tables {
         predicate: Option<&str>,
         rows: Vec<RecordBatch>,
         txn: (&str, i64),
-    ) -> Result<i64, TablesError> {
+    ) -> Result<DeltaTable, TablesError> {
         let failed = |e| TablesError::of(table, e);
         let base = self.base(table, base).await?;
         let rows = if rows.is_empty() { vec![RecordBatch::new_empty(table.schema())] } else { rows };
@@ -334,7 +334,7 @@ impl Tables {
         }
         let written = write.await.map_err(failed)?;
         self.remember(table, &written);
-        Ok(version(&written))
+        Ok(written)
     }
 
     /// A session with every table at its newest snapshot as `silver.x`, `gold.x`, `ops.x`, `rules.x`; one that does not

@@ -141,16 +141,7 @@ fn date(at: Timestamp) -> String {
 
 pub(super) async fn step(tables: &Tables, now: Timestamp) -> anyhow::Result<usize> {
     let Some(registry) = tables.snapshot(Table::Registry).await? else { return Ok(0) };
-    let plant = Plant::read(&registry).await?;
-    let serviced: Vec<_> = plant
-        .assets
-        .iter()
-        .filter(|(_, a)| a.what.service_every_days.is_some() || a.what.service_every_running_hours.is_some())
-        .collect();
     let gold = tables.snapshot(SCHEDULE.table).await?;
-    if serviced.is_empty() && gold.is_none() {
-        return Ok(0);
-    }
     let maintenance = tables.snapshot(Table::Maintenance).await?;
     // What the schedule hangs on: what people and gateways said, and the closed hours.
     let stamp = now.hour().as_micros() / HOUR_MICROS * 1_000_000
@@ -159,6 +150,15 @@ pub(super) async fn step(tables: &Tables, now: Timestamp) -> anyhow::Result<usiz
     if let Some(gold) = &gold
         && Tables::progress(gold, SILVER).await? == Some(stamp)
     {
+        return Ok(0);
+    }
+    let plant = Plant::read(&registry).await?;
+    let serviced: Vec<_> = plant
+        .assets
+        .iter()
+        .filter(|(_, a)| a.what.service_every_days.is_some() || a.what.service_every_running_hours.is_some())
+        .collect();
+    if serviced.is_empty() && gold.is_none() {
         return Ok(0);
     }
     let context = tables.session().await?;

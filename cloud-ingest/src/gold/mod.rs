@@ -37,7 +37,7 @@ use anyhow::Context;
 use common::time::{Clock, Timestamp};
 use tokio::sync::watch;
 
-pub(crate) use self::publish::SILVER;
+pub(crate) use self::publish::{NONE, SILVER};
 pub use self::{calendar::Calendars, windows::WindowsDone};
 use crate::tables::Tables;
 
@@ -103,9 +103,10 @@ pub async fn step(tables: &Tables, settings: &GoldSettings, now: Timestamp) -> a
     })
 }
 
-/// Makes gold until silver ends: one step after each change of `silver` (its newest plan), at most one in
-/// `settings.interval` and after a rest, and a last one when the sender is gone. A step that fails is taken again
-/// after that, also when nothing more comes.
+/// Makes gold until silver ends: a step at once, for what an earlier run left; one after each change of `silver` (its
+/// newest plan), at most one in `settings.interval` and after a rest; one all the same when nothing has come for as
+/// long again, since others refine, too, and hours close; and a last one when the sender is gone. A step that fails is
+/// taken again after the rest.
 ///
 /// # Errors
 /// When the last step fails, time and again.
@@ -115,18 +116,17 @@ pub async fn run(
     clock: Arc<dyn Clock>,
     mut silver: watch::Receiver<u64>,
 ) -> anyhow::Result<()> {
-    let (mut behind, mut last_tries) = (false, 0);
+    // To wait for the end by another one leaves what comes meanwhile unseen by `silver`.
+    let mut ending = silver.clone();
+    let mut last_tries = 0;
     loop {
-        let open = if behind {
-            silver.borrow_and_update();
-            silver.has_changed().is_ok()
-        } else {
-            silver.changed().await.is_ok()
-        };
+        // What came until now, the step finds.
+        silver.borrow_and_update();
+        let open = silver.has_changed().is_ok();
         last_tries += u32::from(!open);
         let began = tokio::time::Instant::now();
         let done = step(&tables, &settings, clock.now()).await;
-        behind = done.is_err();
+        let behind = done.is_err();
         match done {
             Ok(done) => tracing::debug!(?done, "gold is up to date"),
             Err(error) if last_tries < LAST_TRIES => {
@@ -137,7 +137,10 @@ pub async fn run(
         if open {
             // Ends early when the sender is gone.
             let pause = settings.interval.max(began.elapsed() * REST);
-            let _ = tokio::time::timeout(pause, silver.wait_for(|_| false)).await;
+            let _ = tokio::time::timeout(pause, ending.wait_for(|_| false)).await;
+            if !behind {
+                let _ = tokio::time::timeout(settings.interval, silver.changed()).await;
+            }
         } else if behind {
             tokio::time::sleep(Duration::from_secs(1)).await;
         } else {

@@ -6,7 +6,8 @@
 //!   others replaces the narrowest time range that holds it. A live table thus rewrites its last hour, not its
 //!   history. When a step does both, the progress goes with the second commit: after a crash between the two the
 //!   next step finds the first half in place and unchanged.
-//! * At every version there is one row a key.
+//! * At every version there is one row a key, also where several refiners make gold: each commit is from the snapshot
+//!   that was compared, or from the commit before it, and all have the same app id, so one of two fails.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -34,10 +35,10 @@ use crate::{
     tables::{SMALL_FILES, TIERS, Tables},
 };
 
-/// App id of gold's progress: the version of the silver table that was read.
+/// App id of all commits to gold, and its progress: the version of the silver table that was read.
 pub(crate) const SILVER: &str = "silver";
-/// App id of a commit after which more of the same step follows.
-const PARTLY: &str = "silver-partly";
+/// Progress of a table that has nothing of silver yet, as far as anybody can tell.
+pub(crate) const NONE: i64 = -1;
 /// A table's progress is committed without rows once it is this many versions behind.
 const LAG: i64 = 64;
 
@@ -65,18 +66,21 @@ pub(super) enum Progress {
 }
 
 impl Progress {
-    fn txn(self) -> (&'static str, i64) {
-        match self {
-            Progress::Complete(version) | Progress::Always(version) => (SILVER, version),
-            Progress::Partly(version) => (PARTLY, version),
-        }
-    }
-
     fn version(self) -> i64 {
         match self {
             Progress::Complete(version) | Progress::Partly(version) | Progress::Always(version) => version,
         }
     }
+}
+
+/// The progress of a commit after which more of the same step follows: no further than it was, nor than what this step
+/// has read, which may be less than another refiner's.
+async fn partly(base: Option<&DeltaTable>, version: i64) -> anyhow::Result<(&'static str, i64)> {
+    let known = match base {
+        Some(base) => Tables::progress(base, SILVER).await?,
+        None => None,
+    };
+    Ok((SILVER, known.map_or(NONE, |known| known.min(version))))
 }
 
 /// Makes the rows of `spans` (of the whole table for one without a time) equal to `computed`. Returns how many
@@ -96,29 +100,29 @@ pub(super) async fn publish(
         mark(tables, keyed.table, base, progress).await?;
         return Ok(0);
     }
+    let partly = partly(base.as_ref(), progress.version()).await?;
+    let txn = if matches!(progress, Progress::Partly(_)) { partly } else { (SILVER, progress.version()) };
     let Some(time) = keyed.time else {
-        tables.replace(keyed.table, base, None, vec![difference.rows], progress.txn()).await?;
+        tables.replace(keyed.table, base, None, vec![difference.rows], txn).await?;
         return Ok(difference.changed);
     };
     let parts = Parts::of(&difference, &existing, time)?;
     let mut base = base;
     if !parts.replaced.is_empty() {
         let rows = parts.select(&difference.rows, time, |parts, at| parts.is_replaced(at))?;
-        let txn = if parts.appended.is_empty() { progress } else { Progress::Partly(progress.version()) };
+        let txn = if parts.appended.is_empty() { txn } else { partly };
         let predicate = predicate(time, &parts.replaced);
-        tables.replace(keyed.table, base, Some(&predicate), vec![rows], txn.txn()).await?;
-        base = tables.snapshot(keyed.table).await?;
+        base = Some(tables.replace(keyed.table, base, Some(&predicate), vec![rows], txn).await?);
     }
     if !parts.appended.is_empty() {
-        // A new hour begins: packing now leaves the hours that still change out of the big files.
+        // A new hour begins: packing now leaves the hours that still change out of the big files. It changes no row, so
+        // what was compared still stands.
         if let Err(error) = tables.compact(keyed.table, &TIERS, SMALL_FILES).await {
             tracing::warn!(table = keyed.table.path(), %error, "compaction is left for later");
-        } else if base.is_some() {
-            base = tables.snapshot(keyed.table).await?;
         }
         let rows =
             parts.select(&difference.rows, time, |parts, at| parts.appended.contains(&floor_hour(at)))?;
-        tables.append(keyed.table, base, vec![rows], progress.txn()).await?;
+        tables.append(keyed.table, base, vec![rows], txn).await?;
     }
     Ok(difference.changed)
 }

@@ -1,10 +1,13 @@
 //! `gold/assets` and `gold/devices`: the newest registry document of each gateway.
 //!
 //! A machine or device that two gateways of a site name is the one of the newer document. One that its gateway no
-//! longer names is gone. `updated_at` is when the document was written, by the gateway's clock.
+//! longer names is gone. `updated_at` is when the document was written, by the gateway's clock; one that claims to be
+//! of the future is as new as its receipt, so that what follows it counts.
+//!
+//! A gateway sends its document at every connection, so silver has very many; the newest ones alone are read.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     sync::Arc,
 };
 
@@ -18,11 +21,15 @@ use common::{
     time::Timestamp,
 };
 use deltalake::DeltaTable;
+use object_store::path::Path;
+use parquet::arrow::arrow_reader::RowSelection;
 
 use super::{
     changes,
+    parts::Chosen,
     publish::{self, Keyed, Progress, SILVER},
-    series::{micros, text},
+    scan::{self, Scan},
+    series::{Words, micros},
 };
 use crate::{lake::Table, tables::Tables};
 
@@ -60,22 +67,20 @@ pub struct Document {
     pub document: Devices,
 }
 
+/// What makes one document newer than another.
+fn age(at: Timestamp, received_at: Timestamp) -> (Timestamp, Timestamp) {
+    (at.min(received_at), received_at)
+}
+
+/// A row of silver: how old its document is, and where it lies.
+type Place = ((Timestamp, Timestamp), Path, usize);
+
 impl Plant {
-    /// From documents in any order.
+    /// From the newest document of each gateway, in any order.
     pub fn of(documents: impl IntoIterator<Item = Document>) -> Plant {
-        let mut newest: HashMap<(String, String), Document> = HashMap::new();
-        for document in documents {
-            let order = |d: &Document| (d.at, d.received_at);
-            match newest.get_mut(&(document.site.clone(), document.gateway.clone())) {
-                Some(known) if order(known) >= order(&document) => {}
-                Some(known) => *known = document,
-                None => {
-                    newest.insert((document.site.clone(), document.gateway.clone()), document);
-                }
-            }
-        }
-        let mut documents: Vec<Document> = newest.into_values().collect();
-        documents.sort_by(|a, b| (a.at, &a.gateway).cmp(&(b.at, &b.gateway)));
+        let mut documents: Vec<Document> = documents.into_iter().collect();
+        let order = |d: &Document| (age(d.at, d.received_at), d.gateway.clone());
+        documents.sort_by_cached_key(order);
         let mut plant = Plant::default();
         for Document { site, gateway, at, document, .. } in documents {
             for what in document.assets {
@@ -95,33 +100,73 @@ impl Plant {
     /// # Errors
     /// When silver cannot be read.
     pub async fn read(silver: &DeltaTable) -> anyhow::Result<Plant> {
-        let context = changes::context(&[("t", Some(silver), None)]).await?;
-        // A gateway says the same again at every start: one row for each thing said.
-        let sql = "SELECT site, gateway_id, document, max(at) AS at, max(received_at) AS received_at \
-                   FROM t GROUP BY site, gateway_id, document";
+        let all = Timestamp::default()..Timestamp::from_micros(i64::MAX);
+        let whose = ["site", "gateway_id", "at", "received_at"];
+        let rows = Scan { snapshot: silver, columns: &whose, time: "received_at", span: all, of: None };
+        let of = Some(newest(&rows).await?);
+        let columns = ["site", "gateway_id", "at", "received_at", "document"];
         let mut documents = Vec::new();
-        for batch in context.sql(sql).await?.collect().await? {
-            let (site, gateway) = (text(&batch, "site")?, text(&batch, "gateway_id")?);
-            let (document, at) = (text(&batch, "document")?, micros(&batch, "at")?);
-            let received_at = micros(&batch, "received_at")?;
+        scan::scan(&Scan { columns: &columns, of, ..rows }, |batch| {
+            let [site, gateway, document] =
+                [Words::of(batch, "site")?, Words::of(batch, "gateway_id")?, Words::of(batch, "document")?];
+            let (at, received_at) = (micros(batch, "at")?, micros(batch, "received_at")?);
             for row in 0..batch.num_rows() {
-                match serde_json::from_str(document.value(row)) {
+                let text = |words: &Words| words.value(row).unwrap_or("").to_owned();
+                match serde_json::from_str(document.value(row).unwrap_or("")) {
                     Ok(parsed) => documents.push(Document {
-                        site: site.value(row).to_owned(),
-                        gateway: gateway.value(row).to_owned(),
+                        site: text(&site),
+                        gateway: text(&gateway),
                         at: Timestamp::from_micros(at.value(row)),
                         received_at: Timestamp::from_micros(received_at.value(row)),
                         document: parsed,
                     }),
                     Err(error) => {
-                        let (site, gateway) = (site.value(row), gateway.value(row));
+                        let (site, gateway) = (text(&site), text(&gateway));
                         tracing::warn!(site, gateway, %error, "a registry document cannot be read; skipped");
                     }
                 }
             }
-        }
+            Ok(())
+        })
+        .await?;
         Ok(Plant::of(documents))
     }
+}
+
+/// Where the newest document of each gateway lies.
+async fn newest(rows: &Scan<'_>) -> anyhow::Result<Chosen> {
+    let mut newest: HashMap<(String, String), Place> = HashMap::new();
+    // Of each file, its rows until now.
+    let mut seen: HashMap<Path, usize> = HashMap::new();
+    scan::whole(rows, |file, batch| {
+        let (site, gateway) = (Words::of(batch, "site")?, Words::of(batch, "gateway_id")?);
+        let (at, received_at) = (micros(batch, "at")?, micros(batch, "received_at")?);
+        let before = seen.entry(file.path.clone()).or_default();
+        for row in 0..batch.num_rows() {
+            let instant = |of: &TimestampMicrosecondArray| Timestamp::from_micros(of.value(row));
+            let age = age(instant(&at), instant(&received_at));
+            let text = |words: &Words| words.value(row).unwrap_or("").to_owned();
+            let known = newest.entry((text(&site), text(&gateway)));
+            let place = || (age, file.path.clone(), *before + row);
+            let known = known.or_insert_with(place);
+            if known.0 < age {
+                *known = place();
+            }
+        }
+        *before += batch.num_rows();
+        Ok(())
+    })
+    .await?;
+    let mut rows_of: BTreeMap<Path, BTreeSet<usize>> = BTreeMap::new();
+    for (_, path, row) in newest.into_values() {
+        rows_of.entry(path).or_default().insert(row);
+    }
+    let selection = |(path, rows): (Path, BTreeSet<usize>)| {
+        let chosen = rows.into_iter().map(|row| row..row + 1);
+        let all = seen.get(&path).copied().unwrap_or(0);
+        (path, RowSelection::from_consecutive_ranges(chosen, all))
+    };
+    Ok(Arc::new(rows_of.into_iter().map(selection).collect()))
 }
 
 pub(super) async fn step(tables: &Tables, now: Timestamp) -> anyhow::Result<usize> {
@@ -212,6 +257,7 @@ fn times(times: impl Iterator<Item = Timestamp>) -> ArrayRef {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::store::Store;
 
     fn document(gateway: &str, at: i64, assets: &[&str]) -> Document {
         let asset =
@@ -222,19 +268,54 @@ mod tests {
     }
 
     #[test]
-    fn the_newest_document_of_each_gateway_counts() {
-        let documents = [
-            document("g1", 10, &["a", "b"]),
-            document("g1", 30, &["a"]),
-            document("g1", 20, &["a", "c"]),
-            document("g2", 25, &["a", "d"]),
-        ];
+    fn of_two_gateways_the_newer_document_names_a_machine() {
+        let documents =
+            [document("g1", 30, &["a"]), document("g2", 25, &["a", "d"]), document("g3", 10, &["d", "e"])];
         let plant = Plant::of(documents.clone());
-        let names: Vec<&str> = plant.assets.keys().map(|(_, id)| id.as_str()).collect();
-        assert_eq!(names, ["a", "d"]);
-        assert_eq!(plant.assets[&("s".into(), "a".into())].gateway, "g1");
+        let named: Vec<(&str, &str)> =
+            plant.assets.iter().map(|((_, id), a)| (id.as_str(), a.gateway.as_str())).collect();
+        assert_eq!(named, [("a", "g1"), ("d", "g2"), ("e", "g3")]);
         assert_eq!(Plant::of(documents.into_iter().rev()), plant);
-        assert_eq!(assets(&plant).unwrap().num_rows(), 2);
+        assert_eq!(assets(&plant).unwrap().num_rows(), 3);
         assert_eq!(devices(&plant).unwrap().num_rows(), 0);
+        // Of a clock in the future, as old as its receipt.
+        let ahead = Document { at: Timestamp::from_micros(99), ..document("g4", 28, &["a"]) };
+        let plant = Plant::of([ahead, document("g1", 30, &["a"])]);
+        assert_eq!(plant.assets[&("s".into(), "a".into())].gateway, "g1");
+    }
+
+    #[tokio::test]
+    async fn the_newest_document_of_each_gateway_is_read() {
+        let tables = Tables::open(&Store::open("memory:///").unwrap()).await.unwrap();
+        // (gateway, written, received, machines); in two files, in no order.
+        let files: [&[(&str, i64, i64, &[&str])]; 2] = [
+            &[("g1", 10, 10, &["a"]), ("g2", 25, 25, &["d"]), ("g1", 30, 31, &["b"]), ("g1", 20, 20, &["c"])],
+            // Two that came late, and one by a clock far ahead, with one behind it since that was mended.
+            &[("g1", 5, 40, &["x"]), ("g2", 7, 41, &["x"]), ("g3", 900, 50, &["x"]), ("g3", 60, 60, &["e"])],
+        ];
+        for file in files {
+            let of = |f: &dyn Fn(&(&str, i64, i64, &[&str])) -> String| -> ArrayRef {
+                Arc::new(StringArray::from_iter_values(file.iter().map(f)))
+            };
+            let instants = |f: fn(&(&str, i64, i64, &[&str])) -> i64| -> ArrayRef {
+                times(file.iter().map(|row| Timestamp::from_micros(f(row))).collect::<Vec<_>>().into_iter())
+            };
+            let columns = vec![
+                of(&|_| "s".to_owned()),
+                of(&|row| row.0.to_owned()),
+                instants(|row| row.1),
+                instants(|row| row.2),
+                of(&|row| serde_json::to_string(&document(row.0, row.1, row.3).document).unwrap()),
+                of(&|_| "segment".to_owned()),
+            ];
+            let rows = RecordBatch::try_new(Table::Registry.schema(), columns).unwrap();
+            let base = tables.snapshot(Table::Registry).await.unwrap();
+            tables.append(Table::Registry, base, vec![rows], ("refine", 1)).await.unwrap();
+        }
+        let silver = tables.snapshot(Table::Registry).await.unwrap().unwrap();
+        let plant = Plant::read(&silver).await.unwrap();
+        let named: Vec<(&str, &str)> =
+            plant.assets.iter().map(|((_, id), a)| (id.as_str(), a.gateway.as_str())).collect();
+        assert_eq!(named, [("b", "g1"), ("d", "g2"), ("e", "g3")]);
     }
 }

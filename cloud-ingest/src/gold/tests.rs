@@ -827,6 +827,74 @@ async fn the_loop_makes_a_last_step_when_silver_ends() {
     assert_eq!(lake.int("SELECT count(*) FROM gold.hourly_aggregates").await, 1);
 }
 
+#[tokio::test]
+async fn the_loop_takes_what_was_there_what_comes_while_it_rests_and_what_others_refined() {
+    let mut lake = Lake::new().await;
+    lake.readings(&wave("a", 0, 600, 60)).await;
+    let (plans, silver) = watch::channel(0);
+    let settings = GoldSettings { interval: Duration::from_millis(300), ..GoldSettings::default() };
+    let clock = Arc::new(common::time::SystemClock);
+    let gold = tokio::spawn(run(lake.tables.clone(), settings, clock, silver));
+    for (hour, announced) in [(1, true), (2, false), (3, true)] {
+        let arrives = async {
+            while lake.int("SELECT count(*) FROM gold.hourly_aggregates").await < hour {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(30), arrives).await.expect("gold stays behind");
+        lake.readings(&wave("a", hour * 3600, hour * 3600 + 600, 60)).await;
+        if announced {
+            plans.send_replace(lake.plan.unsigned_abs());
+        }
+    }
+    drop(plans);
+    gold.await.unwrap().unwrap();
+    assert_eq!(lake.int("SELECT count(*) FROM gold.hourly_aggregates").await, 4);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn of_two_refiners_at_once_each_row_comes_once() {
+    let (mut lake, mut alone) = (Lake::new().await, Lake::new().await);
+    let other = Tables::open(lake.tables.store()).await.unwrap();
+    for hour in 0..10 {
+        // Rows of an hour that stands, and of one that does not.
+        let rows = wave("a", hour * 3600 - 1800, hour * 3600 + 1800, 60);
+        lake.readings(&rows).await;
+        alone.readings(&rows).await;
+        let now = Timestamp::from_micros(START + (hour * 3600 + 1800) * SECOND);
+        // One of two may be too late, and fails.
+        let ours = step(&lake.tables, &lake.settings, now);
+        let _ = tokio::join!(ours, step(&other, &lake.settings, now));
+    }
+    lake.step(10 * 3600).await;
+    alone.step(10 * 3600).await;
+    assert_eq!(lake.gold().await, alone.gold().await);
+}
+
+#[tokio::test]
+async fn gold_of_another_lake_is_made_again_also_when_that_is_interrupted() {
+    let rows = wave("a", 0, 3 * 3600, 60);
+    let mut lake = Lake::new().await;
+    lake.readings(&rows).await;
+    lake.step(3 * 3600).await;
+    // Its silver was further than this one is.
+    for table in BY_HOUR {
+        let base = lake.tables.snapshot(table).await.unwrap();
+        let (old, _) = lake.rows(table).await.unwrap();
+        let (old, txn) = ([old[0].slice(0, 1)], (publish::SILVER, 1_000));
+        lake.tables.replace(table, base, None, old.to_vec(), txn).await.unwrap();
+    }
+    // The first commit of a step that ends there.
+    windows::take_back(&lake.tables).await.unwrap();
+    let snapshot = lake.tables.snapshot(Table::HourlyAggregates).await.unwrap().unwrap();
+    assert_eq!(Tables::progress(&snapshot, publish::SILVER).await.unwrap(), None);
+    lake.step(3 * 3600).await;
+    let mut fresh = Lake::new().await;
+    fresh.readings(&rows).await;
+    fresh.step(3 * 3600).await;
+    assert_eq!(lake.gold().await, fresh.gold().await);
+}
+
 /// 500,000 readings of one hour; run with `--run-ignored only` and look at the time.
 #[tokio::test]
 #[ignore = "measures"]

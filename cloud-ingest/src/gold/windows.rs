@@ -144,6 +144,10 @@ impl Known {
     fn least(&self) -> Option<i64> {
         Some([self.days, self.health].into_iter().flatten().fold(self.windows?, i64::min))
     }
+
+    fn greatest(&self) -> Option<i64> {
+        self.windows.max(self.days).max(self.health)
+    }
 }
 
 /// What there is to compute.
@@ -160,9 +164,14 @@ pub(super) async fn step(
     now: Timestamp,
 ) -> anyhow::Result<WindowsDone> {
     let mut done = WindowsDone::default();
+    // Before silver, which then has no older version than another refiner's gold.
+    let mut known = Known::of(tables, &settings.calendars).await?;
     let Some(silver) = Silver::newest(tables).await? else { return Ok(done) };
     let version = silver.version();
-    let known = Known::of(tables, &settings.calendars).await?;
+    if known.greatest() > Some(version) {
+        take_back(tables).await.context("gold of another lake")?;
+        known = Known { windows: None, days: None, health: None };
+    }
     if [known.windows, known.days, known.health] == [Some(version); 3] {
         return Ok(done);
     }
@@ -298,6 +307,16 @@ async fn due(tables: &Tables, known: Option<i64>, silver: &Silver, hold: Duratio
         due.hours = due.hours.split_off(&floor);
     }
     Ok(due)
+}
+
+/// Says that no table has anything of this silver.
+pub(super) async fn take_back(tables: &Tables) -> anyhow::Result<()> {
+    for keyed in [HOURLY, MINUTES, daily::DAILY, health::HEALTH] {
+        if let Some(gold) = tables.snapshot(keyed.table).await? {
+            tables.append(keyed.table, Some(gold), Vec::new(), (SILVER, publish::NONE)).await?;
+        }
+    }
+    Ok(())
 }
 
 /// The version of silver that a table has.

@@ -323,9 +323,9 @@ impl Refiner {
         }
         rows.extend(new);
         let predicate = predicate(&replay.segments);
-        let version =
+        let replaced =
             self.tables.replace(Table::Quarantine, looked.base, Some(&predicate), rows, (REFINE, n)).await?;
-        state.progress.insert(Table::Quarantine, (u64::try_from(version).ok(), n));
+        state.progress.insert(Table::Quarantine, (replaced.version(), n));
         Ok(())
     }
 
@@ -350,11 +350,11 @@ impl Refiner {
         let rows: Vec<RecordBatch> =
             rows.iter().map(|batch| conform(batch, Table::Messages)).collect::<Result<_, _>>()?;
         let rows = amended(&concat_batches(&Table::Messages.schema(), &rows)?, changes)?;
-        let version = self
+        let replaced = self
             .tables
             .replace(Table::Messages, base, Some(&predicate(&segments)), rows, (REFINE, n))
             .await?;
-        state.progress.insert(Table::Messages, (u64::try_from(version).ok(), n));
+        state.progress.insert(Table::Messages, (replaced.version(), n));
         Ok(())
     }
 }

@@ -20,10 +20,7 @@ use deltalake::{
 };
 
 use super::{Tables, TablesError, properties, rewrite::fenced};
-use crate::lake::Table;
-
-/// Progress that is taken back.
-const NONE: i64 = -1;
+use crate::{gold, lake::Table};
 
 /// How the columns that stand there differ from those of this build.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -156,7 +153,7 @@ impl Tables {
         }
         let operation =
             DeltaOperation::Write { mode: SaveMode::Overwrite, partition_by: None, predicate: None };
-        let taken_back = fenced(properties((crate::gold::SILVER, NONE)), &base);
+        let taken_back = fenced(properties((gold::SILVER, gold::NONE)), &base);
         self.commit(table, base, actions, operation, taken_back).await.map(drop)
     }
 }

@@ -145,13 +145,13 @@ async fn a_new_lake_can_take_the_place_of_the_old_one() {
     let folder = tempfile::tempdir().unwrap();
     let store = Store::open(folder.path().join("lake").to_str().unwrap()).unwrap();
     let tables = refined_lake(&store).await;
-    let into = Options { into: folder.path().join("new").to_str().map(str::to_owned), ..Options::default() };
+    let new = Store::open(folder.path().join("new").to_str().unwrap()).unwrap();
+    let into = Options { into: Some(new.clone()), ..Options::default() };
     let report = run(&store, into.clone()).await;
     assert_eq!((report.identical, report.replayed), (None, 9));
     // Once more: everything is there.
-    let again = run(&store, Options { verify: true, ..into.clone() }).await;
+    let again = run(&store, Options { verify: true, ..into }).await;
     assert_eq!((again.identical, again.replayed), (Some(true), 0), "{again}");
-    let new = Store::open(into.into.as_deref().unwrap()).unwrap();
     let rebuilt = Tables::open(&new).await.unwrap();
     assert_eq!(everything(&rebuilt).await, everything(&tables).await);
 
@@ -173,7 +173,7 @@ async fn a_new_lake_can_take_the_place_of_the_old_one() {
     fill(&other).await;
     let tables = Tables::open(&other).await.unwrap();
     refine_all(&mut refiner(&other, &tables)).await;
-    let into = Options { into: Some(store.url().to_string()), ..Options::default() };
+    let into = Options { into: Some(store.clone()), ..Options::default() };
     let refused = rebuild(&other, &into, &GoldSettings::default(), now(), |_| {}).await.unwrap_err();
     assert!(format!("{refused:#}").contains("holds another lake"), "{refused:#}");
 }
@@ -224,9 +224,9 @@ async fn after_retention_the_rest_is_compared() {
     assert!(report.left_out.iter().any(|text| text.contains("retention")), "{report}");
     // A new lake keeps gold's final hours.
     let folder = tempfile::tempdir().unwrap();
-    let into = Options { into: folder.path().to_str().map(str::to_owned), ..Options::default() };
-    run(&store, into).await;
-    let rebuilt = Tables::open(&Store::open(folder.path().to_str().unwrap()).unwrap()).await.unwrap();
+    let new = Store::open(folder.path().to_str().unwrap()).unwrap();
+    run(&store, Options { into: Some(new.clone()), ..Options::default() }).await;
+    let rebuilt = Tables::open(&new).await.unwrap();
     assert_eq!(gold_rows(&rebuilt).await, gold_rows(&tables).await);
 }
 

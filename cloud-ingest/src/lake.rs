@@ -394,6 +394,8 @@ pub fn delivery_ledger_schema() -> SchemaRef {
 
 /// Folder of all bronze segments.
 pub const BRONZE: &str = "bronze/sensor_data";
+/// The folders of a lake, in which everything of it lies.
+pub const LAYERS: [&str; 5] = ["bronze", "silver", "gold", "ops", "rules"];
 
 /// A bronze object: its writer, a UUIDv7 made at every start, and the number that the writer gave it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

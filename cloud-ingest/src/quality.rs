@@ -217,6 +217,22 @@ impl Rules {
         Ok(Profile { device_type, unit, scale, shift, range, soft })
     }
 
+    /// Checks when something was measured.
+    ///
+    /// # Errors
+    /// The rule that it breaks.
+    #[inline]
+    pub fn check_time(&self, ts: Timestamp, received_at: Timestamp) -> Result<(), Reject> {
+        let tolerance = i64::try_from(self.future_tolerance_s).unwrap_or(i64::MAX).saturating_mul(1_000_000);
+        if ts < EARLIEST {
+            return Err(Reject::new("past", format!("{ts} lies before {EARLIEST}")));
+        }
+        if ts.as_micros().saturating_sub(received_at.as_micros()) > tolerance {
+            return Err(Reject::new("future", format!("{ts} was received at {received_at}")));
+        }
+        Ok(())
+    }
+
     /// Checks one reading and returns its value in canonical units; NaN stands for "no value".
     ///
     /// # Errors
@@ -230,13 +246,7 @@ impl Rules {
         quality: u8,
         received_at: Timestamp,
     ) -> Result<f64, Reject> {
-        let tolerance = i64::try_from(self.future_tolerance_s).unwrap_or(i64::MAX).saturating_mul(1_000_000);
-        if ts < EARLIEST {
-            return Err(Reject::new("past", format!("{ts} lies before {EARLIEST}")));
-        }
-        if ts.as_micros().saturating_sub(received_at.as_micros()) > tolerance {
-            return Err(Reject::new("future", format!("{ts} was received at {received_at}")));
-        }
+        self.check_time(ts, received_at)?;
         if quality > 2 {
             return Err(Reject::new("quality", format!("{quality} is none of 0, 1, 2")));
         }

@@ -19,6 +19,7 @@ mod ranged;
 use std::{fmt, path::Path as FilePath, sync::Arc, time::Duration};
 
 use anyhow::Context;
+use common::time::Timestamp;
 use deltalake::{
     DeltaTable,
     logstore::{StorageConfig, default_logstore},
@@ -30,7 +31,10 @@ use object_store::{
 use url::Url;
 
 pub(crate) use self::{cloud::check, ranged::Ranged};
-use crate::{lake::PUT_IF_ABSENT, settings::StoreSettings};
+use crate::{
+    lake::{LAYERS, PUT_IF_ABSENT},
+    settings::StoreSettings,
+};
 
 /// Tries of the proof that may fail, and the pause after each.
 const PROOF_RETRIES: u32 = 3;
@@ -140,6 +144,21 @@ impl Store {
             Err(e) if !cloud::is_absent(&e) => Err(cloud::explain(e, place)),
             _ => Ok(()),
         }
+    }
+
+    /// Removes what writers of a lake in a folder have left half written that were killed before `before`. On a server that
+    /// is up to the bucket's rules. Returns how many files.
+    ///
+    /// # Errors
+    /// When a folder cannot be read, or a file not be removed.
+    pub async fn sweep(&self, before: Timestamp) -> anyhow::Result<usize> {
+        let folder = match (self.url.scheme(), self.url.to_file_path()) {
+            ("file", Ok(folder)) => folder,
+            _ => return Ok(0),
+        };
+        let sweep = move || LAYERS.iter().map(|layer| disk::sweep(&folder.join(layer), before.to_utc().into())).sum();
+        let swept: std::io::Result<usize> = tokio::task::spawn_blocking(sweep).await?;
+        swept.with_context(|| format!("sweeping {}", self.url))
     }
 
     /// Proves by trying that a server does not replace what is put if absent. One that ignores the condition

@@ -7,6 +7,7 @@
 //! | compaction | silver's small files become files of up to 128 MB | it is one commit |
 //! | retention | bronze objects, and data files of silver and gold, that are older than `keep_…` | each goes by itself, or in one commit |
 //! | vacuum | files that no snapshot of the last `keep_versions` has | nobody needs them |
+//! | sweep | files in a folder that a killed writer left half written, and that are older than `keep_versions` | nobody sees them |
 //! | log | a checkpoint; entries before one that is older than `keep_versions` | nobody needs them |
 //!
 //! A job that fails is reported and the others go on; the next run begins anew from what stands there. Runs may
@@ -76,6 +77,8 @@ pub struct Done {
     pub vacuumed_files: usize,
     /// Log entries deleted.
     pub log_entries: usize,
+    /// Half written files of killed writers deleted.
+    pub unfinished_files: usize,
     /// What could not be done, and why.
     pub failed: Vec<String>,
 }
@@ -83,13 +86,17 @@ pub struct Done {
 impl fmt::Display for Done {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Done { packs, packed_segments, expired_objects, expired_files, .. } = self;
-        let Done { compacted_tables, vacuumed_files, log_entries, failed, .. } = self;
+        let Done { compacted_tables, vacuumed_files, log_entries, unfinished_files, failed, .. } = self;
         writeln!(
             f,
             "bronze: {packed_segments} segments into {packs} packs, {expired_objects} objects expired"
         )?;
         writeln!(f, "tables: {compacted_tables} compacted, {expired_files} files expired")?;
-        write!(f, "deleted: {vacuumed_files} files of old versions, {log_entries} log entries")?;
+        write!(
+            f,
+            "deleted: {vacuumed_files} files of old versions, {log_entries} log entries, {unfinished_files} unfinished \
+             files"
+        )?;
         failed.iter().try_for_each(|failed| write!(f, "\nnot done: {failed}"))
     }
 }
@@ -183,6 +190,8 @@ pub async fn maintain(
         let tidied = tables.tidy_log(table, settings.keep_versions, now).await;
         done.log_entries += done.of("log", tidied).unwrap_or(0);
     }
+    let swept = tables.store().sweep(now - settings.keep_versions).await;
+    done.unfinished_files = done.of("sweep", swept).unwrap_or(0);
     done
 }
 

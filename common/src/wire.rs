@@ -90,6 +90,8 @@ use crate::time::Timestamp;
 
 /// The wire version that this build writes; it reads this and every earlier one.
 pub const VERSION: u32 = 1;
+/// Most rows in one message: what is constant compresses to nothing, so its bytes bound little.
+pub const MAX_ROWS: i64 = 1_000_000;
 /// Default root of every topic.
 pub const DEFAULT_ROOT: &str = "tailrace/v1";
 /// MQTT content type of an Arrow payload (registered with IANA).

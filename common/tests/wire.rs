@@ -267,6 +267,19 @@ fn a_buffer_that_claims_to_decode_to_terabytes_is_refused() {
 }
 
 #[test]
+fn a_batch_of_more_rows_than_a_message_may_have_is_refused() {
+    let rows = usize::try_from(wire::MAX_ROWS).unwrap();
+    let every = arrow::array::UInt32Array::from(vec![0; rows + 1]);
+    let many = arrow::compute::take_record_batch(&sample(Lane::Readings), &every).unwrap();
+    let bytes = wire::encode(&many, &identity(Lane::Readings)).unwrap();
+    assert!(bytes.len() < 100_000, "{} B", bytes.len());
+    let error = wire::decode(Lane::Readings, &bytes).unwrap_err().to_string();
+    assert!(error.contains("it holds 1000001 rows, more than 1000000"), "{error}");
+    let bytes = wire::encode(&many.slice(0, rows), &identity(Lane::Readings)).unwrap();
+    assert_eq!(wire::decode(Lane::Readings, &bytes).unwrap().num_rows(), rows);
+}
+
+#[test]
 fn topics() {
     let root = "tailrace/v1";
     for (text, stream) in [

@@ -311,7 +311,7 @@ fn window_steps<'a>(
     hold: i64,
 ) -> impl Iterator<Item = (f64, f64)> + 'a {
     let before = device.windows.iter().rev().skip_while(move |w| w.start >= hour);
-    let mut previous = before.take_while(move |w| w.covered.end >= hour - hold).find_map(|w| w.last);
+    let mut previous = before.take_while(move |w| w.start >= hour - hold).find_map(|w| w.last);
     let values = parts.windows.iter().flat_map(|w| [w.first, w.last]).flatten();
     values.filter_map(move |value| previous.replace(value).map(|from| (from, value)))
 }

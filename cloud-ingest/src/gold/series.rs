@@ -68,6 +68,9 @@ pub struct Window {
     pub received_at: i64,
     /// Index into [`Series::metas`].
     pub meta: u32,
+    /// Whether its gateway sent no reading in its hour. Of one that does not count, the last value is still what the next
+    /// hour goes on from: that must not hang on what else of its own hour is in memory.
+    pub counts: bool,
 }
 
 /// What silver says of the device beside a value.
@@ -119,7 +122,7 @@ pub struct DeviceSeries<'a> {
     pub site: &'a str,
     /// Unique by time.
     pub samples: Vec<Sample>,
-    /// The chosen ones, by start.
+    /// The chosen ones, by start; of those, [`Self::parts`] has the ones that count.
     pub windows: &'a [Window],
     /// Texts of both.
     pub metas: &'a [Meta],
@@ -150,7 +153,7 @@ impl DeviceSeries<'_> {
     pub fn hours(&self, within: &Range<Timestamp>) -> Vec<i64> {
         let within = within.start.as_micros()..within.end.as_micros();
         let mut hours: Vec<i64> =
-            self.windows.iter().map(|w| w.start).filter(|at| within.contains(at)).map(floor_hour).collect();
+            self.windows_in(&within).iter().filter(|w| w.counts).map(|w| floor_hour(w.start)).collect();
         let mut samples = self.samples_in(within);
         while let Some(sample) = self.samples[samples.clone()].first() {
             let hour = floor_hour(sample.ts);
@@ -169,9 +172,14 @@ impl DeviceSeries<'_> {
 
     /// The parts of an hour, or of a part of one (µs).
     pub fn parts(&self, span: &Range<i64>) -> HourParts<'_> {
+        let windows = self.windows_in(span).iter().filter(|w| w.counts).collect();
+        HourParts { samples: self.samples_in(span.clone()), windows }
+    }
+
+    fn windows_in(&self, span: &Range<i64>) -> &[Window] {
         let from = self.windows.partition_point(|w| w.start < span.start);
         let to = self.windows.partition_point(|w| w.start < span.end);
-        HourParts { samples: self.samples_in(span.clone()), windows: self.windows[from..to].iter().collect() }
+        &self.windows[from..to]
     }
 
     /// Indices of the samples in a time range.
@@ -357,6 +365,7 @@ impl SeriesBuilder {
                 revision: revision.value(row),
                 received_at: received.value(row),
                 meta,
+                counts: true,
             });
         }
         Ok(())
@@ -375,7 +384,9 @@ impl SeriesBuilder {
             let Found { mut runs, mut windows } = std::mem::take(&mut devices[at]);
             // Runs are in order within themselves, and mostly do not overlap.
             runs.sort_by_key(|run| columns[run.of].ts[run.rows.start]);
-            windows.retain(|w| !speaking.contains(&(gateway(w.meta), floor_hour(w.start))));
+            for window in &mut windows {
+                window.counts = !speaking.contains(&(gateway(window.meta), floor_hour(window.start)));
+            }
             found.insert(key, Found { runs, windows: choose(windows, &metas) });
         }
         Series { metas, columns, found }
@@ -412,7 +423,7 @@ impl SeriesBuilder {
     }
 }
 
-/// Of the windows of one device, those that count, by start.
+/// Of the windows of one device the best of each start, by start.
 fn choose(mut windows: Vec<Window>, metas: &[Meta]) -> Vec<Window> {
     let gateway = |w: &Window| &metas[w.meta as usize].gateway;
     windows.sort_by(|a, b| {
@@ -584,6 +595,7 @@ mod tests {
             revision,
             received_at: 0,
             meta: 0,
+            counts: true,
         };
         let check = |windows: Vec<Window>, expected: &[i64]| {
             let counts: Vec<i64> = choose(windows, &metas).iter().map(|w| w.count).collect();

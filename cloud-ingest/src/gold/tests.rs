@@ -414,6 +414,32 @@ async fn where_only_aggregates_come_hours_are_made_of_them() {
     assert_eq!(lake.int("SELECT count(*) FROM gold.hourly_aggregates WHERE device_id = 'a'").await, 0);
 }
 
+#[test]
+fn a_counter_goes_on_from_the_window_before_whatever_hours_are_in_memory() {
+    let counts = |windows: &[(&'static str, i64, i64, f64)]| {
+        let batch = aggregates(windows);
+        let mut columns = batch.columns().to_vec();
+        columns[batch.schema().index_of("kind").unwrap()] = same("counter", batch.num_rows());
+        RecordBatch::try_new(batch.schema(), columns).unwrap()
+    };
+    let delta = |rows: &[Row], windows: &[(&'static str, i64, i64, f64)]| {
+        let mut builder = series::SeriesBuilder::default();
+        builder.readings(&readings(rows)).unwrap();
+        builder.aggregates(&counts(windows)).unwrap();
+        let (series, hour) = (builder.finish(), Timestamp::from_micros(START + HOUR_MICROS));
+        let device = series.devices().find(|device| !device.windows.is_empty()).unwrap();
+        let within = hour..hour + Duration::from_secs(3600);
+        hourly::hours(&device, &within, Duration::from_secs(15 * 60))[0].delta
+    };
+    let windows = [("a", 10, 1, 1.0), ("a", 59, 1, 10.0), ("a", 60, 1, 13.0), ("a", 61, 1, 15.0)];
+    // The hour alone is read from 15 minutes before it on. The gateway sent readings in the hour before, and no longer.
+    let alone = delta(&[], &windows[1..]);
+    assert_eq!(alone, Some(5.0));
+    assert_eq!(delta(&[("b", 20 * 60, 0.0, Quality::Good)], &windows), alone);
+    // Of a window that began too long ago nobody reads the last value.
+    assert_eq!(delta(&[], &[windows[0], windows[2], windows[3]]), delta(&[], &windows[2..]));
+}
+
 #[tokio::test]
 async fn gateway_by_gateway_hours_are_the_same() {
     let mut lake = Lake::new().await;

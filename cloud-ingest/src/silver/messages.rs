@@ -11,13 +11,13 @@ use arrow::{
         Array, ArrayRef, AsArray, BooleanArray, Float64Array, Int64Array, RecordBatch, StringArray,
         TimestampMicrosecondArray,
     },
-    compute::{cast, kernels::cmp::eq, nullif},
+    compute::{cast, kernels::cmp::eq, max, min, nullif},
     datatypes::{Int64Type, TimestampMicrosecondType},
 };
 use common::{
     documents::Status,
     time::Timestamp,
-    wire::{ClockState, Lane},
+    wire::{ClockState, Lane, MAX_ROWS},
 };
 use sha2::{Digest, Sha256};
 use uuid::Uuid;
@@ -268,20 +268,15 @@ impl Step {
                 let message = &mut self.delivered[at];
                 self.candidates.wire(&self.rules, at, message, &batch, &mut self.quarantine);
             }
-            // Readings are judged one by one; the clocks of some devices are set though their gateway's is not.
-            Ok(Content::Lane(lane @ (Lane::Aggregates | Lane::Anomalies), _))
-                if self.delivered[at].unsynced =>
-            {
-                self.delivered[at].readings = rows;
-                let reason =
-                    format!("its times count from the start of a machine whose clock was never set ({lane})");
-                self.refuse(at, rows, Reject::new("clock", reason));
-            }
             Ok(Content::Lane(lane, batch)) => {
-                let (table, rows_of_lane) = self.lane(at, lane, &batch)?;
-                self.batches.entry(table).or_default().push(rows_of_lane);
                 self.delivered[at].readings = rows;
-                self.delivered[at].stored = rows;
+                if let Err(reject) = self.check_times(at, lane, &batch) {
+                    self.refuse(at, rows, reject);
+                } else {
+                    let (table, rows_of_lane) = self.lane(at, lane, &batch)?;
+                    self.batches.entry(table).or_default().push(rows_of_lane);
+                    self.delivered[at].stored = rows;
+                }
             }
             Ok(Content::Json { samples, bad }) => self.json(at, &samples, bad),
             Ok(Content::Status(status)) => {
@@ -305,6 +300,28 @@ impl Step {
                 let site = Some(record.site.clone());
                 self.delivered[at].sender = Arc::new(Sender { site, gateway: None });
                 self.maintenance.push((record, at));
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether aggregates and anomalies are of a time at which there may be readings. Readings are judged one by one, since
+    /// the clocks of some devices are set though their gateway's is not; these are of the gateway's clock, and judged together.
+    fn check_times(&self, at: usize, lane: Lane, batch: &RecordBatch) -> Result<(), Reject> {
+        let message = &self.delivered[at];
+        match lane {
+            Lane::Control | Lane::Readings => return Ok(()),
+            Lane::Aggregates | Lane::Anomalies if message.unsynced => {
+                let reason =
+                    format!("its times count from the start of a machine whose clock was never set ({lane})");
+                return Err(Reject::new("clock", reason));
+            }
+            Lane::Aggregates | Lane::Anomalies => {}
+        }
+        let columns = batch.columns().iter();
+        for times in columns.filter_map(|column| column.as_primitive_opt::<TimestampMicrosecondType>()) {
+            for ts in [min(times), max(times)].into_iter().flatten() {
+                self.rules.check_time(Timestamp::from_micros(ts), message.received_at)?;
             }
         }
         Ok(())
@@ -536,7 +553,7 @@ impl<'a> Columns<'a> {
             offset: i64::try_from(row).unwrap_or(i64::MAX),
             recorded: named.is_some() || route.nameless_readings(claim),
             named: named.map(Box::new),
-            rows: self.number(1, row),
+            rows: self.number(1, row).clamp(0, MAX_ROWS),
             unsynced: self.clock.is_valid(row) && self.clock.value(row) == UNSYNCED,
             readings: 0,
             stored: 0,

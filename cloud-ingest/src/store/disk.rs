@@ -12,6 +12,7 @@ use std::{
     io::{self, Write},
     path::{Path as FilePath, PathBuf},
     sync::atomic::{AtomicU64, Ordering},
+    time::SystemTime,
 };
 
 use async_trait::async_trait;
@@ -21,12 +22,22 @@ use object_store::{
     PutMode, PutMultipartOptions, PutOptions, PutPayload, PutResult, RenameOptions, RenameTargetMode, Result,
     UploadPart, local::LocalFileSystem, path::Path,
 };
+use uuid::Uuid;
 
 /// The local file system, durable when a call returns.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Durable {
     files: LocalFileSystem,
+    /// In the names of what is staged, so that they are no other process's: in containers each has the id 1.
+    random: u64,
     staged: AtomicU64,
+}
+
+impl Default for Durable {
+    fn default() -> Self {
+        let random = Uuid::now_v7().as_u64_pair().1;
+        Durable { files: LocalFileSystem::new(), random, staged: AtomicU64::new(0) }
+    }
 }
 
 impl fmt::Display for Durable {
@@ -40,7 +51,7 @@ impl Durable {
     fn staging(&self, target: &FilePath) -> PathBuf {
         let n = self.staged.fetch_add(1, Ordering::Relaxed);
         let mut name = target.as_os_str().to_owned();
-        name.push(format!("#{}{n:08}", std::process::id()));
+        name.push(format!("#{}{n:08}", self.random));
         PathBuf::from(name)
     }
 }
@@ -189,6 +200,42 @@ impl MultipartUpload for DurableUpload {
     }
 }
 
+/// Whether a file is on its way to its place, ours or `object_store`'s own.
+fn is_staged(name: &str) -> bool {
+    name.rsplit_once('#').is_some_and(|(_, n)| !n.is_empty() && n.bytes().all(|b| b.is_ascii_digit()))
+}
+
+/// Removes what writers have left on its way that were killed: all that was last written before `before`. No listing
+/// shows it. Returns how many files.
+pub(super) fn sweep(folder: &FilePath, before: SystemTime) -> io::Result<usize> {
+    let mut swept = 0;
+    let entries = match fs::read_dir(folder) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(0),
+        entries => entries?,
+    };
+    for entry in entries {
+        let entry = entry?;
+        let (place, name) = (entry.path(), entry.file_name());
+        let done = if entry.file_type()?.is_dir() {
+            sweep(&place, before)
+        } else if name.to_str().is_some_and(is_staged) {
+            let remove = |about: fs::Metadata| match about.modified()? < before {
+                true => fs::remove_file(&place).map(|()| 1),
+                false => Ok(0),
+            };
+            entry.metadata().and_then(remove)
+        } else {
+            Ok(0)
+        };
+        match done {
+            // It has gone since.
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+            done => swept += done?,
+        }
+    }
+    Ok(swept)
+}
+
 /// Finds the objects in a folder, whose path in the store is `at`, and in those below it, that come after `offset`.
 fn after(folder: &FilePath, at: &str, offset: &Path, found: &mut Vec<ObjectMeta>) -> io::Result<()> {
     let entries = match fs::read_dir(folder) {
@@ -199,8 +246,7 @@ fn after(folder: &FilePath, at: &str, offset: &Path, found: &mut Vec<ObjectMeta>
         let entry = entry?;
         let name = entry.file_name();
         let name = name.to_str().ok_or_else(|| io::Error::other(format!("{name:?} is not UTF-8")))?;
-        // On its way to its place, ours or object_store's own.
-        if name.rsplit_once('#').is_some_and(|(_, n)| n.bytes().all(|b| b.is_ascii_digit())) {
+        if is_staged(name) {
             continue;
         }
         let path = format!("{at}/{name}");
@@ -231,7 +277,7 @@ fn after(folder: &FilePath, at: &str, offset: &Path, found: &mut Vec<ObjectMeta>
 
 fn put(payload: &PutPayload, staging: &FilePath, target: &FilePath, create: bool) -> io::Result<()> {
     create_folders(parent(target))?;
-    let mut file = File::create(staging)?;
+    let mut file = File::create_new(staging)?;
     for bytes in payload {
         file.write_all(bytes)?;
     }
@@ -242,7 +288,14 @@ fn put(payload: &PutPayload, staging: &FilePath, target: &FilePath, create: bool
 /// Moves `staging` to `target`, refusing to replace it when `create`, and makes the move durable.
 fn settle(staging: &FilePath, target: &FilePath, create: bool) -> io::Result<()> {
     if create {
-        fs::hard_link(staging, target)?;
+        match fs::hard_link(staging, target) {
+            // Who linked it may have failed right after that: nobody must take for durable what is not.
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {
+                sync_folder(parent(target))?;
+                return Err(e);
+            }
+            linked => linked?,
+        }
         fs::remove_file(staging)?;
     } else {
         fs::rename(staging, target)?;
@@ -293,7 +346,36 @@ fn error(source: io::Error, path: &FilePath) -> object_store::Error {
 mod tests {
     use std::collections::BTreeSet;
 
+    use std::time::Duration;
+
     use super::*;
+
+    #[tokio::test]
+    async fn what_killed_writers_left_is_swept_once_it_is_old() {
+        let folder = tempfile::tempdir().unwrap();
+        let now = SystemTime::now();
+        let names =
+            ["t/a.parquet#17", "t/b.parquet#18", "t/_delta_log/1.json#19", "t/c.parquet", "t/d#old", "t/e#", "f#20"];
+        for name in names {
+            let place = folder.path().join(name);
+            create_folders(parent(&place)).unwrap();
+            fs::write(&place, name).unwrap();
+            let age = if name.ends_with("18") { 60 } else { 7200 };
+            let file = File::options().write(true).open(place).unwrap();
+            file.set_modified(now - Duration::from_secs(age)).unwrap();
+        }
+        let before = now - Duration::from_secs(3600);
+        assert_eq!(sweep(&folder.path().join("t"), before).unwrap(), 2);
+        let left: Vec<&str> = names.into_iter().filter(|name| folder.path().join(name).exists()).collect();
+        assert_eq!(left, ["t/b.parquet#18", "t/c.parquet", "t/d#old", "t/e#", "f#20"]);
+        assert_eq!(sweep(&folder.path().join("none"), before).unwrap(), 0);
+
+        // What is staged by us is among it.
+        let disk = Durable::default();
+        let mine = disk.staging(&folder.path().join("t/mine"));
+        assert!(is_staged(mine.file_name().unwrap().to_str().unwrap()));
+        assert_ne!(Durable::default().staging(&folder.path().join("t/mine")), mine);
+    }
 
     #[tokio::test]
     async fn what_follows_an_offset_is_what_object_store_says() {

@@ -59,9 +59,11 @@ pub(super) async fn splice(
     let place = Path::from(format!("{}/{path}", table.path()));
     let mut upload =
         BufWriter::with_capacity(store.objects(), place.clone(), PART).with_max_concurrency(PARTS);
-    let copied = copy(store, table, &adds, &mut upload).await;
-    let Some((rows, size)) = copied.with_context(|| format!("writing {place}"))? else {
-        upload.abort().await.with_context(|| format!("not writing {place}"))?;
+    let copied = copy(store, table, &adds, &mut upload).await.with_context(|| format!("writing {place}"));
+    let Ok(Some((rows, size))) = copied else {
+        let aborted = upload.abort().await.with_context(|| format!("not writing {place}"));
+        copied?;
+        aborted?;
         return Ok(None);
     };
     upload.shutdown().await.with_context(|| format!("writing {place}"))?;
@@ -231,29 +233,33 @@ fn statistics(table: Table, rows: i64, adds: &[Add]) -> Value {
         }
         merged
     };
-    let end = |wanted: Ordering| {
+    let end = |wanted: Ordering, cut: i64| {
         move |name: &str, a: &Value, b: &Value| {
             let instant = table.schema().field_with_name(name).is_ok_and(|f| f.data_type().is_temporal());
-            let order = order(instant, a, b)?;
+            let order = order(instant.then_some(cut), a, b)?;
             Some(if order == wanted { a.clone() } else { b.clone() })
         }
     };
     json!({
         "numRecords": rows,
-        "minValues": merged("minValues", &end(Ordering::Less)),
-        "maxValues": merged("maxValues", &end(Ordering::Greater)),
+        "minValues": merged("minValues", &end(Ordering::Less, 0)),
+        // Other writers cut instants down to milliseconds, and readers of the log raise what is one: it may be later.
+        "maxValues": merged("maxValues", &end(Ordering::Greater, 999)),
         "nullCount": merged("nullCount", &|_, a, b| Some((a.as_i64()? + b.as_i64()?).into())),
     })
 }
 
-/// `None` where it is not known.
-fn order(instant: bool, a: &Value, b: &Value) -> Option<Ordering> {
+/// `None` where it is not known. Of instants, `cut` is how many µs a whole millisecond may stand for beside itself.
+fn order(cut: Option<i64>, a: &Value, b: &Value) -> Option<Ordering> {
     match (a, b) {
-        (Value::String(a), Value::String(b)) if instant => {
-            let [a, b] = [a, b].map(|text| text.parse::<Timestamp>().ok());
-            Some(a?.cmp(&b?))
-        }
-        (Value::String(a), Value::String(b)) => Some(a.cmp(b)),
+        (Value::String(a), Value::String(b)) => match cut {
+            None => Some(a.cmp(b)),
+            Some(cut) => {
+                let micros = |text: &str| text.parse::<Timestamp>().ok().map(Timestamp::as_micros);
+                let reach = |at: i64| at + if at % 1000 == 0 { cut } else { 0 };
+                Some(reach(micros(a)?).cmp(&reach(micros(b)?)))
+            }
+        },
         (Value::Number(a), Value::Number(b)) => match (a.as_i64(), b.as_i64()) {
             (Some(a), Some(b)) => Some(a.cmp(&b)),
             _ => a.as_f64()?.partial_cmp(&b.as_f64()?),
@@ -393,11 +399,15 @@ mod tests {
             add(json!({ "minValues": { "ts": "2026-01-01T00:00:00.123456Z", "value": 10.5 },
                         "maxValues": { "ts": "2026-01-01T00:00:00.123456Z" }, "nullCount": { "value": 2 } })),
         ];
+        // A row at .1239 may hide behind a greatest instant that was cut down to .123.
         let expected = json!({
             "numRecords": 7, "minValues": { "ts": "2026-01-01T00:00:00.123Z", "value": 9 },
-            "maxValues": { "ts": "2026-01-01T00:00:00.123456Z" }, "nullCount": { "value": 3 },
+            "maxValues": { "ts": "2026-01-01T00:00:00.123Z" }, "nullCount": { "value": 3 },
         });
         assert_eq!(statistics(TABLE, 7, &adds), expected);
+        let later = add(json!({ "maxValues": { "ts": "2026-01-01T00:00:00.124001Z" } }));
+        let stats = statistics(TABLE, 7, &[adds[0].clone(), later]);
+        assert_eq!(stats["maxValues"]["ts"], "2026-01-01T00:00:00.124001Z");
         let silent = Add { stats: None, ..Add::default() };
         assert_eq!(statistics(TABLE, 7, &[adds[0].clone(), silent]), json!({ "numRecords": 7 }));
     }

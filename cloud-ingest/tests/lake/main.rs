@@ -21,7 +21,9 @@ use std::{
 };
 
 use arrow::{
-    array::{ArrayRef, DictionaryArray, Float64Array, RecordBatch, TimestampMicrosecondArray, UInt8Array},
+    array::{
+        ArrayRef, DictionaryArray, Float64Array, RecordBatch, StringArray, TimestampMicrosecondArray, UInt8Array,
+    },
     compute::cast,
     datatypes::{DataType, Int32Type},
     util::pretty::pretty_format_batches,
@@ -306,26 +308,50 @@ async fn what_has_no_time_is_kept_in_quarantine() {
     let batch = RecordBatch::try_new(wire::schema(Lane::Readings), columns).unwrap();
     let mut mixed = unsynced(mixed, Lane::Readings, 2);
     mixed.payload = wire::encode(&batch, mixed.identity.as_ref().unwrap()).unwrap().into();
-    let schema = wire::schema(Lane::Aggregates);
-    let columns = schema.fields().iter().map(|field| -> ArrayRef {
-        match field.data_type() {
-            DataType::Timestamp(..) => {
-                Arc::new(TimestampMicrosecondArray::from(vec![600_000_000]).with_timezone("UTC"))
+    let of_instant = |mut message: Message, micros: i64| {
+        let identity = message.identity.as_ref().unwrap();
+        let schema = wire::schema(identity.lane);
+        let columns = schema.fields().iter().map(|field| -> ArrayRef {
+            match field.data_type() {
+                DataType::Timestamp(..) => {
+                    Arc::new(TimestampMicrosecondArray::from(vec![micros]).with_timezone("UTC"))
+                }
+                DataType::Dictionary(..) => {
+                    Arc::new(["x"].into_iter().collect::<DictionaryArray<Int32Type>>())
+                }
+                DataType::Utf8 => Arc::new(StringArray::from(vec!["x"])),
+                other => cast(&UInt8Array::from(vec![1]), other).unwrap(),
             }
-            DataType::Dictionary(..) => Arc::new(["x"].into_iter().collect::<DictionaryArray<Int32Type>>()),
-            other => cast(&UInt8Array::from(vec![1]), other).unwrap(),
-        }
-    });
-    let window = RecordBatch::try_new(Arc::clone(&schema), columns.collect()).unwrap();
-    let mut aggregates = unsynced(readings(0, &[]), Lane::Aggregates, 1);
-    aggregates.payload = wire::encode(&window, aggregates.identity.as_ref().unwrap()).unwrap().into();
-    put(&store, 0, &[mixed, aggregates]).await;
+        });
+        let rows = RecordBatch::try_new(Arc::clone(&schema), columns.collect()).unwrap();
+        message.payload = wire::encode(&rows, identity).unwrap().into();
+        message
+    };
+    let aggregates = of_instant(unsynced(readings(0, &[]), Lane::Aggregates, 1), 600_000_000);
+    // Set, and wrong: by seventy years ahead, and by fifty behind.
+    let synced = |of: Message, lane: Lane, micros: i64| {
+        let mut message = unsynced(of, lane, 1);
+        message.identity.as_mut().unwrap().clock = ClockState::Synced;
+        of_instant(message, micros)
+    };
+    let (ahead, behind) = (4_102_444_800_000_000, 200_000_000_000_000);
+    let wrong = [
+        synced(readings(1, &[]), Lane::Aggregates, ahead),
+        synced(readings(2, &[]), Lane::Aggregates, behind),
+        synced(readings(3, &[]), Lane::Anomalies, ahead),
+        synced(readings(4, &[]), Lane::Aggregates, at(0).as_micros()),
+    ];
+    put(&store, 0, &[vec![mixed, aggregates], wrong.to_vec()].concat()).await;
     let counts = refine_all(&mut refiner(&store, &tables)).await;
-    assert_eq!((counts.readings, counts.stored, counts.quarantined), (3, 1, 2));
-    let rules = ask(&tables, "select rule, readings, device_id from silver.quarantine order by rule").await;
-    for part in ["| clock | 1        |", "| past  | 1        | a"] {
+    assert_eq!((counts.readings, counts.stored, counts.quarantined), (7, 2, 5));
+    let rules = "select rule, sum(readings) from silver.quarantine group by rule order by rule";
+    let rules = ask(&tables, rules).await;
+    for part in ["| clock  | 1 ", "| future | 2 ", "| past   | 2 "] {
         assert!(rules.contains(part), "{part}\n{rules}");
     }
+    let stored = "select count(*) from silver.aggregates";
+    assert!(ask(&tables, stored).await.contains("| 1 "), "one window of a right clock");
+    assert!(ask(&tables, "select count(*) from silver.anomalies").await.contains("| 0 "));
     let clocks = ask(&tables, "select distinct clock from silver.messages").await;
     assert!(clocks.contains("| unsynced |"), "{clocks}");
 }

@@ -29,7 +29,7 @@ use arrow::{
 use flatbuffers::FlatBufferBuilder;
 use zstd::bulk::Decompressor;
 
-use super::{Lane, WireError, conform};
+use super::{Lane, MAX_ROWS, WireError, conform};
 
 /// Most bytes that an Arrow payload may decode to; a smaller payload that claims more is refused.
 const MAX_DECODED: usize = 256 * 1024 * 1024;
@@ -112,6 +112,10 @@ impl Decoder {
                     let batch = message
                         .header_as_record_batch()
                         .ok_or_else(|| malformed("a batch without a header"))?;
+                    if batch.length() > MAX_ROWS {
+                        let rows = batch.length();
+                        return Err(malformed(&format!("it holds {rows} rows, more than {MAX_ROWS}")));
+                    }
                     let (batch, body) = self.plain(batch, body, decoded)?;
                     let batch =
                         read_record_batch(&body, batch, Arc::clone(&schema), &dictionaries, None, &version);

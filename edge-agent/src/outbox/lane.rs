@@ -252,7 +252,7 @@ impl LaneStore {
         limits: &Limits,
     ) -> Result<(), OutboxError> {
         if self.manifest.bytes >= limits.generation_bytes {
-            self.roll(&w.meta)?;
+            self.roll()?;
         }
         let mut state = self.state.clone();
         let mut manifest = self.manifest.clone();
@@ -336,19 +336,19 @@ impl LaneStore {
         };
         let drained = self.state.forgotten.covers(self.manifest.range()) && last.sealed_to + IDLE <= now;
         if drained || first.sealed_from + limits.max_age / AGES <= now {
-            self.roll(&[])?;
+            self.roll()?;
         }
         Ok(())
     }
 
-    /// Closes the active generation and begins the next one with the lane's state and the caller's entries.
-    pub(super) fn roll(&mut self, meta: &[(&str, u64, &[u8])]) -> Result<(), OutboxError> {
+    /// Closes the active generation and begins the next one with the lane's state and what callers keep in it, as both are: what
+    /// is new is durable with its messages, and no earlier.
+    pub(super) fn roll(&mut self) -> Result<(), OutboxError> {
         self.prune_epochs();
         let dir = self.active_dir();
         let kept: Vec<_> = self.active.meta(&dir)?;
-        let mut carried: Vec<(&str, u64, &[u8])> =
+        let carried: Vec<(&str, u64, &[u8])> =
             kept.iter().map(|(name, stamp, value)| (name.as_str(), *stamp, value.as_slice())).collect();
-        carried.extend_from_slice(meta);
         self.manifest.closed = true;
         self.manifest.state = self.state.clone();
         self.manifest.store(&dir).map_err(OutboxError::io(&dir))?;

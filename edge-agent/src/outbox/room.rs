@@ -158,7 +158,7 @@ impl Core {
             if shortage.all && bytes < shortage.bytes && store.is_active_held() {
                 // Alone, so that its room is given back before another lane is asked.
                 if victims.is_empty() {
-                    store.roll(&[])?;
+                    store.roll()?;
                     victims.extend(store.closed().map(|(number, _)| (lane, number)));
                 }
                 return Ok(victims);

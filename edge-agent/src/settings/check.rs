@@ -74,6 +74,14 @@ pub(super) fn check(file: File, sha256: String, origin: String, folder: &Path) -
         sources.push(check_replay(replay, &mut bind, &mut m));
     }
     check_paths(&sources, &mut m);
+    let replayed = sources.iter().any(|source| matches!(source, Source::Replay { .. }));
+    m.require(
+        !replayed || sources.len() == 1,
+        "replay",
+        "a recorded file stands beside other sources; an agent that begins again goes on after the last time that it has \
+         sealed, and would leave out what the file still holds",
+        "give each file an agent of its own, with a gateway and a data_dir of its own",
+    );
     let settings = Settings {
         mqtt,
         root,
@@ -418,6 +426,8 @@ fn check_outbox(outbox: file::Outbox, dir: PathBuf, m: &mut Mistakes) -> OutboxS
     ] {
         m.require(value >= least, key, format!("{value} is below {least}"), "raise it");
     }
+    let (rows, most) = (outbox.max_rows, wire::MAX_ROWS);
+    m.require(rows as u64 <= most.unsigned_abs(), "outbox.max_rows", format!("{rows} is above {most}"), "lower it");
     OutboxSettings {
         dir,
         linger: at_least("outbox.linger", outbox.linger, Duration::from_millis(1), m),

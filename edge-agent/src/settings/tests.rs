@@ -142,6 +142,19 @@ fn every_mistake_is_reported_at_once_with_its_fix() {
 }
 
 #[test]
+fn a_recorded_file_is_its_agents_only_source() {
+    let replay = "[[replay]]\nfile = \"/rows.csv\"\n";
+    let report = load(&format!("{BASE}\n{replay}"), &[]).unwrap_err().to_string();
+    assert!(report.contains("replay: a recorded file stands beside other sources"), "{report}");
+    assert!(report.contains("give each file an agent of its own"), "{report}");
+    let alone = "site = \"s\"\ngateway = \"g\"\ndata_dir = \"/d\"\n[[device]]\nid = \"a\"\ntype = \"flow\"\n\
+                 asset = \"\"\nunit = \"L/min\"\n";
+    assert_eq!(load(&format!("{alone}{replay}"), &[]).unwrap().sources.len(), 1);
+    let two = load(&format!("{alone}{replay}{replay}"), &[]).unwrap_err().to_string();
+    assert!(two.contains("beside other sources"), "{two}");
+}
+
+#[test]
 fn a_device_has_one_source_and_one_name() {
     let check = |from: &str, to: &str, expected: &str| {
         let report = load(&BASE.replacen(from, to, 1), &[]).unwrap_err().to_string();

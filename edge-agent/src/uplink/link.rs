@@ -51,7 +51,9 @@ pub(super) struct Link {
 
 impl Link {
     pub(super) async fn run(self) -> anyhow::Result<()> {
-        let will = self.signed(&self.status(false).await?)?;
+        // Without the lanes: it may have 65,535 bytes (MQTT 5, 3.1.3.4), and whoever restarts often holds many epochs.
+        let will = Status { lanes: Vec::new(), ..self.status(false).await? };
+        let will = self.signed(&will)?;
         let will = LastWill::new(self.topic(Stream::Status), will, QoS::AtLeastOnce, true, None);
         let mut options = self.settings.options("link")?;
         options.set_last_will(will);

@@ -137,7 +137,10 @@ impl Csv {
     fn read_line(&mut self) -> std::io::Result<bool> {
         self.line.clear();
         let there = self.file.read_line(&mut self.line)? > 0;
-        self.line.truncate(self.line.trim_end().len());
+        // A separator at the end stands before an empty cell.
+        let separator = self.separator;
+        let end = self.line.trim_end_matches(|c: char| c.is_whitespace() && c != separator).len();
+        self.line.truncate(end);
         self.ends.clear();
         self.ends.extend(self.line.match_indices(self.separator).map(|(at, _)| at));
         self.ends.push(self.line.len());

@@ -66,6 +66,21 @@ async fn a_row_is_an_instant_in_the_wide_form() {
 }
 
 #[tokio::test]
+async fn empty_cells_at_the_end_of_a_row_are_no_value_whatever_separates_them() {
+    for separator in [';', ',', '\t'] {
+        let rows = ["datetime|T|S 2", "2026-03-01 00:00:01|4.5|", "2026-03-01 00:00:02|| "];
+        let rows = rows.join("\r\n").replace('|', &separator.to_string());
+        let ReplayForm::Wide { time, columns, .. } = wide() else { unreachable!() };
+        let mut polled = replay(&rows, ReplayForm::Wide { separator, time, columns }).await.unwrap();
+        for good in [1, 0] {
+            let read = polled.recv().await.unwrap();
+            let of_quality = read.readings.iter().filter(|r| r.quality == Quality::Good).count();
+            assert_eq!((read.readings.len(), of_quality), (2, good), "{separator:?}");
+        }
+    }
+}
+
+#[tokio::test]
 async fn a_header_that_does_not_fit_is_named() {
     for (header, form, part) in [
         ("a;b", wide(), "no column \"T\" in its header \"a;b\", split at ';'"),

@@ -7,8 +7,9 @@
 //! 2. Otherwise new segments are listed, plan n + 1 is put, and carried out.
 //!
 //! Carrying out commits table by table ([`COMMIT_ORDER`](crate::silver::COMMIT_ORDER)); a table that has n
-//! skips it. What is read of silver to decide is what the plans before n committed: `sensor_readings` cannot
-//! hold rows of n yet, and of `messages` those of n are left out. So a second try gives the same rows.
+//! skips it. What is read of silver to decide is what the plans before n committed: where `sensor_readings`
+//! holds n already, another refiner was faster, and the step begins anew; of `messages` those of n are left out.
+//! So a second try gives the same rows.
 //!
 //! [`replay`] carries out plans that judge quarantine again.
 
@@ -71,6 +72,11 @@ pub enum Outcome {
     /// A plan was carried out.
     Refined(Counts),
 }
+
+/// Another refiner has completed the plan.
+#[derive(Debug, thiserror::Error)]
+#[error("another refiner has carried it out")]
+struct Overtaken;
 
 /// Called before each commit; an error ends the step there. Tests cut the power with it.
 pub type BeforeCommit = Arc<dyn Fn(Table) -> anyhow::Result<()> + Send + Sync>;
@@ -209,14 +215,21 @@ impl Refiner {
     /// # Errors
     /// The store's or another refiner's doing; the next step begins by asking the lake again.
     pub async fn step(&mut self, now: Timestamp, everything: bool) -> anyhow::Result<Outcome> {
-        let mut state = match self.state.take() {
-            Some(state) => state,
-            None => self.load().await.context("reading the plans and what silver holds")?,
-        };
-        // `state` is put back only when the step succeeds.
-        let outcome = self.advance(&mut state, now, everything).await?;
-        self.state = Some(state);
-        Ok(outcome)
+        loop {
+            let mut state = match self.state.take() {
+                Some(state) => state,
+                None => self.load().await.context("reading the plans and what silver holds")?,
+            };
+            match self.advance(&mut state, now, everything).await {
+                Err(error) if error.is::<Overtaken>() => {}
+                // `state` is put back only when the step succeeds.
+                outcome => {
+                    let outcome = outcome?;
+                    self.state = Some(state);
+                    return Ok(outcome);
+                }
+            }
+        }
     }
 
     async fn advance(
@@ -454,7 +467,7 @@ impl Refiner {
         });
         let (step, known, questions) = read.await??;
         state.known = known;
-        let answers = self.committed_readings(&questions).await.context("looking readings up")?;
+        let answers = self.committed_readings(state, n, &questions).await.context("looking readings up")?;
         let refined = tokio::task::spawn_blocking(move || step.settle(&answers)).await??;
         for (table, rows) in refined.tables {
             self.commit(state, table, rows, n).await?;
@@ -514,7 +527,14 @@ impl Refiner {
         Ok(committed)
     }
 
-    async fn committed_readings(&self, questions: &[Question]) -> anyhow::Result<Answers> {
+    /// Readings that plans before `n` have committed. With those of `n`, what is new would be taken for known, and what is
+    /// known of their devices be less than there is.
+    async fn committed_readings(
+        &self,
+        state: &mut State,
+        n: i64,
+        questions: &[Question],
+    ) -> anyhow::Result<Answers> {
         let mut answers = Answers::new();
         let Some(readings) = self.tables.snapshot(Table::SensorReadings).await? else { return Ok(answers) };
         let (Some(from), Some(to)) =
@@ -522,6 +542,9 @@ impl Refiner {
         else {
             return Ok(answers);
         };
+        if has_step(state, Table::SensorReadings, Some(&readings), n).await? {
+            return Err(Overtaken.into());
+        }
         let wanted: HashMap<(&str, &str), &Question> =
             questions.iter().map(|q| ((q.site.as_str(), q.device.as_str()), q)).collect();
         let sites: BTreeSet<&str> = questions.iter().map(|q| q.site.as_str()).collect();

@@ -156,7 +156,8 @@ impl Store {
             ("file", Ok(folder)) => folder,
             _ => return Ok(0),
         };
-        let sweep = move || LAYERS.iter().map(|layer| disk::sweep(&folder.join(layer), before.to_utc().into())).sum();
+        let sweep =
+            move || LAYERS.iter().map(|layer| disk::sweep(&folder.join(layer), before.to_utc().into())).sum();
         let swept: std::io::Result<usize> = tokio::task::spawn_blocking(sweep).await?;
         swept.with_context(|| format!("sweeping {}", self.url))
     }

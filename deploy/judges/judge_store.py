@@ -165,6 +165,10 @@ def judge_program(report, arguments, port, folder):
         report.check(sum(line.counts[fault] for fault in FAULTS) > 20, f"through faults: {dict(line.counts)}")
         text = log.read_text()
         report.check(SECRET not in text, "the secret is not in its log")
+        # Of a client without a session; the lake is opened all the same.
+        drain = subprocess.run([arguments.cloud_ingest, "drain", "--client-id", "nobody"], stdout=subprocess.PIPE,
+                               env={**env, **environment(port, "program")}, stderr=subprocess.STDOUT, text=True)  # fmt: skip
+        report.check(drain.returncode == 0, f"a replica of this lake is drained: {drain.stdout.strip()}", drain.stdout)
     audit = subprocess.run([arguments.cloud_ingest, "audit"], env=environment(port, "program"), stdout=subprocess.PIPE,
                            stderr=subprocess.STDOUT, text=True)  # fmt: skip
     verdict = audit.stdout.strip().rpartition("\n")[2]

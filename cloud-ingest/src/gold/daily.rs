@@ -203,7 +203,9 @@ async fn clear(tables: &Tables, calendars: &Calendars, floor: Option<Timestamp>)
     }
     let predicate = floor.map(|floor| format!("starts_at >= '{floor}'"));
     // Until everything is made again the table has nothing of silver.
-    tables.replace(DAILY.table, Some(gold), predicate.as_deref(), Vec::new(), (SILVER, publish::NONE)).await?;
+    tables
+        .replace(DAILY.table, Some(gold), predicate.as_deref(), Vec::new(), (SILVER, publish::NONE))
+        .await?;
     Ok(())
 }
 

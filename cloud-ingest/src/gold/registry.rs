@@ -286,19 +286,21 @@ mod tests {
 
     #[tokio::test]
     async fn the_newest_document_of_each_gateway_is_read() {
+        /// Gateway, when written, when received, machines.
+        type Said<'a> = (&'a str, i64, i64, &'a [&'a str]);
         let tables = Tables::open(&Store::open("memory:///").unwrap()).await.unwrap();
-        // (gateway, written, received, machines); in two files, in no order.
-        let files: [&[(&str, i64, i64, &[&str])]; 2] = [
+        // In two files, in no order.
+        let files: [&[Said<'_>]; 2] = [
             &[("g1", 10, 10, &["a"]), ("g2", 25, 25, &["d"]), ("g1", 30, 31, &["b"]), ("g1", 20, 20, &["c"])],
             // Two that came late, and one by a clock far ahead, with one behind it since that was mended.
             &[("g1", 5, 40, &["x"]), ("g2", 7, 41, &["x"]), ("g3", 900, 50, &["x"]), ("g3", 60, 60, &["e"])],
         ];
         for file in files {
-            let of = |f: &dyn Fn(&(&str, i64, i64, &[&str])) -> String| -> ArrayRef {
+            let of = |f: &dyn Fn(&Said<'_>) -> String| -> ArrayRef {
                 Arc::new(StringArray::from_iter_values(file.iter().map(f)))
             };
-            let instants = |f: fn(&(&str, i64, i64, &[&str])) -> i64| -> ArrayRef {
-                times(file.iter().map(|row| Timestamp::from_micros(f(row))).collect::<Vec<_>>().into_iter())
+            let instants = |f: fn(&Said<'_>) -> i64| -> ArrayRef {
+                times(file.iter().map(|row| Timestamp::from_micros(f(row))))
             };
             let columns = vec![
                 of(&|_| "s".to_owned()),

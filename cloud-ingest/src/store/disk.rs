@@ -353,9 +353,16 @@ mod tests {
     #[tokio::test]
     async fn what_killed_writers_left_is_swept_once_it_is_old() {
         let folder = tempfile::tempdir().unwrap();
-        let now = SystemTime::now();
-        let names =
-            ["t/a.parquet#17", "t/b.parquet#18", "t/_delta_log/1.json#19", "t/c.parquet", "t/d#old", "t/e#", "f#20"];
+        let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1_700_000_000);
+        let names = [
+            "t/a.parquet#17",
+            "t/b.parquet#18",
+            "t/_delta_log/1.json#19",
+            "t/c.parquet",
+            "t/d#old",
+            "t/e#",
+            "f#20",
+        ];
         for name in names {
             let place = folder.path().join(name);
             create_folders(parent(&place)).unwrap();

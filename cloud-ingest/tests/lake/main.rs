@@ -22,7 +22,8 @@ use std::{
 
 use arrow::{
     array::{
-        ArrayRef, DictionaryArray, Float64Array, RecordBatch, StringArray, TimestampMicrosecondArray, UInt8Array,
+        ArrayRef, DictionaryArray, Float64Array, RecordBatch, StringArray, TimestampMicrosecondArray,
+        UInt8Array,
     },
     compute::cast,
     datatypes::{DataType, Int32Type},
@@ -285,6 +286,29 @@ async fn every_reading_is_accounted_for() {
     for (got, wanted) in schema.schema().fields().iter().zip(Table::SensorReadings.schema().fields()) {
         assert_eq!((got.name(), got.data_type()), (wanted.name(), wanted.data_type()));
     }
+}
+
+/// A refiner that finds a plan done by another one knows as much of the devices as if it had been its own.
+#[tokio::test]
+async fn who_was_overtaken_knows_what_the_other_stored() {
+    let store = Store::open("memory:///").unwrap();
+    let tables = Tables::open(&store).await.unwrap();
+    let (mut ours, mut other) = (refiner(&store, &tables), refiner(&store, &tables));
+    // Three stretches of time, with gaps between.
+    put(&store, 0, &[readings(0, &[(0, "a", 100.0), (10, "a", 100.0)])]).await;
+    refine_all(&mut ours).await;
+    put(&store, 1, &[readings(1, &[(1_000, "a", 100.0), (1_010, "a", 100.0)])]).await;
+    refine_all(&mut ours).await;
+    refine_all(&mut other).await;
+    // Known on both sides of a gap, and one within it.
+    put(&store, 2, &[readings(2, &[(5, "a", 100.0), (500, "a", 100.0), (1_005, "a", 100.0)])]).await;
+    assert_eq!(refine_all(&mut other).await.stored, 3);
+    refine_all(&mut ours).await;
+    // The same once more in a message of another name.
+    put(&store, 3, &[readings(3, &[(500, "a", 100.0), (1_005, "a", 100.0)])]).await;
+    let counts = refine_all(&mut ours).await;
+    assert_eq!((counts.stored, counts.duplicates), (0, 2));
+    assert!(ask(&tables, "select count(*) from silver.sensor_readings").await.contains("| 7 "));
 }
 
 /// What a gateway sends whose clock was never set: its times count from its machine's start.

@@ -427,7 +427,12 @@ fn check_outbox(outbox: file::Outbox, dir: PathBuf, m: &mut Mistakes) -> OutboxS
         m.require(value >= least, key, format!("{value} is below {least}"), "raise it");
     }
     let (rows, most) = (outbox.max_rows, wire::MAX_ROWS);
-    m.require(rows as u64 <= most.unsigned_abs(), "outbox.max_rows", format!("{rows} is above {most}"), "lower it");
+    m.require(
+        rows as u64 <= most.unsigned_abs(),
+        "outbox.max_rows",
+        format!("{rows} is above {most}"),
+        "lower it",
+    );
     OutboxSettings {
         dir,
         linger: at_least("outbox.linger", outbox.linger, Duration::from_millis(1), m),

@@ -147,8 +147,8 @@ fn a_recorded_file_is_its_agents_only_source() {
     let report = load(&format!("{BASE}\n{replay}"), &[]).unwrap_err().to_string();
     assert!(report.contains("replay: a recorded file stands beside other sources"), "{report}");
     assert!(report.contains("give each file an agent of its own"), "{report}");
-    let alone = "site = \"s\"\ngateway = \"g\"\ndata_dir = \"/d\"\n[[device]]\nid = \"a\"\ntype = \"flow\"\n\
-                 asset = \"\"\nunit = \"L/min\"\n";
+    let alone = "site = \"s\"\ngateway = \"g\"\ndata_dir = \"/d\"\n[[asset]]\nid = \"p\"\n[[device]]\nid = \"a\"\n\
+                 type = \"flow\"\nasset = \"p\"\nunit = \"L/min\"\n";
     assert_eq!(load(&format!("{alone}{replay}"), &[]).unwrap().sources.len(), 1);
     let two = load(&format!("{alone}{replay}{replay}"), &[]).unwrap_err().to_string();
     assert!(two.contains("beside other sources"), "{two}");

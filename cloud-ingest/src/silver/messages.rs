@@ -318,8 +318,10 @@ impl Step {
             }
             Lane::Aggregates | Lane::Anomalies => {}
         }
-        let columns = batch.columns().iter();
-        for times in columns.filter_map(|column| column.as_primitive_opt::<TimestampMicrosecondType>()) {
+        let schema = batch.schema();
+        // A window may end after what it covers of it.
+        let columns = schema.fields().iter().zip(batch.columns()).filter(|(f, _)| f.name() != "window_end");
+        for times in columns.filter_map(|(_, of)| of.as_primitive_opt::<TimestampMicrosecondType>()) {
             for ts in [min(times), max(times)].into_iter().flatten() {
                 self.rules.check_time(Timestamp::from_micros(ts), message.received_at)?;
             }

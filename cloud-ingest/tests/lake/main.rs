@@ -338,7 +338,9 @@ async fn what_has_no_time_is_kept_in_quarantine() {
         let columns = schema.fields().iter().map(|field| -> ArrayRef {
             match field.data_type() {
                 DataType::Timestamp(..) => {
-                    Arc::new(TimestampMicrosecondArray::from(vec![micros]).with_timezone("UTC"))
+                    // A window of an hour that an agent cut short when it stopped.
+                    let later = if field.name() == "window_end" { 3_600_000_000 } else { 0 };
+                    Arc::new(TimestampMicrosecondArray::from(vec![micros + later]).with_timezone("UTC"))
                 }
                 DataType::Dictionary(..) => {
                     Arc::new(["x"].into_iter().collect::<DictionaryArray<Int32Type>>())

@@ -108,7 +108,7 @@ impl LedgerRow {
     pub fn balances(&self) -> bool {
         let parts =
             self.stored + self.duplicates + self.quarantined + self.erased + self.declared + self.pending;
-        self.missing == 0 && self.expected == parts
+        self.missing == 0 && self.missing_seqs.is_empty() && self.expected == parts
     }
 }
 

@@ -7,9 +7,9 @@
 //! 2. Otherwise new segments are listed, plan n + 1 is put, and carried out.
 //!
 //! Carrying out commits table by table ([`COMMIT_ORDER`](crate::silver::COMMIT_ORDER)); a table that has n
-//! skips it. What is read of silver to decide is what the plans before n committed: where `sensor_readings`
-//! holds n already, another refiner was faster, and the step begins anew; of `messages` those of n are left out.
-//! So a second try gives the same rows.
+//! skips it. What is read of silver to decide is what the plans before n committed: of `messages` those of n are
+//! left out, and of `sensor_readings`, too, where another refiner was faster. So a second try gives the same rows,
+//! and whoever was overtaken knows as much as if it had been first.
 //!
 //! [`replay`] carries out plans that judge quarantine again.
 
@@ -48,6 +48,7 @@ use crate::{
     silver::{Answers, Counts, Known, Name, Question, Segment, Step, names},
     store::Store,
     tables::{SMALL_FILES, TIERS, Tables, TablesError},
+    upkeep::{is_not_found, read_plan},
 };
 
 /// Everything is listed at the start and then this often.
@@ -73,7 +74,7 @@ pub enum Outcome {
     Refined(Counts),
 }
 
-/// Another refiner has completed the plan.
+/// Another refiner has judged quarantine again by the plan: its readings are no longer told from others.
 #[derive(Debug, thiserror::Error)]
 #[error("another refiner has carried it out")]
 struct Overtaken;
@@ -279,34 +280,31 @@ impl Refiner {
     }
 
     async fn load(&self) -> anyhow::Result<State> {
-        let objects = self.store.objects();
-        let mut found: Vec<Path> = objects
-            .list(Some(&Path::from(lake::PLANS)))
-            .map_ok(|object| object.location)
-            .try_collect()
-            .await?;
-        found.sort();
-        let mut planned = Planned::default();
-        let mut newest = None;
-        for path in found.iter().rev() {
-            let plan: Plan = serde_json::from_slice(&objects.get(path).await?.bytes().await?)
-                .with_context(|| format!("reading {path}"))?;
-            planned.note(&plan);
-            let sums_up = plan.covered.is_some();
-            newest.get_or_insert(plan);
-            if sums_up {
-                break;
-            }
-        }
         let readings = self.tables.snapshot(Table::SensorReadings).await?;
         let messages = self.tables.snapshot(Table::Messages).await?;
-        let done = match (&newest, &readings) {
-            (None, _) => true,
-            (Some(_), None) => false,
-            (Some(plan), Some(readings)) => {
-                Tables::progress(readings, REFINE).await? >= Some(i64::try_from(plan.n)?)
-            }
+        let last = match &readings {
+            Some(readings) => Tables::progress(readings, REFINE).await?,
+            None => None,
         };
+        // A plan is put when the one before is done: there is at most one more, and no need to list them.
+        let last = last.and_then(|n| u64::try_from(n).ok()).unwrap_or(0);
+        let mut newest = match read_plan(&self.store, last + 1).await {
+            Ok(next) => Some(next),
+            Err(e) if is_not_found(&e) => None,
+            Err(e) => return Err(e),
+        };
+        let done = newest.is_none();
+        let mut planned = Planned::default();
+        newest.iter().for_each(|plan| planned.note(plan));
+        let mut sums_up = newest.as_ref().is_some_and(|plan| plan.covered.is_some());
+        let mut n = last;
+        while n > 0 && !sums_up {
+            let plan = read_plan(&self.store, n).await?;
+            planned.note(&plan);
+            sums_up = plan.covered.is_some();
+            newest.get_or_insert(plan);
+            n -= 1;
+        }
         let known = self.known(readings, messages).await?;
         let progress = BTreeMap::new();
         Ok(State { newest, done, planned, known, progress, listed_all: None, recent: None })
@@ -467,7 +465,8 @@ impl Refiner {
         });
         let (step, known, questions) = read.await??;
         state.known = known;
-        let answers = self.committed_readings(state, n, &questions).await.context("looking readings up")?;
+        let answers =
+            self.committed_readings(state, plan, &questions).await.context("looking readings up")?;
         let refined = tokio::task::spawn_blocking(move || step.settle(&answers)).await??;
         for (table, rows) in refined.tables {
             self.commit(state, table, rows, n).await?;
@@ -527,12 +526,12 @@ impl Refiner {
         Ok(committed)
     }
 
-    /// Readings that plans before `n` have committed. With those of `n`, what is new would be taken for known, and what is
+    /// Readings that plans before this one have committed. With its own, what is new would be taken for known, and what is
     /// known of their devices be less than there is.
     async fn committed_readings(
         &self,
         state: &mut State,
-        n: i64,
+        plan: &Plan,
         questions: &[Question],
     ) -> anyhow::Result<Answers> {
         let mut answers = Answers::new();
@@ -542,7 +541,8 @@ impl Refiner {
         else {
             return Ok(answers);
         };
-        if has_step(state, Table::SensorReadings, Some(&readings), n).await? {
+        let done = has_step(state, Table::SensorReadings, Some(&readings), i64::try_from(plan.n)?).await?;
+        if done && plan.replay.is_some() {
             return Err(Overtaken.into());
         }
         let wanted: HashMap<(&str, &str), &Question> =
@@ -554,6 +554,8 @@ impl Refiner {
             .between(instant(from), instant(to))
             .and(ident("site").in_list(sites.into_iter().map(lit).collect(), false))
             .and(ident("device_id").in_list(devices.into_iter().map(lit).collect(), false));
+        let own = plan.segments.iter().filter(|_| done).map(|path| lit(path.as_str())).collect();
+        let predicate = if done { predicate.and(ident("segment").in_list(own, true)) } else { predicate };
         let session = self.tables.session_of(vec![(Table::SensorReadings, Some(readings))]).await?;
         let mut rows = session
             .table(TableReference::partial("silver", Table::SensorReadings.name()))

@@ -306,7 +306,9 @@ impl Hole {
         let lost: i64 = missing.iter().map(|(first, last)| last - first + 1).sum();
         // A message has one row at least.
         let rows = self.rows.unwrap_or(declared_rows + lost + pending);
-        let declared_rows = if lost + pending == 0 { rows } else { declared_rows.min(rows) };
+        // What a gap declares of a message is its even share: no more than leaves each that it does not name its row.
+        let left = (rows - lost - pending).max(0);
+        let declared_rows = if lost + pending == 0 { rows } else { declared_rows.min(left) };
         let missing_rows = share(rows - declared_rows, lost, lost + pending);
         let line = lines.at(self.at);
         line.expected += rows;

@@ -135,6 +135,24 @@ fn each_seq_is_accounted_for() {
             )
         },
         Case {
+            missing_seqs: "2",
+            ..case(
+                "declared with one that came and is larger, and one lost beside",
+                LaneInput {
+                    messages: vec![
+                        message(0),
+                        message(1),
+                        Refined { rows: 100, readings: 100, stored: 100, rows_before: 72, ..message(5) },
+                        Refined { rows_before: 173, ..message(7) },
+                    ],
+                    gaps: vec![Gap { readings: 103, ..gap(3, 6) }],
+                    status: Some(LaneState { rows: 183, ..state(8, 8).unwrap() }),
+                    ..lane()
+                },
+                [130, 52, 0, 1, 0],
+            )
+        },
+        Case {
             later: true,
             missing_seqs: "2-3",
             ..case(

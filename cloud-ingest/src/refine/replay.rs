@@ -235,7 +235,8 @@ impl Refiner {
             again = read.await??;
         }
         let questions = again.questions(&state.known);
-        let answers = self.committed_readings(state, n, &questions).await.context("looking readings up")?;
+        let answers =
+            self.committed_readings(state, plan, &questions).await.context("looking readings up")?;
         let replayed = tokio::task::spawn_blocking(move || again.settle(&answers)).await??;
         let Replayed { resolved, quarantine, messages, tables, news, counts } = replayed;
         if !looked.done && !resolved.is_empty() {

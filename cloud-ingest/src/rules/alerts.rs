@@ -89,7 +89,8 @@ impl Alert {
             "labels": self.all_labels(),
             "annotations": self.annotations,
             "startsAt": self.started_at.to_string(),
-            "endsAt": self.ended_at.unwrap_or(until).to_string(),
+            // One that ends before it starts, by a device's clock that is ahead, is refused.
+            "endsAt": self.ended_at.unwrap_or(until).max(self.started_at).to_string(),
         })
     }
 

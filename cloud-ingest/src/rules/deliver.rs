@@ -124,6 +124,7 @@ impl Target {
         let alerts = board.all();
         self.course.keep(&alerts);
         let due = self.course.due(&alerts, now);
+        let mut refused = Ok(());
         for part in due.chunks(AT_ONCE) {
             let body: Value = match self.kind {
                 Kind::Alertmanager => {
@@ -133,10 +134,13 @@ impl Target {
                     json!({ "version": 1, "alerts": part.iter().map(Alert::for_webhook).collect::<Vec<_>>() })
                 }
             };
-            self.post(&body).await?;
-            self.course.told(part, now);
+            // What the receiver refuses of one part is no reason to keep the others from it.
+            match self.post(&body).await {
+                Ok(()) => self.course.told(part, now),
+                Err(e) => refused = Err(e),
+            }
         }
-        Ok(due.len())
+        refused.map(|()| due.len())
     }
 
     async fn post(&self, body: &Value) -> anyhow::Result<()> {

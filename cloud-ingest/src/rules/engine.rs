@@ -189,8 +189,12 @@ impl Engine {
         let context = batch::session(tables, &self.rule.needs, &Batch::Plan(span), &self.parts.live).await?;
         match self.rule.run(&context, self.parts.limits).await {
             Ok(found) => Ok(Ok(found)),
-            // Perhaps the store's doing, which is no reason to leave the batch out.
-            Err(SqlError::Failed(why)) if self.tries(n) < TRIES => anyhow::bail!("plan {n}: {why}"),
+            // Perhaps the store's doing, or another rule's, which is no reason to leave the batch out.
+            Err(e @ (SqlError::Failed(_) | SqlError::Timeout(_) | SqlError::OutOfMemory(_)))
+                if self.tries(n) < TRIES =>
+            {
+                anyhow::bail!("plan {n}: {e}")
+            }
             Err(e) => Ok(Err(Failure::of(&e))),
         }
     }
@@ -457,7 +461,8 @@ fn published(rule: &str, n: i64, messages: usize, now: Timestamp) -> anyhow::Res
     Ok(RecordBatch::try_new(Table::published().schema(), columns)?)
 }
 
-/// The last recorded state of each alert of a rule, whatever order clocks have given to what was recorded.
+/// The last recorded state of each alert of a rule, whatever order clocks have given to what was recorded: plans are in
+/// order, and within one an alert ends after it began.
 async fn recorded(tables: &Tables, rule: &str) -> anyhow::Result<Vec<Alert>> {
     let alerts = Table::alerts();
     let Some(snapshot) = tables.snapshot(alerts).await? else { return Ok(Vec::new()) };
@@ -465,7 +470,7 @@ async fn recorded(tables: &Tables, rule: &str) -> anyhow::Result<Vec<Alert>> {
     let sql = format!(
         "select alert_id, state, severity, labels, annotations, started_at, ended_at, at from ( \
            select *, row_number() over (partition by alert_id \
-             order by started_at desc, state = 'resolved' desc, at desc) as nth \
+             order by plan desc, state = 'resolved' desc, at desc) as nth \
            from rules.alerts where rule = '{rule}') where nth = 1"
     );
     let mut found = Vec::new();

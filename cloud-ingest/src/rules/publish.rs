@@ -27,7 +27,7 @@ use crate::quality::hex;
 
 /// Messages that wait for their acknowledgement: few enough for every broker.
 const WINDOW: usize = 20;
-/// How long the broker may take to acknowledge the messages of a plan.
+/// How long the broker may take until it acknowledges another message.
 const PATIENCE: Duration = Duration::from_secs(30);
 /// A connection that nobody has looked after for so long is not used again; brokers wait 7.5 s at least.
 const IDLE: Duration = Duration::from_secs(5);
@@ -180,9 +180,7 @@ impl Publisher {
             Some((client, events, _)) => (client, events),
             None => AsyncClient::new(self.options.clone(), WINDOW),
         };
-        let deadline = Instant::now() + PATIENCE;
-        let published = send(&client, &mut events, rule, plan, messages);
-        timeout_at(deadline, published).await.context("the broker does not acknowledge")??;
+        send(&client, &mut events, rule, plan, messages).await?;
         self.open = Some((client, events, Instant::now()));
         Ok(())
     }
@@ -196,6 +194,7 @@ async fn send(
     messages: &[Outgoing],
 ) -> anyhow::Result<()> {
     let (mut sent, mut acknowledged) = (0, 0);
+    let mut deadline = Instant::now() + PATIENCE;
     while acknowledged < messages.len() {
         while sent < messages.len() && sent - acknowledged < WINDOW {
             let message = &messages[sent];
@@ -214,13 +213,15 @@ async fn send(
                 .map_err(|e| anyhow::anyhow!("{}: {e}", message.topic))?;
             sent += 1;
         }
-        if let Event::Incoming(incoming) = events.poll().await.context("publishing")? {
+        let event = timeout_at(deadline, events.poll()).await.context("the broker does not acknowledge")?;
+        if let Event::Incoming(incoming) = event.context("publishing")? {
             match incoming {
                 Incoming::PubAck(ack) => {
                     let taken =
                         matches!(ack.reason, PubAckReason::Success | PubAckReason::NoMatchingSubscribers);
                     ensure!(taken, "the broker refuses a message: {:?}; see its ACL", ack.reason);
                     acknowledged += 1;
+                    deadline = Instant::now() + PATIENCE;
                 }
                 Incoming::Disconnect(reason) => bail!("the broker hangs up: {:?}", reason.reason_code),
                 _ => {}

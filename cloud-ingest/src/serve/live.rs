@@ -60,6 +60,10 @@ const MAX_EVENTS: usize = 256;
 /// Heartbeats that must be missed before a gateway's state is unknown.
 const MISSED: u32 = 3;
 
+/// How far a clock may be ahead: the default of `quality.future_tolerance`. One reading of next year would be the newest for
+/// a year.
+const AHEAD: Duration = Duration::from_secs(300);
+
 /// How the last minutes are kept.
 #[derive(Clone, Copy, Debug)]
 pub struct Keep {
@@ -418,19 +422,17 @@ impl State {
             if self.devices.len() >= MAX_NAMES && !self.devices.contains_key(&key) {
                 continue;
             }
-            let ring = self.devices.entry(key).or_insert_with(|| Ring {
-                device_type: text(batch.column(2), row).into(),
-                asset: text(batch.column(3), row).into(),
-                unit: text(batch.column(4), row).into(),
-                points: VecDeque::new(),
-            });
+            let what = [2, 3, 4].map(|column| text(batch.column(column), row));
+            let ring = self.devices.entry(key).or_insert_with(|| Ring::of(what));
             let point = Point {
                 ts: Timestamp::from_micros(ts.value(row)),
                 value: value.is_valid(row).then(|| value.value(row)),
                 quality: Quality::from_code(quality.value(row)).unwrap_or(Quality::Bad),
                 received_at: now,
             };
-            ring.push(point, keep, per_device);
+            if ring.takes(what, &point) {
+                ring.push(point, keep, per_device);
+            }
         }
     }
 
@@ -443,14 +445,13 @@ impl State {
             if key.1.is_empty() || (self.devices.len() >= MAX_NAMES && !self.devices.contains_key(&key)) {
                 continue;
             }
-            let ring = self.devices.entry(key).or_insert_with(|| Ring {
-                device_type: device_type.into(),
-                asset: asset_id.into(),
-                unit: unit.into(),
-                points: VecDeque::new(),
-            });
+            let what = [&*device_type, &*asset_id, &*unit];
+            let ring = self.devices.entry(key).or_insert_with(|| Ring::of(what));
             let quality = Quality::from_code(quality).unwrap_or(Quality::Bad);
-            ring.push(Point { ts, value, quality, received_at: now }, keep, per_device);
+            let point = Point { ts, value, quality, received_at: now };
+            if ring.takes(what, &point) {
+                ring.push(point, keep, per_device);
+            }
         }
     }
 
@@ -487,6 +488,34 @@ impl State {
 }
 
 impl Ring {
+    fn of([device_type, asset, unit]: [&str; 3]) -> Ring {
+        let (device_type, asset, unit) = (device_type.into(), asset.into(), unit.into());
+        Ring { device_type, asset, unit, points: VecDeque::new() }
+    }
+
+    /// Whether a point of such a device belongs here. What it is changes with its newest point; values in another unit than
+    /// that one's cannot stand beside them.
+    fn takes(&mut self, [device_type, asset, unit]: [&str; 3], point: &Point) -> bool {
+        if point.ts > point.received_at + AHEAD {
+            return false;
+        }
+        let same = *self.unit == *unit;
+        if self.points.back().is_some_and(|last| point.ts < last.ts) {
+            return same;
+        }
+        if !same {
+            self.points.clear();
+            self.unit = unit.into();
+        }
+        if *self.device_type != *device_type {
+            self.device_type = device_type.into();
+        }
+        if *self.asset != *asset {
+            self.asset = asset.into();
+        }
+        true
+    }
+
     /// Keeps the points in order of event time, one for each instant.
     fn push(&mut self, point: Point, keep: Duration, most: usize) {
         let newest = self.points.back().map_or(point.ts, |p| p.ts.max(point.ts));

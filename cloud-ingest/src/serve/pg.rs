@@ -9,8 +9,10 @@
 //! * Users configured: SCRAM-SHA-256, so that no password crosses the wire, with TLS or without.
 //! * TLS fails closed: a certificate that cannot be read stops the server.
 //! * At most `serve.max_connections` at a time; further ones are closed at once.
+//! * Whoever was refused at login is asked nothing more: pgwire would go on to read and answer, so [`Gate`] lets nothing
+//!   pass of a connection that has not logged in, and the connection ends.
 
-use std::{collections::BTreeMap, fmt::Debug, path::Path, sync::Arc};
+use std::{collections::BTreeMap, fmt::Debug, path::Path, sync::Arc, time::Duration};
 
 use anyhow::Context;
 use async_trait::async_trait;
@@ -26,7 +28,8 @@ use datafusion_postgres::{
     hooks::{HookClient, set_show::SetShowHook, transactions::TransactionStatementHook},
     pgwire::{
         api::{
-            ClientInfo, ClientPortalStore, ConnectionManager, ErrorHandler, PgWireServerHandlers, Type,
+            ClientInfo, ClientPortalStore, ConnectionManager, ErrorHandler, PgWireConnectionState,
+            PgWireServerHandlers, Type,
             auth::{
                 AuthSource, DefaultServerParameterProvider, LoginInfo, Password, StartupHandler,
                 noop::NoopStartupHandler,
@@ -52,7 +55,7 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
 use sha2::{Digest, Sha256};
 use tokio::{
     net::TcpListener,
-    sync::{Semaphore, watch},
+    sync::{Notify, Semaphore, watch},
     time::Instant,
 };
 use tracing::{debug, warn};
@@ -124,22 +127,39 @@ pub async fn serve(
             warn!(%peer, "PostgreSQL connection refused: serve.max_connections reached");
             continue;
         };
-        let (server, tls, mut stop) = (Arc::clone(&server), tls.clone(), stop.clone());
+        let (tls, mut stop, refused) = (tls.clone(), stop.clone(), Arc::new(Notify::new()));
+        let connection = Connection { server: Arc::clone(&server), refused: Arc::clone(&refused) };
         tokio::spawn(async move {
             let _permit = permit;
+            // The client may still read why.
+            let farewell = async {
+                refused.notified().await;
+                tokio::time::sleep(FAREWELL).await;
+            };
             tokio::select! {
-                ended = process_socket(socket, tls, server) => {
+                ended = process_socket(socket, tls, connection) => {
                     if let Err(error) = ended {
                         debug!(%peer, %error, "PostgreSQL connection ended");
                     }
                 }
+                () = farewell => debug!(%peer, "PostgreSQL login refused"),
                 _ = stop.wait_for(|stop| *stop) => {}
             }
         });
     }
 }
 
-/// The handlers of one server.
+/// How long a connection lasts whose login was refused.
+const FAREWELL: Duration = Duration::from_secs(1);
+
+/// The handlers of one connection.
+struct Connection {
+    server: Arc<Server>,
+    /// Told when its login fails.
+    refused: Arc<Notify>,
+}
+
+/// What every connection of a server has.
 struct Server {
     session: Arc<Extended>,
     connections: Arc<ConnectionManager>,
@@ -164,28 +184,29 @@ impl Server {
     }
 }
 
-impl PgWireServerHandlers for Server {
+impl PgWireServerHandlers for Connection {
     fn simple_query_handler(&self) -> Arc<impl SimpleQueryHandler> {
-        Arc::clone(&self.session)
+        Arc::clone(&self.server.session)
     }
 
     fn extended_query_handler(&self) -> Arc<impl ExtendedQueryHandler> {
-        Arc::clone(&self.session)
+        Arc::clone(&self.server.session)
     }
 
     /// Called once for each connection, whose state the SCRAM exchange keeps.
     fn startup_handler(&self) -> Arc<impl StartupHandler> {
-        let connections = Arc::clone(&self.connections);
-        Arc::new(match &self.users {
-            None => Login::Open(Open { connections }),
+        let connections = Arc::clone(&self.server.connections);
+        let how = match &self.server.users {
+            None => How::Open(Open { connections }),
             Some(users) => {
                 let source: Arc<dyn AuthSource> = Arc::clone(users) as _;
                 let handler = SASLAuthStartupHandler::new(Arc::new(parameters()))
                     .with_scram(ScramAuth::new(source))
                     .with_connection_manager(connections);
-                Login::Scram(Box::new(handler))
+                How::Scram(Box::new(handler))
             }
-        })
+        };
+        Arc::new(Login { how, refused: Arc::clone(&self.refused) })
     }
 
     fn error_handler(&self) -> Arc<impl ErrorHandler> {
@@ -193,7 +214,7 @@ impl PgWireServerHandlers for Server {
     }
 
     fn cancel_handler(&self) -> Arc<impl CancelHandler> {
-        Arc::new(DefaultCancelHandler::new(Arc::clone(&self.connections)))
+        Arc::new(DefaultCancelHandler::new(Arc::clone(&self.server.connections)))
     }
 }
 
@@ -252,8 +273,16 @@ fn parameters() -> DefaultServerParameterProvider {
     parameters
 }
 
-/// How a connection begins.
-enum Login {
+/// A connection's beginning.
+struct Login {
+    how: How,
+    refused: Arc<Notify>,
+}
+
+/// Left with a connection that has logged in.
+struct LoggedIn;
+
+enum How {
     Open(Open),
     Scram(Box<SASLAuthStartupHandler<DefaultServerParameterProvider>>),
 }
@@ -278,6 +307,25 @@ impl StartupHandler for Login {
         C::Error: Debug,
         PgWireError: From<<C as Sink<PgWireBackendMessage>>::Error>,
     {
+        let begun = self.how.on_startup(client, message).await;
+        match &begun {
+            Ok(()) if matches!(client.state(), PgWireConnectionState::ReadyForQuery) => {
+                client.session_extensions().insert(LoggedIn);
+            }
+            Ok(()) => {}
+            Err(_) => self.refused.notify_one(),
+        }
+        begun
+    }
+}
+
+impl How {
+    async fn on_startup<C>(&self, client: &mut C, message: PgWireFrontendMessage) -> PgWireResult<()>
+    where
+        C: ClientInfo + Sink<PgWireBackendMessage> + Unpin + Send + Sync,
+        C::Error: Debug,
+        PgWireError: From<<C as Sink<PgWireBackendMessage>>::Error>,
+    {
         if let PgWireFrontendMessage::Startup(startup) = &message {
             let asked = startup.parameters.get("database").map_or("", String::as_str);
             if asked != DATABASE {
@@ -286,8 +334,8 @@ impl StartupHandler for Login {
             }
         }
         match self {
-            Login::Open(open) => open.on_startup(client, message).await,
-            Login::Scram(scram) => scram.on_startup(client, message).await,
+            How::Open(open) => open.on_startup(client, message).await,
+            How::Scram(scram) => scram.on_startup(client, message).await,
         }
     }
 }
@@ -370,8 +418,16 @@ fn info(error: &SqlError) -> PgWireError {
 struct Gate;
 
 impl Gate {
+    fn knows(client: &(impl ClientInfo + ?Sized)) -> PgWireResult<()> {
+        let known = client.session_extensions().get::<LoggedIn>().is_some();
+        if known { Ok(()) } else { Err(fatal("28000", "this connection has not logged in".to_owned())) }
+    }
+
     /// What the gate itself answers: what clients say and nothing here depends on.
     fn answer(statement: &Statement, client: &mut dyn HookClient) -> Option<PgWireResult<Response>> {
+        if let Err(stranger) = Gate::knows(client) {
+            return Some(Err(stranger));
+        }
         if let Err(refused) = sql::allow(statement) {
             return Some(Err(info(&refused)));
         }
@@ -445,8 +501,11 @@ impl QueryHook for Gate {
         &self,
         statement: &Statement,
         _: &SessionContext,
-        _: &(dyn ClientInfo + Send + Sync),
+        client: &(dyn ClientInfo + Send + Sync),
     ) -> Option<PgWireResult<LogicalPlan>> {
+        if let Err(stranger) = Gate::knows(client) {
+            return Some(Err(stranger));
+        }
         let without_rows = || {
             let schema = Arc::new(DFSchema::empty());
             LogicalPlan::EmptyRelation(EmptyRelation { produce_one_row: false, schema })

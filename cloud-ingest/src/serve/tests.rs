@@ -2,7 +2,11 @@
 
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 
-use arrow::array::{ArrayRef, AsArray, RecordBatch, StringArray, TimestampMicrosecondArray, new_null_array};
+use arrow::{
+    array::{ArrayRef, AsArray, RecordBatch, StringArray, TimestampMicrosecondArray, new_null_array},
+    compute::cast,
+    datatypes::{DataType, Float64Type},
+};
 use bytes::Bytes;
 use common::{
     documents::{LaneStatus, Status},
@@ -118,6 +122,9 @@ async fn only_what_reads_the_lake_may_run() {
         ("SELECT read_csv('/etc/passwd')", "42883"),
         ("SELECT 1/0", "22012"),
         ("SELECT 'x'::float8", "22P02"),
+        ("SELECT repeat(arrow_cast('x', 'LargeUtf8'), 1000000000000)", "42883"),
+        ("SELECT levenshtein('a', 'b')", "42883"),
+        ("SELECT range(1, 10000000000)", "42883"),
         ("SELECT * FROM generate_series(1, 1001)", "54000"),
     ] {
         match lake.queries.run(sql, u64::MAX).await {
@@ -283,6 +290,33 @@ fn push_json(live: &Live, gateway: &str, devices: usize, readings: usize) {
     }
 }
 
+#[test]
+fn a_device_is_what_it_was_last_said_to_be_and_no_reading_is_of_the_future() {
+    const T: i64 = 1_700_000_000;
+    let clock = Arc::new(Still::default());
+    let live = Live::new(Keep::default(), Arc::clone(&clock) as Arc<dyn Clock>);
+    let topic = Topic { site: "s".into(), gateway: "g".into(), stream: Stream::Json };
+    let push = |received: i64, ts: i64, unit: &str, value: f64| {
+        clock.0.store(received * 1_000_000, Ordering::SeqCst);
+        let row = serde_json::json!({
+            "device_id": "p", "device_type": "pressure", "unit": unit, "asset_id": "a", "timestamp": ts, "value": value,
+        });
+        live.push(&topic, &row.to_string().into(), 0, false);
+        let known = in_memory(&live);
+        let values = known.column_by_name("value").unwrap().as_primitive::<Float64Type>().values().to_vec();
+        let unit = cast(known.column_by_name("unit").unwrap(), &DataType::Utf8).unwrap();
+        (unit.as_string::<i32>().value(0).to_owned(), values)
+    };
+    assert_eq!(push(T, T, "bar", 1.0), ("bar".to_owned(), vec![1.0]));
+    // A year ahead.
+    assert_eq!(push(T + 1, T + 31_536_000, "bar", 9.0), ("bar".to_owned(), vec![1.0]));
+    assert_eq!(push(T + 2, T + 2, "bar", 2.0), ("bar".to_owned(), vec![1.0, 2.0]));
+    assert_eq!(push(T + 3, T + 3, "kPa", 300.0), ("kPa".to_owned(), vec![300.0]));
+    // What comes late is of the device as it was.
+    assert_eq!(push(T + 4, T + 1, "bar", 1.5), ("kPa".to_owned(), vec![300.0]));
+    assert_eq!(push(T + 5, T + 2, "kPa", 200.0), ("kPa".to_owned(), vec![200.0, 300.0]));
+}
+
 #[tokio::test]
 async fn live_readings_are_found_by_whatever_is_asked_of_devices() {
     let lake = lake(limits()).await;
@@ -410,6 +444,7 @@ async fn exchange(address: SocketAddr, head: &str, body: &str) -> (u16, String) 
 }
 
 struct Running {
+    pg: SocketAddr,
     http: SocketAddr,
     pressed: mpsc::Receiver<char>,
     recorded: mpsc::Receiver<Maintenance>,
@@ -424,8 +459,8 @@ async fn running(users: BTreeMap<String, SecretRef>) -> Running {
     let (stop, stopped) = watch::channel(false);
     let any = || TcpListener::bind("127.0.0.1:0");
     let (pg, http) = (any().await.unwrap(), any().await.unwrap());
-    let address = http.local_addr().unwrap();
-    let settings = ServeSettings { users, ..ServeSettings::loopback() };
+    let addresses = [&pg, &http].map(|listener| listener.local_addr().unwrap());
+    let settings = ServeSettings { users, max_connections: 1, ..ServeSettings::loopback() };
     let parts = Parts {
         tables,
         clock: Arc::new(SystemClock),
@@ -437,7 +472,8 @@ async fn running(users: BTreeMap<String, SecretRef>) -> Running {
         control: Some(Control { keys, labels: vec![('c', "cut the cable".into()), ('q', "stop".into())] }),
     };
     tokio::spawn(serve_on(pg, http, settings, parts, stopped));
-    Running { http: address, pressed, recorded, _stop: stop }
+    let [pg, http] = addresses;
+    Running { pg, http, pressed, recorded, _stop: stop }
 }
 
 #[tokio::test]
@@ -531,6 +567,35 @@ async fn http_asks_for_a_user_where_there_are_some() {
         let head = format!("GET {path} HTTP/1.1\r\nHost: localhost{credentials}");
         assert_eq!(exchange(server.http, &head, "").await.0, status, "{path} {credentials}");
     }
+}
+
+/// Of one connection at a time, a stranger's is not it for longer than the answer takes.
+#[tokio::test]
+async fn who_may_not_log_in_holds_no_connection() {
+    let folder = tempfile::tempdir().unwrap();
+    let secret = folder.path().join("password");
+    std::fs::write(&secret, "s3cret\n").unwrap();
+    let reference = serde_json::json!({ "ada": format!("file:{}", secret.display()) });
+    let server = running(serde_json::from_value(reference).unwrap()).await;
+    // PostgreSQL's protocol 3.0: a startup message, and the kind of the first answer with the connection.
+    let startup = async |database: &str| {
+        let mut socket = TcpStream::connect(server.pg).await.unwrap();
+        let body = format!("\0\x03\0\0user\0ada\0database\0{database}\0\0");
+        let length = u32::try_from(body.len() + 4).unwrap().to_be_bytes();
+        socket.write_all(&[&length, body.as_bytes()].concat()).await.unwrap();
+        let mut kind = [0];
+        let read = socket.read(&mut kind).await.unwrap_or(0);
+        (socket, (read > 0).then_some(char::from(kind[0])))
+    };
+    let (refused, answer) = startup("other").await;
+    assert_eq!(answer, Some('E'));
+    let asked_to_prove = async {
+        while startup(super::catalog::DATABASE).await.1 != Some('R') {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(10), asked_to_prove).await.expect("the place stays taken");
+    drop(refused);
 }
 
 #[tokio::test]

@@ -235,7 +235,11 @@ pub fn serve_settings(settings: &Settings) -> anyhow::Result<ServeSettings> {
         limits: serve::sql::Limits { timeout: section.statement_timeout, rows: section.row_cap },
         memory_limit: section.memory_limit,
         max_connections: section.max_connections,
-        keep: live::Keep { heartbeat: section.heartbeat, ..live::Keep::default() },
+        keep: live::Keep {
+            heartbeat: section.heartbeat,
+            ahead: settings.quality.future_tolerance,
+            ..live::Keep::default()
+        },
         live: Some(live::Subscription::new(mqtt, settings)),
     })
 }

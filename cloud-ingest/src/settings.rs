@@ -336,6 +336,8 @@ impl Settings {
 
     fn check_upkeep(&self, m: &mut Mistakes) {
         let upkeep = &self.upkeep;
+        let often = self.gold.interval < Duration::from_millis(100);
+        m.require(!often, "gold.interval", "too short", "write 100ms or more");
         let within = |m: &mut Mistakes, key: &str, value: Duration, hours: std::ops::RangeInclusive<u64>| {
             let (least, most) = (hours.start(), hours.end());
             m.require(

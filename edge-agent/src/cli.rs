@@ -136,7 +136,7 @@ fn execute(cli: Cli) -> anyhow::Result<ExitCode> {
     let settings = || Settings::load(cli.config.as_deref());
     match cli.command {
         Command::Run => run(settings()?).map(|()| ExitCode::SUCCESS),
-        Command::Check => Ok(check(&settings()?)),
+        Command::Check => check(&settings()?),
         Command::Sensors => sensors(&settings()?),
         Command::Discover(places) => discover::execute(&places),
         Command::Calibrate { model, input, rows, out } => {
@@ -153,14 +153,15 @@ fn execute(cli: Cli) -> anyhow::Result<ExitCode> {
     }
 }
 
-fn check(settings: &Settings) -> ExitCode {
+fn check(settings: &Settings) -> anyhow::Result<ExitCode> {
+    settings.check_run()?;
     let (devices, sources) = (settings.registry.devices.len(), settings.sources.len());
     telemetry::print_line(format_args!(
         "{}/{}: {devices} devices, {sources} sources",
         settings.site, settings.gateway
     ));
     models(settings);
-    ExitCode::SUCCESS
+    Ok(ExitCode::SUCCESS)
 }
 
 fn verify(folder: &Path) -> anyhow::Result<ExitCode> {

@@ -85,6 +85,7 @@ pub async fn run<H: Hardware>(
     clock: Arc<dyn Clock>,
     mut stop: watch::Receiver<bool>,
 ) -> anyhow::Result<()> {
+    settings.check_run()?;
     let settings = Arc::new(settings);
     let mut registry = telemetry::registry();
     let metrics = Arc::new(Metrics::register(&mut registry));

@@ -73,6 +73,21 @@ pub struct Settings {
 }
 
 impl Settings {
+    /// Whether these sources can be run together; a recorded file's table alone says how others are read.
+    ///
+    /// # Errors
+    /// What cannot, why, and what to do.
+    pub fn check_run(&self) -> anyhow::Result<()> {
+        let recorded = self.sources.iter().any(|source| matches!(source, Source::Replay { .. }));
+        anyhow::ensure!(
+            !recorded || self.sources.len() == 1,
+            "[[replay]]: a recorded file beside other sources; an agent that begins again goes on after the last time that it \
+             has sealed, and would leave out what the file still holds. Give each file an agent of its own, with a gateway \
+             and a data_dir of its own"
+        );
+        Ok(())
+    }
+
     /// Reads the defaults, the file and the environment.
     ///
     /// # Errors

@@ -118,7 +118,7 @@ pub async fn run(
 ) -> anyhow::Result<()> {
     // To wait for the end by another one leaves what comes meanwhile unseen by `silver`.
     let mut ending = silver.clone();
-    let mut last_tries = 0;
+    let (mut last_tries, mut new) = (0, true);
     loop {
         // What came until now, the step finds.
         silver.borrow_and_update();
@@ -127,6 +127,8 @@ pub async fn run(
         let began = tokio::time::Instant::now();
         let done = step(&tables, &settings, clock.now()).await;
         let behind = done.is_err();
+        // In a new lake the first reading need not wait for a rest after nothing.
+        new = new && done.as_ref().is_ok_and(StepDone::is_nothing);
         match done {
             Ok(done) => tracing::debug!(?done, "gold is up to date"),
             Err(error) if last_tries < LAST_TRIES => {
@@ -137,7 +139,9 @@ pub async fn run(
         if open {
             // Ends early when the sender is gone.
             let pause = settings.interval.max(began.elapsed() * REST);
-            let _ = tokio::time::timeout(pause, ending.wait_for(|_| false)).await;
+            if !new {
+                let _ = tokio::time::timeout(pause, ending.wait_for(|_| false)).await;
+            }
             if !behind {
                 let _ = tokio::time::timeout(settings.interval, silver.changed()).await;
             }

@@ -7,7 +7,8 @@
 //!   history. When a step does both, the progress goes with the second commit: after a crash between the two the
 //!   next step finds the first half in place and unchanged.
 //! * At every version there is one row a key, also where several refiners make gold: each commit is from the snapshot
-//!   that was compared, or from the commit before it, and all have the same app id, so one of two fails.
+//!   that was compared, or from the commit before it, and all have the same app id, so one of two fails. A step that
+//!   has read an older silver than another that is done fails, too.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -39,6 +40,9 @@ use crate::{
 pub(crate) const SILVER: &str = "silver";
 /// Progress of a table that has nothing of silver yet, as far as anybody can tell.
 pub(crate) const NONE: i64 = -1;
+/// Tables whose progress is a version of `silver/sensor_readings` that never goes back, unless all is made anew.
+const BY_SILVER: [Table; 4] =
+    [Table::HourlyAggregates, Table::Timeseries1m, Table::DailyAggregates, Table::AssetHealth];
 /// A table's progress is committed without rows once it is this many versions behind.
 const LAG: i64 = 64;
 
@@ -94,6 +98,16 @@ pub(super) async fn publish(
     now: Timestamp,
 ) -> anyhow::Result<usize> {
     let base = tables.snapshot(keyed.table).await?;
+    if let Some(base) = &base
+        && BY_SILVER.contains(&keyed.table)
+        && let Some(known) = Tables::progress(base, SILVER).await?
+    {
+        let (table, version) = (keyed.table.path(), progress.version());
+        anyhow::ensure!(
+            known <= version,
+            "{table} has version {known} of silver by another refiner, not {version}"
+        );
+    }
     let existing = existing(base.as_ref(), keyed, spans).await?;
     let difference = Difference::between(&existing, computed, keyed, now)?;
     if difference.changed == 0 {

@@ -897,6 +897,23 @@ async fn of_two_refiners_at_once_each_row_comes_once() {
     assert_eq!(lake.gold().await, alone.gold().await);
 }
 
+/// A step that began long ago does not undo what another one has made since of more.
+#[tokio::test]
+async fn what_was_made_of_an_older_silver_is_not_published() {
+    let mut lake = Lake::new().await;
+    lake.readings(&wave("a", 0, 3600, 60)).await;
+    lake.readings(&wave("a", 3600, 7200, 60)).await;
+    lake.step(7200).await;
+    let (none, now) = (RecordBatch::new_empty(Table::AssetHealth.schema()), Timestamp::from_micros(START));
+    let publish = async |version: i64| {
+        let progress = publish::Progress::Complete(version);
+        publish::publish(&lake.tables, health::HEALTH, &[], none.clone(), progress, now).await
+    };
+    assert_eq!(publish(2).await.unwrap(), 0);
+    let refused = publish(1).await.unwrap_err().to_string();
+    assert!(refused.contains("has version 2 of silver by another refiner, not 1"), "{refused}");
+}
+
 #[tokio::test]
 async fn gold_of_another_lake_is_made_again_also_when_that_is_interrupted() {
     let rows = wave("a", 0, 3 * 3600, 60);

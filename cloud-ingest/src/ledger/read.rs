@@ -43,9 +43,10 @@ pub(super) async fn inputs(tables: &Tables) -> anyhow::Result<Inputs> {
 }
 
 /// The present epoch of each gateway: the one whose first status came last. Only within an epoch does a gateway's
-/// clock never go back, so only there does its own time say what is newest; a retained document may come again.
+/// clock never go back, so only there does its own time say what is newest; a retained document may come again. A last
+/// will, which names no lanes, is no beginning: of the epochs before it is known what they hold.
 const NEWEST: &str = "WITH begun AS (SELECT site, gateway_id, current_epoch, min(received_at) AS began FROM status \
-                      GROUP BY site, gateway_id, current_epoch), \
+                      WHERE online OR lane IS NOT NULL GROUP BY site, gateway_id, current_epoch), \
                       newest AS (SELECT site, gateway_id, last_value(current_epoch ORDER BY began) AS epoch \
                       FROM begun GROUP BY site, gateway_id)";
 

@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context, ensure};
+use anyhow::Context;
 use axum::http::{HeaderValue, Method, Uri, header};
 use common::time::{Clock, Timestamp};
 use object_store::{
@@ -135,15 +135,16 @@ impl Target {
                 }
             };
             // What the receiver refuses of one part is no reason to keep the others from it.
-            match self.post(&body).await {
+            match self.post(&body).await? {
                 Ok(()) => self.course.told(part, now),
-                Err(e) => refused = Err(e),
+                Err(said) => refused = Err(anyhow::anyhow!(said)),
             }
         }
         refused.map(|()| due.len())
     }
 
-    async fn post(&self, body: &Value) -> anyhow::Result<()> {
+    /// The inner error is the receiver's answer.
+    async fn post(&self, body: &Value) -> anyhow::Result<Result<(), String>> {
         let mut request = HttpRequest::new(serde_json::to_vec(body)?.into());
         *request.method_mut() = Method::POST;
         *request.uri_mut() = self.address.clone();
@@ -155,12 +156,12 @@ impl Target {
         let answer = self.client.execute(request).await.map_err(|e| anyhow::anyhow!("{}", cause(&e)))?;
         let status = answer.status();
         if status.is_success() {
-            return Ok(());
+            return Ok(Ok(()));
         }
         let body = answer.into_body().bytes().await.unwrap_or_default();
         let said: String = String::from_utf8_lossy(&body).chars().take(200).collect();
-        ensure!(status.is_success(), "it answers {status}: {said}");
-        Ok(())
+        let said = format!("it answers {status}: {said}");
+        if status.is_client_error() { Ok(Err(said)) } else { Err(anyhow::anyhow!(said)) }
     }
 }
 

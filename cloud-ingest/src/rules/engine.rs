@@ -146,6 +146,8 @@ impl Engine {
             Err(failure) => {
                 self.failed(n, &failure, now);
                 self.pass(n).await?;
+                // What is given up for good need not be tried again when another plan fails.
+                self.finish().await?;
                 Outcome::Failed(n, failure)
             }
         };

@@ -14,11 +14,12 @@
 //!
 //! **What it sees.** Schema `batch`, in which names without a schema are looked up: `readings` (the columns of
 //! `silver.sensor_readings`: `ts`, `site`, `gateway_id`, `device_id`, `device_type`, `asset_id`, `value`, `unit`,
-//! `kind`, `quality`, `received_at`, …), `aggregates`, `anomalies`, `control`, `status`, `quarantine`: exactly the
-//! rows that plan n put into these tables of silver. So readings are in canonical units and come once, whatever was
-//! redelivered; what was refused is in `quarantine`. History is `silver.…`, `gold.…`, `ops.quality_results` and
-//! `rules.alerts`, as they are when the rule runs; `live.readings` and `live.status` are the last minutes. Functions
-//! are those of the PostgreSQL wire. A rule whose tables have nothing of a plan is not run.
+//! `kind`, `quality`, `received_at`, …), `aggregates`, `anomalies`, `control`, `status`, `quarantine`: the rows of plan
+//! n's segments in these tables of silver. So readings are in canonical units and come once, whatever was redelivered;
+//! what was refused is in `quarantine`. What quarantine gives back when it is judged again is seen by those rules only
+//! that come to its plan after that. History is `silver.…`, `gold.…`, `ops.quality_results` and `rules.alerts`, as they
+//! are when the rule runs; `live.readings` and `live.status` are the last minutes. Functions are those of the PostgreSQL
+//! wire. A rule whose tables have nothing of a plan is not run.
 //!
 //! **What it leaves.** Every sink has a Delta table, and the commit with `txn("rule:NAME", n)` is the rule's progress:
 //!
@@ -38,9 +39,9 @@
 //! and every receiver is told of them again.
 //!
 //! **Failures.** SQL that does not plan is refused at the start ([`plan`]). What fails when it runs (SQL, time, rows,
-//! memory) is counted, logged once a minute, and the rule goes on with the next plan; a sink that fails is tried
-//! again, and only its own rule waits. A query may take `rules.timeout`, give `rules.rows` rows, and all of them
-//! together hold `rules.memory_limit` bytes.
+//! memory) is counted, logged once a minute, and the rule goes on with the next plan, after three tries where the store
+//! or another rule may have been the reason; a sink that fails is tried again, and only its own rule waits. A query may
+//! take `rules.timeout`, give `rules.rows` rows, and all of them together hold `rules.memory_limit` bytes.
 //!
 //! Aggregates of the edge need no rule to become a time series: `gold/timeseries_1m` is made of them where a gateway
 //! sends no readings, as a pure function of silver. What ships enabled is in `shipped.toml`.

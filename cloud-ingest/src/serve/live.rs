@@ -60,10 +60,6 @@ const MAX_EVENTS: usize = 256;
 /// Heartbeats that must be missed before a gateway's state is unknown.
 const MISSED: u32 = 3;
 
-/// How far a clock may be ahead: the default of `quality.future_tolerance`. One reading of next year would be the newest for
-/// a year.
-const AHEAD: Duration = Duration::from_secs(300);
-
 /// How the last minutes are kept.
 #[derive(Clone, Copy, Debug)]
 pub struct Keep {
@@ -71,11 +67,14 @@ pub struct Keep {
     pub keep: Duration,
     /// How often a gateway says that it is there.
     pub heartbeat: Duration,
+    /// How far a device's clock may be ahead: one reading of next year would be the newest for a year.
+    pub ahead: Duration,
 }
 
 impl Default for Keep {
     fn default() -> Self {
-        Self { keep: Duration::from_secs(900), heartbeat: Duration::from_secs(60) }
+        let ahead = Duration::from_secs(300);
+        Self { keep: Duration::from_secs(900), heartbeat: Duration::from_secs(60), ahead }
     }
 }
 
@@ -279,7 +278,7 @@ impl Live {
         let unread = std::mem::take(&mut self.lock().unread);
         for ((site, _), Queue { messages, .. }) in unread {
             for Unread { payload, form, received_at, .. } in messages {
-                let keep = self.keep.keep;
+                let keep = self.keep;
                 match form {
                     Form::Arrow => {
                         if let Ok((batch, _)) = decoder.decode(Lane::Readings, &payload) {
@@ -408,7 +407,7 @@ impl State {
     }
 
     /// Columns by position: [`wire::decode`] has checked them.
-    fn readings(&mut self, site: &str, batch: &RecordBatch, now: Timestamp, keep: Duration) {
+    fn readings(&mut self, site: &str, batch: &RecordBatch, now: Timestamp, keep: Keep) {
         let ts = batch.column(0).as_primitive::<TimestampMicrosecondType>();
         let value = batch.column(6).as_primitive::<Float64Type>();
         let quality = batch.column(7).as_primitive::<UInt8Type>();
@@ -430,14 +429,14 @@ impl State {
                 quality: Quality::from_code(quality.value(row)).unwrap_or(Quality::Bad),
                 received_at: now,
             };
-            if ring.takes(what, &point) {
-                ring.push(point, keep, per_device);
+            if ring.takes(what, &point, keep.ahead) {
+                ring.push(point, keep.keep, per_device);
             }
         }
     }
 
     /// In the units and types that were sent.
-    fn samples(&mut self, site: &str, samples: Vec<Sample<'_>>, now: Timestamp, keep: Duration) {
+    fn samples(&mut self, site: &str, samples: Vec<Sample<'_>>, now: Timestamp, keep: Keep) {
         let per_device = (MAX_ROWS / self.devices.len().max(1)).max(1);
         for sample in samples {
             let Sample { ts, device_id, device_type, asset_id, unit, value, quality } = sample;
@@ -449,8 +448,8 @@ impl State {
             let ring = self.devices.entry(key).or_insert_with(|| Ring::of(what));
             let quality = Quality::from_code(quality).unwrap_or(Quality::Bad);
             let point = Point { ts, value, quality, received_at: now };
-            if ring.takes(what, &point) {
-                ring.push(point, keep, per_device);
+            if ring.takes(what, &point, keep.ahead) {
+                ring.push(point, keep.keep, per_device);
             }
         }
     }
@@ -495,16 +494,19 @@ impl Ring {
 
     /// Whether a point of such a device belongs here. What it is changes with its newest point; values in another unit than
     /// that one's cannot stand beside them.
-    fn takes(&mut self, [device_type, asset, unit]: [&str; 3], point: &Point) -> bool {
-        if point.ts > point.received_at + AHEAD {
+    fn takes(&mut self, [device_type, asset, unit]: [&str; 3], point: &Point, ahead: Duration) -> bool {
+        if point.ts > point.received_at + ahead {
             return false;
         }
-        let same = *self.unit == *unit;
+        // Who says none means that of its device type.
+        let same = *self.unit == *unit || unit.is_empty() || self.unit.is_empty();
         if self.points.back().is_some_and(|last| point.ts < last.ts) {
             return same;
         }
         if !same {
             self.points.clear();
+        }
+        if !unit.is_empty() && *self.unit != *unit {
             self.unit = unit.into();
         }
         if *self.device_type != *device_type {

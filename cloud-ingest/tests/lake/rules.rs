@@ -596,6 +596,16 @@ async fn a_rule_that_fails_is_counted_and_harms_no_other() {
         let line = format!("tailrace_cloud_rule_failures_total{{rule=\"{name}\",reason=\"{reason}\"}} 1");
         assert!(metrics.contains(&line), "{line}\n{metrics}");
     }
+    // Another plan that fails does not bring the first one back.
+    put(&store, 1, &[readings(1, &[(2, "a", 214.0)])]).await;
+    refine_all(&mut refiner(&store, &process.tables)).await;
+    let mut done = engines[2].step(now()).await;
+    for _ in 0..2 {
+        if done.is_err() {
+            done = engines[2].step(now()).await;
+        }
+    }
+    assert!(matches!(done, Ok(Outcome::Failed(2, _))), "{done:?}");
 }
 
 #[tokio::test]

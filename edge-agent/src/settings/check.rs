@@ -74,14 +74,6 @@ pub(super) fn check(file: File, sha256: String, origin: String, folder: &Path) -
         sources.push(check_replay(replay, &mut bind, &mut m));
     }
     check_paths(&sources, &mut m);
-    let replayed = sources.iter().any(|source| matches!(source, Source::Replay { .. }));
-    m.require(
-        !replayed || sources.len() == 1,
-        "replay",
-        "a recorded file stands beside other sources; an agent that begins again goes on after the last time that it has \
-         sealed, and would leave out what the file still holds",
-        "give each file an agent of its own, with a gateway and a data_dir of its own",
-    );
     let settings = Settings {
         mqtt,
         root,

@@ -144,14 +144,15 @@ fn every_mistake_is_reported_at_once_with_its_fix() {
 #[test]
 fn a_recorded_file_is_its_agents_only_source() {
     let replay = "[[replay]]\nfile = \"/rows.csv\"\n";
-    let report = load(&format!("{BASE}\n{replay}"), &[]).unwrap_err().to_string();
-    assert!(report.contains("replay: a recorded file stands beside other sources"), "{report}");
-    assert!(report.contains("give each file an agent of its own"), "{report}");
+    // For `calibrate` and `try` it says how a recording is read.
+    let beside = load(&format!("{BASE}\n{replay}"), &[]).unwrap();
+    let refused = beside.check_run().unwrap_err().to_string();
+    assert!(refused.contains("a recorded file beside other sources"), "{refused}");
+    assert!(refused.contains("Give each file an agent of its own"), "{refused}");
     let alone = "site = \"s\"\ngateway = \"g\"\ndata_dir = \"/d\"\n[[asset]]\nid = \"p\"\n[[device]]\nid = \"a\"\n\
                  type = \"flow\"\nasset = \"p\"\nunit = \"L/min\"\n";
-    assert_eq!(load(&format!("{alone}{replay}"), &[]).unwrap().sources.len(), 1);
-    let two = load(&format!("{alone}{replay}{replay}"), &[]).unwrap_err().to_string();
-    assert!(two.contains("beside other sources"), "{two}");
+    load(&format!("{alone}{replay}"), &[]).unwrap().check_run().unwrap();
+    load(&format!("{alone}{replay}{replay}"), &[]).unwrap().check_run().unwrap_err();
 }
 
 #[test]

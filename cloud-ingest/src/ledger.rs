@@ -42,7 +42,7 @@ use common::time::Timestamp;
 use serde::Serialize;
 
 pub use self::{
-    account::{Census, Gap, GatewayInput, Inputs, LaneInput, LaneKey, LaneState, Refined, account},
+    account::{Census, Gap, GatewayInput, Inputs, LaneInput, LaneKey, LaneState, Received, Refined, account},
     table::{LedgerTable, delivery_ledger},
 };
 use crate::{store::Store, tables::Tables};

@@ -62,11 +62,77 @@ pub struct LaneKey {
     pub lane: String,
 }
 
+/// The messages of an epoch and lane, as much of them as the ledger needs. There are millions; what is kept is a
+/// record for each run of seqs and for each hour, and it is the same in whichever order they are added.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Received {
+    /// Runs of seqs that came, by their first.
+    runs: BTreeMap<i64, Run>,
+    /// What became of the rows.
+    lines: Lines,
+    /// How far they go.
+    ends: Option<(i64, Option<i64>)>,
+    /// Highest of the lowest seqs that the edge held when it sealed them.
+    oldest: i64,
+    /// First and last `sealed_at` by a clock that was set.
+    active: Option<(Timestamp, Timestamp)>,
+}
+
+/// Seqs without a hole.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Run {
+    last: i64,
+    /// Rows sealed before its first message, and up to the end of its last.
+    rows: (i64, i64),
+    /// `sealed_at` of its first message and of its last.
+    sealed_at: (Timestamp, Timestamp),
+}
+
+impl Received {
+    /// Adds one of the messages.
+    pub fn add(&mut self, message: &Refined) {
+        let seq = message.seq;
+        self.oldest = self.oldest.max(message.oldest);
+        self.ends = self.ends.max(Some((seq + 1, Some(message.rows_before + message.rows))));
+        let at = message.sealed_at;
+        // By a clock that was never set, nobody knows when that was.
+        if !at.is_provisional() {
+            self.active = Some(self.active.map_or((at, at), |(from, to)| (from.min(at), to.max(at))));
+        }
+        let before = self.runs.range(..=seq).next_back().map(|(first, run)| (*first, *run));
+        // A further row of a seq that is there already was delivered again, whatever it says of itself. The first
+        // delivery of one that says so is always there too, unless silver was tampered with; then the seq stays absent.
+        let again = message.redelivered || before.is_some_and(|(_, run)| run.last >= seq);
+        self.lines.refined(&Refined { redelivered: again, ..*message }, message.rows);
+        if again {
+            return;
+        }
+        let rows = (message.rows_before, message.rows_before + message.rows);
+        let (mut first, mut run) = (seq, Run { last: seq, rows, sealed_at: (at, at) });
+        if let Some((earlier, before)) = before.filter(|(_, run)| run.last + 1 == seq) {
+            first = earlier;
+            run.rows.0 = before.rows.0;
+            run.sealed_at.0 = before.sealed_at.0;
+        }
+        if let Some(after) = self.runs.remove(&(seq + 1)) {
+            run.last = after.last;
+            run.rows.1 = after.rows.1;
+            run.sealed_at.1 = after.sealed_at.1;
+        }
+        self.runs.insert(first, run);
+    }
+
+    /// Adds a message of a sender without seq: what was received is accounted for, and no more can be said.
+    pub fn add_unnumbered(&mut self, message: &Refined) {
+        self.lines.refined(message, message.readings);
+    }
+}
+
 /// Everything that silver says of an epoch and lane, in any order.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct LaneInput {
     /// Its messages.
-    pub messages: Vec<Refined>,
+    pub received: Received,
     /// Its gaps; some may have been declared twice.
     pub gaps: Vec<Gap>,
     /// Its end.
@@ -120,7 +186,11 @@ pub fn account(inputs: &Inputs, now: Timestamp) -> Audit {
     let nobody = GatewayInput::default();
     for (key, input) in &inputs.lanes {
         let gateway = inputs.gateways.get(&(key.site.clone(), key.gateway.clone())).unwrap_or(&nobody);
-        let rows = if key.lane == NAMELESS { unnumbered(input) } else { numbered(key, input, gateway) };
+        let rows = if key.lane == NAMELESS {
+            input.received.lines.clone().into_rows()
+        } else {
+            numbered(key, input, gateway)
+        };
         let unknown_since = gateway.unknown_since(now);
         let books = gateways.entry((&key.site, &key.gateway)).or_default();
         books.enter(key, input, &rows, settled(key, input, gateway));
@@ -155,7 +225,7 @@ impl GatewayInput {
 
 /// The lowest seq that the edge may still hold.
 fn oldest(key: &LaneKey, input: &LaneInput, gateway: &GatewayInput, head: i64) -> i64 {
-    let said = input.messages.iter().map(|m| m.oldest).max().unwrap_or(0);
+    let said = input.received.oldest;
     match (&input.status, &gateway.current_epoch) {
         (Some(status), _) => status.oldest.max(said),
         // The newest status lists everything that is held, so this is not.
@@ -183,86 +253,73 @@ struct Ends {
 impl Ends {
     fn of(input: &LaneInput) -> Ends {
         let states = input.status.iter().chain(&input.closing).map(|s| (s.head, Some(s.rows)));
-        let messages = input.messages.iter().map(|m| (m.seq + 1, Some(m.rows_before + m.rows)));
         let gaps = input.gaps.iter().map(|g| (g.last_seq + 1, None));
-        let (head, rows) = states.chain(messages).chain(gaps).max().unwrap_or((0, None));
+        let (head, rows) = states.chain(input.received.ends).chain(gaps).max().unwrap_or((0, None));
         Ends { head, rows }
     }
 }
 
 /// Lines by hour.
-#[derive(Default)]
-struct Lines(BTreeMap<Timestamp, LedgerRow>);
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Lines(BTreeMap<Timestamp, Line>);
+
+/// A line, and the seqs that are missing from it, both ends included.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Line {
+    row: LedgerRow,
+    missing: BTreeSet<(i64, i64)>,
+}
 
 impl Lines {
-    fn at(&mut self, at: Timestamp) -> &mut LedgerRow {
-        let hour = at.hour();
-        self.0.entry(hour).or_insert_with(|| LedgerRow { hour, ..LedgerRow::default() })
+    fn at(&mut self, at: Timestamp) -> &mut Line {
+        self.0.entry(at.hour()).or_default()
+    }
+
+    fn refined(&mut self, message: &Refined, expected: i64) {
+        let Line { row, missing } = self.at(message.sealed_at);
+        if message.redelivered {
+            row.redelivered += message.readings;
+            return;
+        }
+        let found = message.stored + message.duplicates + message.quarantined;
+        row.expected += expected.max(found);
+        row.stored += message.stored;
+        row.duplicates += message.duplicates;
+        row.quarantined += message.quarantined;
+        if found < expected {
+            row.missing += expected - found;
+            missing.insert((message.seq, message.seq));
+        }
     }
 
     fn into_rows(self) -> Vec<LedgerRow> {
-        self.0.into_values().collect()
-    }
-}
-
-/// Senders without seq: what was received is accounted for, and no more can be said.
-fn unnumbered(input: &LaneInput) -> Vec<LedgerRow> {
-    let mut lines = Lines::default();
-    for message in &input.messages {
-        refined(lines.at(message.sealed_at), message, message.readings);
-    }
-    lines.into_rows()
-}
-
-fn refined(line: &mut LedgerRow, message: &Refined, expected: i64) {
-    if message.redelivered {
-        line.redelivered += message.readings;
-        return;
-    }
-    let found = message.stored + message.duplicates + message.quarantined;
-    line.expected += expected.max(found);
-    line.stored += message.stored;
-    line.duplicates += message.duplicates;
-    line.quarantined += message.quarantined;
-    if found < expected {
-        line.missing += expected - found;
-        push_range(&mut line.missing_seqs, message.seq, message.seq);
+        let rows = self.0.into_iter();
+        rows.map(|(hour, Line { row, missing })| LedgerRow { hour, missing_seqs: ranges(&missing), ..row })
+            .collect()
     }
 }
 
 fn numbered(key: &LaneKey, input: &LaneInput, gateway: &GatewayInput) -> Vec<LedgerRow> {
-    let mut messages = input.messages.clone();
-    messages.sort_unstable_by_key(|m| (m.seq, m.redelivered));
     let ends = Ends::of(input);
     let gaps = disjoint(&input.gaps);
     let oldest = oldest(key, input, gateway, ends.head);
-    let mut lines = Lines::default();
-    let mut before: Option<Refined> = None;
-    for message in messages {
-        // A further row of a seq that is there already was delivered again, whatever it says of itself.
-        if before.is_some_and(|before| before.seq == message.seq) {
-            lines.at(message.sealed_at).redelivered += message.readings;
-            continue;
+    let mut lines = input.received.lines.clone();
+    let mut before: Option<&Run> = None;
+    for (first, run) in &input.received.runs {
+        let from = before.map_or(0, |b| b.last + 1);
+        if from < *first {
+            let rows = run.rows.0 - before.map_or(0, |b| b.rows.1);
+            let at = before.map_or(run.sealed_at.0, |b| b.sealed_at.1);
+            Hole { from, to: first - 1, rows: Some(rows.max(0)), at }.enter(&gaps, oldest, &mut lines);
         }
-        if message.redelivered {
-            // The first delivery is always there too, unless silver was tampered with; the seq stays absent.
-            lines.at(message.sealed_at).redelivered += message.readings;
-            continue;
-        }
-        let from = before.map_or(0, |b| b.seq + 1);
-        if from < message.seq {
-            let rows = message.rows_before - before.map_or(0, |b| b.rows_before + b.rows);
-            let at = before.map_or(message.sealed_at, |b| b.sealed_at);
-            Hole { from, to: message.seq - 1, rows: Some(rows.max(0)), at }.enter(&gaps, oldest, &mut lines);
-        }
-        refined(lines.at(message.sealed_at), &message, message.rows);
-        before = Some(message);
+        before = Some(run);
     }
-    let from = before.map_or(0, |b| b.seq + 1);
+    let from = before.map_or(0, |b| b.last + 1);
     if from < ends.head {
-        let rows = ends.rows.map(|rows| (rows - before.map_or(0, |b| b.rows_before + b.rows)).max(0));
+        let rows = ends.rows.map(|rows| (rows - before.map_or(0, |b| b.rows.1)).max(0));
         let states = input.status.iter().chain(&input.closing).map(|s| s.at);
-        let at = before.map(|b| b.sealed_at).or_else(|| gaps.first().map(|g| g.ts)).or_else(|| states.min());
+        let at =
+            before.map(|b| b.sealed_at.1).or_else(|| gaps.first().map(|g| g.ts)).or_else(|| states.min());
         let hole = Hole { from, to: ends.head - 1, rows, at: at.unwrap_or_default() };
         hole.enter(&gaps, oldest, &mut lines);
     }
@@ -311,13 +368,11 @@ impl Hole {
         let declared_rows = if lost + pending == 0 { rows } else { declared_rows.min(left) };
         let missing_rows = share(rows - declared_rows, lost, lost + pending);
         let line = lines.at(self.at);
-        line.expected += rows;
-        line.declared += declared_rows;
-        line.missing += missing_rows;
-        line.pending += rows - declared_rows - missing_rows;
-        for (first, last) in missing {
-            push_range(&mut line.missing_seqs, first, last);
-        }
+        line.row.expected += rows;
+        line.row.declared += declared_rows;
+        line.row.missing += missing_rows;
+        line.row.pending += rows - declared_rows - missing_rows;
+        line.missing.extend(missing);
     }
 }
 
@@ -331,11 +386,12 @@ fn share(rows: i64, part: i64, whole: i64) -> i64 {
     i64::try_from(exact + i128::from(rest > 0)).unwrap_or(rows).min(rows)
 }
 
-fn push_range(text: &mut String, first: i64, last: i64) {
-    use std::fmt::Write;
-    let comma = if text.is_empty() { "" } else { ", " };
-    let _ =
-        if first == last { write!(text, "{comma}{first}") } else { write!(text, "{comma}{first}-{last}") };
+/// `3, 7-9`
+fn ranges(spans: &BTreeSet<(i64, i64)>) -> String {
+    let text = |(first, last): &(i64, i64)| {
+        if first == last { first.to_string() } else { format!("{first}-{last}") }
+    };
+    spans.iter().map(text).collect::<Vec<_>>().join(", ")
 }
 
 /// Gaps in order without overlaps: neighbouring gaps merge on the edge, so a wider one may repeat a narrower.
@@ -375,14 +431,9 @@ impl Books {
             self.totals.unnumbered += sum(|r| r.expected);
             return;
         }
-        for message in &input.messages {
-            let at = message.sealed_at;
-            if at.is_provisional() {
-                // The clock was never set: nobody knows when that was.
-                continue;
-            }
-            let span = self.active.entry(key.epoch.clone()).or_insert((at, at));
-            *span = (span.0.min(at), span.1.max(at));
+        if let Some((from, to)) = input.received.active {
+            let span = self.active.entry(key.epoch.clone()).or_insert((from, to));
+            *span = (span.0.min(from), span.1.max(to));
         }
         if key.lane == Lane::Readings.as_str() {
             self.sealed.insert(key.epoch.clone(), (sum(|r| r.expected), settled));

@@ -14,6 +14,7 @@ use crate::{
         series::{column, ints, micros, text},
     },
     lake::Table,
+    silver::NAMELESS,
     tables::Tables,
 };
 
@@ -49,10 +50,6 @@ const NEWEST: &str = "WITH begun AS (SELECT site, gateway_id, current_epoch, min
                       WHERE online OR lane IS NOT NULL GROUP BY site, gateway_id, current_epoch), \
                       newest AS (SELECT site, gateway_id, last_value(current_epoch ORDER BY began) AS epoch \
                       FROM begun GROUP BY site, gateway_id)";
-
-/// Each document once, as it came first: every replica stores it, one that was away much later.
-const HEARD: &str = "SELECT site, gateway_id, current_epoch, online, at, min(received_at) AS received_at \
-                     FROM status GROUP BY site, gateway_id, current_epoch, online, at";
 
 async fn rows(context: &SessionContext, sql: &str) -> anyhow::Result<Vec<RecordBatch>> {
     Ok(context.sql(sql).await?.collect().await?)
@@ -91,9 +88,9 @@ async fn read_messages(context: &SessionContext, inputs: &mut Inputs) -> anyhow:
                     lanes.len() - 1
                 }
             };
-            let (_, lane, heard) = &mut lanes[at];
+            let (key, lane, heard) = &mut lanes[at];
             *heard = (*heard).max(received_at.value(row));
-            lane.messages.push(Refined {
+            let message = Refined {
                 seq: seq.value(row),
                 rows: count.value(row),
                 rows_before: before.value(row),
@@ -104,7 +101,12 @@ async fn read_messages(context: &SessionContext, inputs: &mut Inputs) -> anyhow:
                 duplicates: duplicates.value(row),
                 quarantined: quarantined.value(row),
                 redelivered: redelivered.value(row),
-            });
+            };
+            if key.lane == NAMELESS {
+                lane.received.add_unnumbered(&message);
+            } else {
+                lane.received.add(&message);
+            }
         }
     }
     for (key, lane, heard) in lanes {
@@ -182,13 +184,16 @@ async fn read_census(context: &SessionContext, inputs: &mut Inputs) -> anyhow::R
 }
 
 async fn read_gateways(context: &SessionContext, inputs: &mut Inputs) -> anyhow::Result<()> {
+    // A document counts as it came first: every replica stores it, one that was away much later. What a join is
+    // built of stands left of it: a few rows a gateway.
     let sql = format!(
-        "{NEWEST}, heard AS ({HEARD}) SELECT s.site, s.gateway_id, n.epoch, \
-         max(at) FILTER (WHERE online AND current_epoch = n.epoch) AS online_at, \
-         max(at) FILTER (WHERE NOT online AND current_epoch = n.epoch) AS offline_at, \
-         max(received_at) FILTER (WHERE online) AS heard_at \
-         FROM heard s JOIN newest n ON s.site = n.site AND s.gateway_id = n.gateway_id \
-         GROUP BY s.site, s.gateway_id, n.epoch"
+        "{NEWEST}, latest AS (SELECT n.site, n.gateway_id, n.epoch, max(s.at) FILTER (WHERE s.online) AS online_at, \
+         max(s.at) FILTER (WHERE NOT s.online) AS offline_at FROM newest n JOIN status s ON s.site = n.site \
+         AND s.gateway_id = n.gateway_id AND s.current_epoch = n.epoch GROUP BY n.site, n.gateway_id, n.epoch) \
+         SELECT l.site, l.gateway_id, l.epoch, l.online_at, l.offline_at, \
+         min(s.received_at) FILTER (WHERE s.online AND s.at = l.online_at) AS heard_at \
+         FROM latest l JOIN status s ON s.site = l.site AND s.gateway_id = l.gateway_id \
+         AND s.current_epoch = l.epoch GROUP BY l.site, l.gateway_id, l.epoch, l.online_at, l.offline_at"
     );
     for batch in rows(context, &sql).await? {
         let (site, name) = (text(&batch, "site")?, text(&batch, "gateway_id")?);
@@ -211,13 +216,12 @@ async fn read_gateways(context: &SessionContext, inputs: &mut Inputs) -> anyhow:
 /// The lanes that each gateway's newest status names.
 async fn read_lanes(context: &SessionContext, inputs: &mut Inputs) -> anyhow::Result<()> {
     let sql = format!(
-        "{NEWEST} SELECT s.site, s.gateway_id, s.epoch, s.lane, max(s.at) AS at, max(s.head) AS head, \
-         max(s.rows) AS rows, max(s.oldest) AS oldest FROM status s JOIN ( \
-         SELECT site, gateway_id, current_epoch, max(at) AS at FROM status WHERE lane IS NOT NULL \
-         GROUP BY site, gateway_id, current_epoch \
-         ) l ON s.site = l.site AND s.gateway_id = l.gateway_id AND s.current_epoch = l.current_epoch \
-         AND s.at = l.at \
-         JOIN newest n ON s.site = n.site AND s.gateway_id = n.gateway_id AND s.current_epoch = n.epoch \
+        "{NEWEST}, latest AS (SELECT n.site, n.gateway_id, n.epoch, max(s.at) AS at FROM newest n \
+         JOIN status s ON s.site = n.site AND s.gateway_id = n.gateway_id AND s.current_epoch = n.epoch \
+         WHERE s.lane IS NOT NULL GROUP BY n.site, n.gateway_id, n.epoch) \
+         SELECT s.site, s.gateway_id, s.epoch, s.lane, max(s.at) AS at, max(s.head) AS head, \
+         max(s.rows) AS rows, max(s.oldest) AS oldest FROM latest l JOIN status s ON s.site = l.site \
+         AND s.gateway_id = l.gateway_id AND s.current_epoch = l.epoch AND s.at = l.at \
          WHERE s.lane IS NOT NULL GROUP BY s.site, s.gateway_id, s.epoch, s.lane"
     );
     let mut states: BTreeMap<LaneKey, LaneState> = BTreeMap::new();

@@ -39,8 +39,22 @@ fn message(seq: i64) -> Refined {
     }
 }
 
-fn messages(seqs: impl IntoIterator<Item = i64>) -> Vec<Refined> {
-    seqs.into_iter().map(message).collect()
+fn messages(seqs: impl IntoIterator<Item = i64>) -> Received {
+    received(&seqs.into_iter().map(message).collect::<Vec<_>>())
+}
+
+/// In whichever order they are read, it is the same.
+fn received(messages: &[Refined]) -> Received {
+    let mut received = Received::default();
+    messages.iter().for_each(|message| received.add(message));
+    for turn in 0..messages.len() {
+        let (mut turned, mut backwards) = (Received::default(), Received::default());
+        let (later, earlier) = messages.split_at(turn);
+        earlier.iter().chain(later).for_each(|message| turned.add(message));
+        earlier.iter().chain(later).rev().for_each(|message| backwards.add(message));
+        assert_eq!((&turned, &backwards), (&received, &received), "from {turn}");
+    }
+    received
 }
 
 fn state(head: i64, oldest: i64) -> Option<LaneState> {
@@ -79,14 +93,14 @@ fn each_seq_is_accounted_for() {
     for Case { name, lane, later, expected, missing_seqs } in [
         case(
             "all there",
-            LaneInput { messages: messages(0..4), status: state(4, 4), ..lane() },
+            LaneInput { received: messages(0..4), status: state(4, 4), ..lane() },
             [40, 0, 0, 0, 0],
         ),
         Case {
             missing_seqs: "2",
             ..case(
                 "one lost",
-                LaneInput { messages: messages([0, 1, 3]), status: state(4, 4), ..lane() },
+                LaneInput { received: messages([0, 1, 3]), status: state(4, 4), ..lane() },
                 [30, 0, 0, 10, 0],
             )
         },
@@ -94,31 +108,31 @@ fn each_seq_is_accounted_for() {
             missing_seqs: "0, 2-4",
             ..case(
                 "lost at start",
-                LaneInput { messages: messages([1, 5]), status: state(6, 6), ..lane() },
+                LaneInput { received: messages([1, 5]), status: state(6, 6), ..lane() },
                 [20, 0, 0, 40, 0],
             )
         },
         case(
             "still held",
-            LaneInput { messages: messages([0, 1, 3]), status: state(6, 2), ..lane() },
+            LaneInput { received: messages([0, 1, 3]), status: state(6, 2), ..lane() },
             [30, 0, 30, 0, 0],
         ),
         Case {
             missing_seqs: "1-2",
             ..case(
                 "lost and held",
-                LaneInput { messages: messages([0]), status: state(5, 3), ..lane() },
+                LaneInput { received: messages([0]), status: state(5, 3), ..lane() },
                 [10, 0, 20, 20, 0],
             )
         },
         case(
             "declared",
-            LaneInput { messages: messages([0, 3]), gaps: vec![gap(1, 2)], status: state(4, 4), ..lane() },
+            LaneInput { received: messages([0, 3]), gaps: vec![gap(1, 2)], status: state(4, 4), ..lane() },
             [20, 20, 0, 0, 0],
         ),
         case(
             "declared, yet in part delivered",
-            LaneInput { messages: messages([0, 2, 4]), gaps: vec![gap(1, 3)], status: state(5, 5), ..lane() },
+            LaneInput { received: messages([0, 2, 4]), gaps: vec![gap(1, 3)], status: state(5, 5), ..lane() },
             [30, 20, 0, 0, 0],
         ),
         Case {
@@ -126,7 +140,7 @@ fn each_seq_is_accounted_for() {
             ..case(
                 "declared twice, wider the second time, and one lost beside",
                 LaneInput {
-                    messages: messages([0, 4]),
+                    received: messages([0, 4]),
                     gaps: vec![gap(1, 1), gap(1, 2)],
                     status: state(5, 5),
                     ..lane()
@@ -139,12 +153,12 @@ fn each_seq_is_accounted_for() {
             ..case(
                 "declared with one that came and is larger, and one lost beside",
                 LaneInput {
-                    messages: vec![
+                    received: received(&[
                         message(0),
                         message(1),
                         Refined { rows: 100, readings: 100, stored: 100, rows_before: 72, ..message(5) },
                         Refined { rows_before: 173, ..message(7) },
-                    ],
+                    ]),
                     gaps: vec![Gap { readings: 103, ..gap(3, 6) }],
                     status: Some(LaneState { rows: 183, ..state(8, 8).unwrap() }),
                     ..lane()
@@ -157,7 +171,7 @@ fn each_seq_is_accounted_for() {
             missing_seqs: "2-3",
             ..case(
                 "closed",
-                LaneInput { messages: messages([0, 1]), closing: state(4, 4), ..lane() },
+                LaneInput { received: messages([0, 1]), closing: state(4, 4), ..lane() },
                 [20, 0, 0, 20, 0],
             )
         },
@@ -165,31 +179,34 @@ fn each_seq_is_accounted_for() {
             later: true,
             ..case(
                 "closed, but still in the outbox of the next run",
-                LaneInput { messages: messages([0, 1]), closing: state(4, 4), status: state(4, 2), ..lane() },
+                LaneInput { received: messages([0, 1]), closing: state(4, 4), status: state(4, 2), ..lane() },
                 [20, 0, 20, 0, 0],
             )
         },
         case(
             "no status yet: what messages say is held counts",
-            LaneInput { messages: messages([0, 3]), ..lane() },
+            LaneInput { received: messages([0, 3]), ..lane() },
             [20, 0, 20, 0, 0],
         ),
         Case {
             missing_seqs: "1",
             ..case(
                 "no status yet: a message let go of its forerunners",
-                LaneInput { messages: vec![message(0), Refined { oldest: 2, ..message(2) }], ..lane() },
+                LaneInput {
+                    received: received(&[message(0), Refined { oldest: 2, ..message(2) }]),
+                    ..lane()
+                },
                 [20, 0, 0, 10, 0],
             )
         },
         case(
             "delivered twice",
             LaneInput {
-                messages: vec![
+                received: received(&[
                     message(0),
                     Refined { redelivered: true, stored: 0, duplicates: 10, ..message(0) },
                     message(1),
-                ],
+                ]),
                 status: state(2, 2),
                 ..lane()
             },
@@ -200,7 +217,7 @@ fn each_seq_is_accounted_for() {
             ..case(
                 "refined, yet some rows are nowhere",
                 LaneInput {
-                    messages: vec![message(0), Refined { stored: 7, ..message(1) }],
+                    received: received(&[message(0), Refined { stored: 7, ..message(1) }]),
                     status: state(2, 2),
                     ..lane()
                 },
@@ -236,7 +253,8 @@ fn each_seq_is_accounted_for() {
 #[test]
 fn lines_stand_in_the_hour_of_sealing() {
     let late = |seq: i64| Refined { sealed_at: second(3600 + seq), ..message(seq) };
-    let lane = LaneInput { messages: vec![message(0), late(2)], status: state(3, 3), ..LaneInput::default() };
+    let lane =
+        LaneInput { received: received(&[message(0), late(2)]), status: state(3, 3), ..LaneInput::default() };
     let audit = account(&inputs(lane, running()), second(110));
     let lines: Vec<_> = audit.lanes.iter().map(|r| (r.hour, r.stored, r.missing)).collect();
     assert_eq!(lines, [(second(0), 10, 10), (second(3600), 10, 0)]);
@@ -244,7 +262,7 @@ fn lines_stand_in_the_hour_of_sealing() {
 
 #[test]
 fn the_edge_equation() {
-    let lane = LaneInput { messages: messages(0..10), status: state(10, 10), ..LaneInput::default() };
+    let lane = LaneInput { received: messages(0..10), status: state(10, 10), ..LaneInput::default() };
     let census = |sealed| Census { polled: sealed + 26, sealed, held: 20, rejected: 5, skipped: 1 };
     // Sealed by the census; then polled, pending, uncounted, and whether it balances.
     for (sealed, polled, pending, uncounted) in [(100, 126, 0, 0), (70, 126, 0, 30), (130, 156, 30, 0)] {
@@ -273,7 +291,7 @@ fn the_edge_equation() {
 
 #[test]
 fn a_kill_costs_the_interval_that_it_declares() {
-    let lane = LaneInput { messages: messages(0..3), closing: state(3, 3), ..LaneInput::default() };
+    let lane = LaneInput { received: messages(0..3), closing: state(3, 3), ..LaneInput::default() };
     let gateway = GatewayInput {
         current_epoch: Some("e2".into()),
         interruptions: vec![(second(3), second(4) + Duration::from_millis(200))],
@@ -287,7 +305,7 @@ fn a_kill_costs_the_interval_that_it_declares() {
 
 #[test]
 fn a_silent_gateway_is_unknown_and_one_that_said_farewell_is_not() {
-    let lane = LaneInput { messages: messages(0..3), status: state(3, 3), ..LaneInput::default() };
+    let lane = LaneInput { received: messages(0..3), status: state(3, 3), ..LaneInput::default() };
     for (stopped, now, unknown) in
         [(false, 100 + 180, None), (false, 100 + 181, Some(second(100))), (true, 100 + 181, None)]
     {
@@ -301,7 +319,11 @@ fn a_silent_gateway_is_unknown_and_one_that_said_farewell_is_not() {
 #[test]
 fn two_epochs_that_grow_at_once_are_a_gateway_id_in_use_twice() {
     let run = |from: i64, to: i64| LaneInput {
-        messages: (from..to).map(|n| Refined { sealed_at: second(n * 60), ..message(n - from) }).collect(),
+        received: received(
+            &(from..to)
+                .map(|n| Refined { sealed_at: second(n * 60), ..message(n - from) })
+                .collect::<Vec<_>>(),
+        ),
         ..LaneInput::default()
     };
     for (first, second_run, at_once) in
@@ -316,10 +338,12 @@ fn two_epochs_that_grow_at_once_are_a_gateway_id_in_use_twice() {
 
 #[test]
 fn other_lanes_and_senders_without_seq_are_no_part_of_the_equation() {
-    let aggregates = LaneInput { messages: messages([0, 2]), status: state(3, 3), ..LaneInput::default() };
+    let aggregates = LaneInput { received: messages([0, 2]), status: state(3, 3), ..LaneInput::default() };
     let nameless = Refined { rows: 0, readings: 5, stored: 3, duplicates: 1, quarantined: 1, ..message(0) };
-    let json = LaneInput { messages: vec![nameless, nameless], ..LaneInput::default() };
-    let mut inputs = inputs(LaneInput { messages: messages(0..1), ..LaneInput::default() }, running());
+    let mut json = LaneInput::default();
+    json.received.add_unnumbered(&nameless);
+    json.received.add_unnumbered(&nameless);
+    let mut inputs = inputs(LaneInput { received: messages(0..1), ..LaneInput::default() }, running());
     inputs.lanes.insert(key("e1", "aggregates"), aggregates);
     inputs.lanes.insert(key("", "json"), json);
     let audit = account(&inputs, second(110));

@@ -22,7 +22,7 @@ use rumqttc::{
             self,
             v5::{
                 ConnAckProperties, Connect, ConnectReturnCode, Disconnect, DisconnectReasonCode, Packet,
-                PingReq, PubAck, PubAckReason, Publish,
+                PingReq, PubAck, PubAckReason, Publish, SubAck, SubscribeReasonCode,
             },
         },
     },
@@ -233,6 +233,14 @@ impl Drop for Reader {
     }
 }
 
+/// Says so if the broker refuses one of `filters`; the connection goes on without what it would have brought.
+pub(crate) fn check_granted(ack: &SubAck, filters: &impl std::fmt::Debug) {
+    let refused = |code: &&SubscribeReasonCode| !matches!(code, SubscribeReasonCode::Success(_));
+    if let Some(code) = ack.return_codes.iter().find(refused) {
+        tracing::error!(?code, ?filters, "the broker refuses a subscription; see its ACL");
+    }
+}
+
 /// What a [`Client`] asks for.
 enum Request {
     Acknowledge(Vec<u16>),
@@ -268,8 +276,11 @@ impl Client {
     /// The same if the broker has room now.
     pub(crate) fn try_publish(&self, publish: Publish) -> bool {
         let Ok(permit) = self.window.try_acquire() else { return false };
-        permit.forget();
-        self.requests.try_send(Request::Send(Box::new(Packet::Publish(publish)))).is_ok()
+        let asked = self.requests.try_send(Request::Send(Box::new(Packet::Publish(publish)))).is_ok();
+        if asked {
+            permit.forget();
+        }
+        asked
     }
 
     /// Sends a packet, which gets its number; false when the connection is gone.

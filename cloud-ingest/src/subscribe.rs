@@ -42,7 +42,7 @@ use rumqttc::v5::{
         QoS,
         v5::{
             DisconnectReasonCode, Filter, LastWill, Packet, Publish, PublishProperties, RetainForwardRule,
-            Subscribe, SubscribeReasonCode, Unsubscribe,
+            Subscribe, Unsubscribe,
         },
     },
 };
@@ -57,7 +57,7 @@ pub(crate) use self::subscription::{data_filters, document_filters};
 use crate::{
     bronze::{Message, Origin},
     metrics::Metrics,
-    mqtt::{Client, Connection, Lost},
+    mqtt::{Client, Connection, Lost, check_granted},
 };
 
 /// First wait before a new connection.
@@ -336,14 +336,7 @@ impl Receiver {
             match packet {
                 Packet::Publish(publish) if publish.topic == self.heartbeat => self.hear(publish, client),
                 Packet::Publish(publish) if self.inbound.is_some() => self.publish(publish, number, now),
-                Packet::SubAck(ack) => {
-                    let refused =
-                        |code: &&SubscribeReasonCode| !matches!(code, SubscribeReasonCode::Success(_));
-                    if let Some(code) = ack.return_codes.iter().find(refused) {
-                        let filters = &self.subscription.filters;
-                        tracing::error!(?code, ?filters, "the broker refuses a subscription; see its ACL");
-                    }
-                }
+                Packet::SubAck(ack) => check_granted(&ack, &self.subscription.filters),
                 _ => {}
             }
         }

@@ -14,10 +14,12 @@
 //! CORS, what changes something must be `application/json` and of this very origin, and on a loopback address the
 //! `Host` must be one, so that no other name can be pointed at it (DNS rebinding). Where users are configured,
 //! everything but `/healthz` and `/readyz` needs one of them (HTTP Basic).
+//!
+//! At most `serve.max_connections` at a time, and one that sends no request for [`HEAD_WITHIN`] is closed; further ones
+//! wait.
 
-use std::{sync::Arc, time::Duration};
+use std::{pin::pin, sync::Arc, time::Duration};
 
-use anyhow::Context;
 use axum::{
     Json, Router,
     body::Body,
@@ -28,10 +30,18 @@ use axum::{
     routing::{get, post},
 };
 use common::time::Timestamp;
+use hyper::server::conn::http1;
+use hyper_util::{
+    rt::{TokioIo, TokioTimer},
+    service::TowerToHyperService,
+};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
-use tokio::{net::TcpListener, sync::watch};
+use tokio::{
+    net::TcpListener,
+    sync::{Semaphore, watch},
+};
 use tracing::warn;
 
 use super::{
@@ -45,6 +55,8 @@ use super::{
 pub(super) const MAX_JSON_ROWS: u64 = 50_000;
 /// Bytes in a request's body.
 const MAX_BODY: usize = 64 * 1024;
+/// How long the head of a request may take to come, the first and those after it.
+const HEAD_WITHIN: Duration = Duration::from_secs(5);
 /// `/readyz` waits so long for the lake.
 const READY_WITHIN: Duration = Duration::from_secs(3);
 
@@ -78,13 +90,50 @@ pub(super) fn digest(name: &str, password: &str) -> [u8; 32] {
 pub(super) async fn serve(
     listener: TcpListener,
     app: App,
+    max_connections: usize,
     mut stop: watch::Receiver<bool>,
 ) -> anyhow::Result<()> {
-    let stopped = async move {
-        let _ = stop.wait_for(|stop| *stop).await;
-    };
-    let served = axum::serve(listener, router(app)).with_graceful_shutdown(stopped);
-    served.await.context("serving HTTP")
+    let mut http = http1::Builder::new();
+    http.timer(TokioTimer::new()).header_read_timeout(HEAD_WITHIN);
+    let router = router(app);
+    let room = Arc::new(Semaphore::new(max_connections));
+    loop {
+        let accepted = async {
+            let permit = Arc::clone(&room).acquire_owned().await?;
+            anyhow::Ok((permit, listener.accept().await?.0))
+        };
+        let accepted = tokio::select! {
+            accepted = accepted => accepted,
+            _ = stop.wait_for(|stop| *stop) => break,
+        };
+        match accepted {
+            Ok((permit, socket)) => {
+                let service = TowerToHyperService::new(router.clone());
+                let connection = http.serve_connection(TokioIo::new(socket), service);
+                let mut stop = stop.clone();
+                tokio::spawn(async move {
+                    let _permit = permit;
+                    let mut connection = pin!(connection);
+                    // Whoever goes away in the midst of it is none of our business.
+                    tokio::select! {
+                        _ = connection.as_mut() => return,
+                        _ = stop.wait_for(|stop| *stop) => {}
+                    }
+                    connection.as_mut().graceful_shutdown();
+                    let _ = connection.await;
+                });
+            }
+            Err(error) => {
+                // Out of file descriptors, most likely: the next accept would fail at once, too.
+                warn!(error = format!("{error:#}"), "accepting an HTTP connection");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        }
+    }
+    // What has been asked is answered.
+    let all = u32::try_from(max_connections).unwrap_or(u32::MAX);
+    let _ = room.acquire_many(all).await;
+    Ok(())
 }
 
 fn router(app: App) -> Router {

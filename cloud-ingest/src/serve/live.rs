@@ -45,7 +45,7 @@ pub(crate) use self::table::tables;
 pub use self::table::{readings_schema, status_schema};
 use crate::{
     decode::{self, JsonSource, Sample},
-    mqtt::{Connection, Lost},
+    mqtt::{Connection, Lost, check_granted},
     settings::Settings,
 };
 
@@ -622,8 +622,9 @@ async fn follow_once(subscription: &Subscription, live: &Live) -> Ended {
     let streams = ["readings", "anomalies", "status", "control", "aggregates", "json"];
     let ours = streams.iter().map(|stream| format!("{}/+/+/{stream}", subscription.root));
     let others = subscription.json.iter().map(|source| source.filter.clone());
-    let filters = ours.chain(others).map(|path| Filter::new(path, QoS::AtMostOnce));
-    client.send(Packet::Subscribe(Subscribe::new_many(filters, None))).await;
+    let filters: Vec<String> = ours.chain(others).collect();
+    let wanted = filters.iter().map(|path| Filter::new(path, QoS::AtMostOnce));
+    client.send(Packet::Subscribe(Subscribe::new_many(wanted, None))).await;
     info!("live subscription is up");
     let reading = async {
         let mut packets = Vec::new();
@@ -632,8 +633,10 @@ async fn follow_once(subscription: &Subscription, live: &Live) -> Ended {
                 return lost;
             }
             for packet in packets.drain(..) {
-                if let Packet::Publish(message) = packet {
-                    take(subscription, live, &message);
+                match packet {
+                    Packet::Publish(message) => take(subscription, live, &message),
+                    Packet::SubAck(ack) => check_granted(&ack, &filters),
+                    _ => {}
                 }
             }
         }

@@ -63,7 +63,7 @@ pub struct ServeSettings {
     pub limits: Limits,
     /// Bytes that all queries together may hold.
     pub memory_limit: usize,
-    /// PostgreSQL connections at a time.
+    /// PostgreSQL connections at a time, and as many of HTTP.
     pub max_connections: usize,
     /// How the last minutes are kept.
     pub keep: Keep,
@@ -89,6 +89,12 @@ impl ServeSettings {
 
     /// Notes what must not be served like this.
     pub fn check(&self, mistakes: &mut Mistakes) {
+        mistakes.require(
+            (1..=65_535).contains(&self.max_connections),
+            "serve.max_connections",
+            format!("{} cannot be served", self.max_connections),
+            "write 1 to 65535",
+        );
         for (key, address) in [("serve.pg_port", self.pg), ("serve.http_port", self.http)] {
             let alone = address.ip().is_loopback();
             mistakes.require(
@@ -224,7 +230,7 @@ async fn serve_on(
     };
     tokio::try_join!(
         pg::serve(pg, queries, access, stop.clone()),
-        http::serve(http, app, stop.clone()),
+        http::serve(http, app, settings.max_connections, stop.clone()),
         follow,
     )?;
     Ok(())

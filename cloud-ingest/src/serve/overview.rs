@@ -9,19 +9,26 @@
 //!  "problems": [what could not be read]}
 //! ```
 //!
-//! Whoever asks, it is made at most once in [`FRESH_FOR`], and the audit and the layers once in [`SLOW_FRESH_FOR`].
+//! Whoever asks, it is made at most once in [`FRESH_FOR`], and the audit and the layers once in [`SLOW_FRESH_FOR`]; of a
+//! large lake less often, so that a page that somebody leaves open takes no more than a tenth of a core.
 
 use std::{collections::BTreeMap, time::Duration};
 
 use serde_json::{Map, Value, json};
 use tokio::{sync::Mutex, time::Instant};
 
-use super::{http::App, json::objects, live::DeviceView};
+use super::{
+    http::App,
+    json::objects,
+    live::{DeviceView, EventView},
+};
 
 /// An answer younger than this is given again.
 const FRESH_FOR: Duration = Duration::from_millis(1_500);
 /// The same for what costs more to find out.
 const SLOW_FRESH_FOR: Duration = Duration::from_secs(4);
+/// And for so many times what finding out took.
+const RESTS: u32 = 9;
 /// Points of a sparkline.
 const COURSE: usize = 48;
 
@@ -31,8 +38,8 @@ const DEVICES: &str = "SELECT site, device_id, device_type, asset_id, unit, kind
                        FROM gold.devices ORDER BY site, device_id";
 const LAST_VALUES: &str = "SELECT site, device_id, max(time) AS ts, last_value(last ORDER BY time) AS value \
                            FROM gold.timeseries_1m GROUP BY site, device_id";
-const ANOMALIES: &str = "SELECT event_id, site, asset_id, device_id, model, severity, score, threshold, started_at, \
-                         ended_at FROM gold.anomaly_events ORDER BY ended_at IS NULL DESC, started_at DESC LIMIT 40";
+/// Anomalies that are shown.
+const ANOMALIES: usize = 40;
 const MAINTENANCE: &str = "SELECT site, asset_id, due_by, basis, running_hours, last_done_at, action, reason \
                            FROM gold.maintenance_schedule ORDER BY due_by NULLS LAST, asset_id";
 
@@ -42,6 +49,7 @@ type Rows = Vec<Map<String, Value>>;
 #[derive(Debug, Default)]
 pub(super) struct Overview {
     last: Mutex<Option<(Instant, Value)>>,
+    /// Until when it is good, the ledger's totals, and the layers.
     slow: Mutex<Option<(Instant, Value, Value)>>,
 }
 
@@ -82,7 +90,8 @@ impl Overview {
         let mut problems = Vec::new();
         let (ledger, layers) = self.slow(app, &mut problems).await;
         let mut read = Vec::new();
-        for sql in [ASSETS, DEVICES, ANOMALIES, MAINTENANCE] {
+        let anomalies = anomalies(&app.live.events());
+        for sql in [ASSETS, DEVICES, &anomalies, MAINTENANCE] {
             read.push(rows(app, sql).await.unwrap_or_else(|problem| {
                 problems.push(problem);
                 Rows::new()
@@ -107,8 +116,9 @@ impl Overview {
 
     async fn slow(&self, app: &App, problems: &mut Vec<String>) -> (Value, Value) {
         let mut slow = self.slow.lock().await;
-        if let Some((at, ledger, layers)) = &*slow
-            && at.elapsed() < SLOW_FRESH_FOR
+        let began = Instant::now();
+        if let Some((until, ledger, layers)) = &*slow
+            && began < *until
         {
             return (ledger.clone(), layers.clone());
         }
@@ -126,7 +136,8 @@ impl Overview {
                 Value::Null
             }
         };
-        *slow = Some((Instant::now(), ledger.clone(), layers.clone()));
+        let until = Instant::now() + SLOW_FRESH_FOR.max(began.elapsed() * RESTS);
+        *slow = Some((until, ledger.clone(), layers.clone()));
         (ledger, layers)
     }
 }
@@ -178,6 +189,23 @@ fn plant(assets: Rows, devices: Rows, live: Vec<DeviceView>, last_values: Rows) 
     plant.into_values().map(Value::Object).collect()
 }
 
+/// The events of gold that are shown, and whatever it has of those that are open in memory: what ended while nobody
+/// listened stays open there.
+fn anomalies(heard: &[EventView]) -> String {
+    let open: Vec<String> = heard
+        .iter()
+        .filter(|event| event.ended_at.is_none())
+        .map(|event| format!("'{}'", event.event_id.replace('\'', "''")))
+        .collect();
+    let heard =
+        if open.is_empty() { "false".to_owned() } else { format!("event_id IN ({})", open.join(", ")) };
+    format!(
+        "SELECT event_id, site, asset_id, device_id, model, severity, score, threshold, started_at, ended_at \
+         FROM gold.anomaly_events ORDER BY {heard} DESC, ended_at IS NULL DESC, started_at DESC LIMIT {}",
+        ANOMALIES + open.len()
+    )
+}
+
 /// Events of gold, with those in memory that are newer; open ones first, then by their beginning.
 fn merged(gold: Rows, app: &App) -> Value {
     let mut events: BTreeMap<String, Map<String, Value>> = gold
@@ -198,6 +226,6 @@ fn merged(gold: Rows, app: &App) -> Value {
         let open = |e: &Map<String, Value>| e["ended_at"].is_null();
         open(b).cmp(&open(a)).then_with(|| began(b).cmp(&began(a)))
     });
-    events.truncate(40);
+    events.truncate(ANOMALIES);
     events.into_iter().map(Value::Object).collect()
 }

@@ -476,6 +476,18 @@ async fn running(users: BTreeMap<String, SecretRef>) -> Running {
     Running { pg, http, pressed, recorded, _stop: stop }
 }
 
+/// For ada alone, whose password is s3cret.
+async fn guarded() -> Running {
+    let folder = tempfile::tempdir().unwrap();
+    let secret = folder.path().join("password");
+    std::fs::write(&secret, "s3cret\n").unwrap();
+    let reference = serde_json::json!({ "ada": format!("file:{}", secret.display()) });
+    let server = running(serde_json::from_value(reference).unwrap()).await;
+    // It reads the password when it starts.
+    exchange(server.http, "GET /healthz HTTP/1.1\r\nHost: localhost", "").await;
+    server
+}
+
 #[tokio::test]
 async fn http_answers_its_own_page_only() {
     let mut server = running(BTreeMap::new()).await;
@@ -553,11 +565,7 @@ async fn http_answers_its_own_page_only() {
 
 #[tokio::test]
 async fn http_asks_for_a_user_where_there_are_some() {
-    let folder = tempfile::tempdir().unwrap();
-    let secret = folder.path().join("password");
-    std::fs::write(&secret, "s3cret\n").unwrap();
-    let reference = serde_json::json!({ "ada": format!("file:{}", secret.display()) });
-    let server = running(serde_json::from_value(reference).unwrap()).await;
+    let server = guarded().await;
     for (path, credentials, status) in [
         ("/", "", 401),
         ("/healthz", "", 200),
@@ -569,14 +577,20 @@ async fn http_asks_for_a_user_where_there_are_some() {
     }
 }
 
+/// Of one connection at a time, one that says nothing is not it for long.
+#[tokio::test]
+async fn who_asks_nothing_holds_no_connection() {
+    let server = running(BTreeMap::new()).await;
+    let mut silent = TcpStream::connect(server.http).await.unwrap();
+    let asked = exchange(server.http, "GET /healthz HTTP/1.1\r\nHost: localhost", "");
+    assert_eq!(tokio::time::timeout(Duration::from_secs(60), asked).await.unwrap().0, 200);
+    assert_eq!(silent.read(&mut [0; 512]).await.unwrap(), 0, "it was closed");
+}
+
 /// Of one connection at a time, a stranger's is not it for longer than the answer takes.
 #[tokio::test]
 async fn who_may_not_log_in_holds_no_connection() {
-    let folder = tempfile::tempdir().unwrap();
-    let secret = folder.path().join("password");
-    std::fs::write(&secret, "s3cret\n").unwrap();
-    let reference = serde_json::json!({ "ada": format!("file:{}", secret.display()) });
-    let server = running(serde_json::from_value(reference).unwrap()).await;
+    let server = guarded().await;
     // PostgreSQL's protocol 3.0: a startup message, and the kind of the first answer with the connection.
     let startup = async |database: &str| {
         let mut socket = TcpStream::connect(server.pg).await.unwrap();

@@ -469,16 +469,15 @@ async fn recorded(tables: &Tables, rule: &str) -> anyhow::Result<Vec<Alert>> {
     let alerts = Table::alerts();
     let Some(snapshot) = tables.snapshot(alerts).await? else { return Ok(Vec::new()) };
     let context = tables.session_of(vec![(alerts, Some(snapshot))]).await?;
-    let sql = format!(
-        "select alert_id, state, severity, labels, annotations, started_at, ended_at, at from ( \
-           select *, row_number() over (partition by alert_id \
-             order by plan desc, state = 'resolved' desc, at desc) as nth \
-           from rules.alerts where rule = '{rule}') where nth = 1"
-    );
+    // A row an alert, whatever the length of its history.
+    let last =
+        |column: &str| format!("last_value({column} order by plan, state = 'resolved', at) as {column}");
+    let columns = ["severity", "labels", "annotations", "started_at", "ended_at", "at"].map(last).join(", ");
+    let sql = format!("select alert_id, {columns} from rules.alerts where rule = '{rule}' group by alert_id");
     let mut found = Vec::new();
     for batch in context.sql(&sql).await?.collect().await? {
-        let texts = [0, 2, 3, 4].map(|i| batch.column(i).as_string::<i32>().clone());
-        let times = [5, 6, 7].map(|i| arrow::compute::cast(batch.column(i), &common::wire::instant()));
+        let texts = [0, 1, 2, 3].map(|i| batch.column(i).as_string::<i32>().clone());
+        let times = [4, 5, 6].map(|i| arrow::compute::cast(batch.column(i), &common::wire::instant()));
         let [started, ended, at] = times;
         let (started, ended, at) = (started?, ended?, at?);
         let micros = |column: &ArrayRef, row: usize| {

@@ -8,7 +8,8 @@
 //!
 //! Every hundredth plan also says in `covered` which segments all plans before it named, so that a start
 //! reads at most a hundred plans. Plan n + 1 is put only after `silver/sensor_readings` has
-//! `txn("refine", n)`. A segment that is listed and in no plan is new.
+//! `txn("refine", n)`. A segment that is listed and in no plan is new. Plans take segments in the order in which they
+//! were put, whoever put them: what an edge says of having been acknowledged is not refined before that which was.
 //!
 //! A plan may also look again at what earlier plans put into quarantine, by the rules that it names ([`Replay`]); then
 //! it names no segments of its own:
@@ -85,6 +86,8 @@ pub struct Selection {
 /// A segment that a listing found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Listed {
+    /// When it was put, by the store's clock.
+    pub put_at: Timestamp,
     /// Which one.
     pub name: SegmentName,
     /// Its size in bytes.
@@ -128,7 +131,7 @@ impl Planned {
         self.writers.get(&name.writer).is_some_and(|numbers| numbers.contains(number(name)))
     }
 
-    /// The next plan over what is listed and not planned, oldest first; `None` when there is nothing new.
+    /// The next plan over what is listed and not planned, oldest by when it was put first; `None` when there is nothing new.
     /// The same listing gives the same plan.
     pub fn next(&self, n: u64, rules: &str, listed: &[Listed], limits: Limits) -> Option<Plan> {
         let mut new: Vec<&Listed> = listed.iter().filter(|segment| !self.contains(segment.name)).collect();
@@ -173,7 +176,8 @@ mod tests {
 
     fn segment(writer: u128, number: u64, bytes: u64) -> Listed {
         let hour = Timestamp::from_micros(493_000 * HOUR_MICROS);
-        Listed { name: SegmentName { hour, writer: Uuid::from_u128(writer), number }, bytes }
+        let put_at = Timestamp::from_micros(hour.as_micros() + i64::try_from(number).unwrap());
+        Listed { put_at, name: SegmentName { hour, writer: Uuid::from_u128(writer), number }, bytes }
     }
 
     #[test]
@@ -184,7 +188,9 @@ mod tests {
         let mut planned = Planned::default();
         let (mut seen, mut plans) = (Vec::new(), Vec::new());
         while let Some(plan) = planned.next(plans.len() as u64 + 1, "r", &listed, limits) {
-            assert_eq!(plan.segments.len(), 2, "25 bytes are two segments");
+            let number = plans.len() as u64;
+            let put_together = [1, 2].map(|writer| segment(writer, number, 10).name.path());
+            assert_eq!(plan.segments, put_together, "25 bytes are two segments");
             planned.note(&plan);
             seen.extend(plan.segments.clone());
             plans.push(plan);

@@ -35,7 +35,7 @@ use datafusion::{
 };
 use deltalake::DeltaTable;
 use futures::TryStreamExt;
-use object_store::{ObjectStoreExt, PutMode, PutOptions, path::Path};
+use object_store::{ObjectMeta, ObjectStoreExt, PutMode, PutOptions, path::Path};
 use tokio::{sync::watch, time::Instant};
 use uuid::Uuid;
 
@@ -48,7 +48,7 @@ use crate::{
     silver::{Answers, Counts, Known, Name, Question, Segment, Step, names},
     store::Store,
     tables::{SMALL_FILES, TIERS, Tables, TablesError},
-    upkeep::{is_not_found, read_plan},
+    upkeep::{Plans, plans},
 };
 
 /// Everything is listed at the start and then this often.
@@ -126,6 +126,16 @@ struct State {
     listed_all: Option<Timestamp>,
     /// Unless something was listed that no plan has yet.
     recent: Option<Recent>,
+}
+
+/// Where new segments are looked for.
+enum Place {
+    /// After the newest of each writer.
+    After(BTreeMap<Uuid, SegmentName>),
+    /// In the last two hours.
+    Lately,
+    /// In all of bronze.
+    Everywhere,
 }
 
 /// Of the last two hours.
@@ -246,7 +256,7 @@ impl Refiner {
                 let lately = recent.listed_at <= now && now.since(recent.listed_at) < LISTING;
                 lately && !all && recent.writers.len() <= FOLLOWED
             });
-            let (listed, listed_at) = self.search(state, recent, now, all).await.context("listing bronze")?;
+            let (listed, listed_at) = self.find(state, recent, now, all).await.context("listing bronze")?;
             let n = state.newest.as_ref().map_or(1, |plan| plan.n + 1);
             let Some(next) = state.planned.next(n, &self.rules_hash, &listed, self.limits) else {
                 if all {
@@ -282,29 +292,9 @@ impl Refiner {
     async fn load(&self) -> anyhow::Result<State> {
         let readings = self.tables.snapshot(Table::SensorReadings).await?;
         let messages = self.tables.snapshot(Table::Messages).await?;
-        let last = match &readings {
-            Some(readings) => Tables::progress(readings, REFINE).await?,
-            None => None,
-        };
-        // A plan is put when the one before is done: there is at most one more, and no need to list them.
-        let last = last.and_then(|n| u64::try_from(n).ok()).unwrap_or(0);
-        let mut newest = match read_plan(&self.store, last + 1).await {
-            Ok(next) => Some(next),
-            Err(e) if is_not_found(&e) => None,
-            Err(e) => return Err(e),
-        };
-        let done = newest.is_none();
-        let mut planned = Planned::default();
-        newest.iter().for_each(|plan| planned.note(plan));
-        let mut sums_up = newest.as_ref().is_some_and(|plan| plan.covered.is_some());
-        let mut n = last;
-        while n > 0 && !sums_up {
-            let plan = read_plan(&self.store, n).await?;
-            planned.note(&plan);
-            sums_up = plan.covered.is_some();
-            newest.get_or_insert(plan);
-            n -= 1;
-        }
+        let Plans { mut planned, last, next } = plans(&self.store, readings.as_ref()).await?;
+        next.iter().for_each(|plan| planned.note(plan));
+        let (done, newest) = (next.is_none(), next.or(last));
         let known = self.known(readings, messages).await?;
         let progress = BTreeMap::new();
         Ok(State { newest, done, planned, known, progress, listed_all: None, recent: None })
@@ -345,29 +335,10 @@ impl Refiner {
         Ok(known)
     }
 
-    async fn list(&self, now: Timestamp, all: bool) -> anyhow::Result<Vec<Listed>> {
-        let folders = if all {
-            vec![lake::BRONZE.to_owned()]
-        } else {
-            let hour = now.hour();
-            let before = Timestamp::from_micros(hour.as_micros() - HOUR_MICROS);
-            vec![lake::bronze_hour(before), lake::bronze_hour(hour)]
-        };
-        let mut listed = Vec::new();
-        for folder in folders {
-            let objects = self.store.objects();
-            let mut found = objects.list(Some(&Path::from(folder)));
-            while let Some(object) = found.try_next().await? {
-                if let Some(name) = SegmentName::parse(object.location.as_ref()) {
-                    listed.push(Listed { name, bytes: object.size });
-                }
-            }
-        }
-        Ok(listed)
-    }
-
-    /// New segments, perhaps among others, and when they were last listed.
-    async fn search(
+    /// New segments, perhaps among others, and when they were last listed: looks further and further, but beyond
+    /// the last two hours only for `all`, or for what is expected and was not found. With what is found comes all that
+    /// was put before it.
+    async fn find(
         &mut self,
         state: &State,
         recent: Option<Recent>,
@@ -375,13 +346,51 @@ impl Refiner {
         all: bool,
     ) -> anyhow::Result<(Vec<Listed>, Timestamp)> {
         let expects = std::mem::take(&mut self.expects);
-        if let Some(Recent { listed_at, writers }) = recent {
-            let found = self.follow(now, &writers).await?;
-            if !expects || found.iter().any(|segment| !state.planned.contains(segment.name)) {
-                return Ok((found, listed_at));
+        let followed = recent.map(|recent| (Place::After(recent.writers), recent.listed_at));
+        let lately = !all && (expects || followed.is_none());
+        let mut places: Vec<_> = followed.into_iter().collect();
+        if lately {
+            places.push((Place::Lately, now));
+        }
+        // What could not be put for hours stands in the hour in which it was received.
+        if all || expects {
+            places.push((Place::Everywhere, now));
+        }
+        let mut found = (Vec::new(), now);
+        for (place, at) in places {
+            found = (self.segments_in(&place, now).await?, at);
+            let new = found.0.iter().filter(|segment| !state.planned.contains(segment.name));
+            let Some(newest) = new.map(|segment| segment.put_at).max() else { continue };
+            // Looking takes a while, in which a writer that was looked at first may put what another's segment that
+            // was found later speaks of.
+            let again = self.segments_in(&place, now).await?;
+            found.0.extend(again.into_iter().filter(|segment| segment.put_at <= newest));
+            break;
+        }
+        Ok(found)
+    }
+
+    async fn segments_in(&self, place: &Place, now: Timestamp) -> anyhow::Result<Vec<Listed>> {
+        let hour = now.hour();
+        let folders = match place {
+            Place::After(writers) => return self.follow(now, writers).await,
+            Place::Lately => {
+                let before = Timestamp::from_micros(hour.as_micros() - HOUR_MICROS);
+                vec![lake::bronze_hour(before), lake::bronze_hour(hour)]
+            }
+            Place::Everywhere => vec![lake::BRONZE.to_owned()],
+        };
+        let mut listed = Vec::new();
+        for folder in folders {
+            let objects = self.store.objects();
+            let mut found = objects.list(Some(&Path::from(folder)));
+            while let Some(object) = found.try_next().await? {
+                if let Some(name) = SegmentName::parse(object.location.as_ref()) {
+                    listed.push(found_as(name, &object));
+                }
             }
         }
-        Ok((self.list(now, all).await?, now))
+        Ok(listed)
     }
 
     /// The newest segment of each writer and those that follow it by number, in its hour or in this one.
@@ -392,13 +401,13 @@ impl Refiner {
     ) -> anyhow::Result<Vec<Listed>> {
         let mut found = Vec::new();
         for newest in writers.values() {
-            let mut newest = Listed { name: *newest, bytes: 0 };
+            let mut newest = Listed { put_at: Timestamp::default(), name: *newest, bytes: 0 };
             loop {
                 let mut next = None;
                 for hour in BTreeSet::from([newest.name.hour, now.hour().max(newest.name.hour)]) {
                     let name = SegmentName { hour, number: newest.name.number + 1, ..newest.name };
                     next = match self.store.objects().head(&Path::from(name.path())).await {
-                        Ok(object) => Some(Listed { name, bytes: object.size }),
+                        Ok(object) => Some(found_as(name, &object)),
                         Err(object_store::Error::NotFound { .. }) => next,
                         Err(e) => return Err(e.into()),
                     };
@@ -554,8 +563,12 @@ impl Refiner {
             .between(instant(from), instant(to))
             .and(ident("site").in_list(sites.into_iter().map(lit).collect(), false))
             .and(ident("device_id").in_list(devices.into_iter().map(lit).collect(), false));
-        let own = plan.segments.iter().filter(|_| done).map(|path| lit(path.as_str())).collect();
-        let predicate = if done { predicate.and(ident("segment").in_list(own, true)) } else { predicate };
+        let predicate = if done {
+            let own = plan.segments.iter().map(|path| lit(path.as_str())).collect();
+            predicate.and(ident("segment").in_list(own, true))
+        } else {
+            predicate
+        };
         let session = self.tables.session_of(vec![(Table::SensorReadings, Some(readings))]).await?;
         let mut rows = session
             .table(TableReference::partial("silver", Table::SensorReadings.name()))
@@ -617,6 +630,11 @@ async fn compact(tables: Tables) {
             Err(e) => tracing::warn!(error = %e, "not compacted"),
         }
     }
+}
+
+fn found_as(name: SegmentName, object: &ObjectMeta) -> Listed {
+    let put_at = Timestamp::from_micros(object.last_modified.timestamp_micros());
+    Listed { put_at, name, bytes: object.size }
 }
 
 /// Whether a table has step `n`.

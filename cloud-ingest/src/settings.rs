@@ -310,6 +310,8 @@ impl Settings {
             );
         }
         Calendars::parse(&self.gold.sites, m);
+        let rests = self.gold.interval >= Duration::from_millis(100);
+        m.require(rests, "gold.interval", "too short", "write 100ms or more");
         self.quality.check_soft(m);
         self.check_upkeep(m);
         rules::settings::check(&self.rule, root, &rules::subscribed(self), m);
@@ -336,8 +338,6 @@ impl Settings {
 
     fn check_upkeep(&self, m: &mut Mistakes) {
         let upkeep = &self.upkeep;
-        let often = self.gold.interval < Duration::from_millis(100);
-        m.require(!often, "gold.interval", "too short", "write 100ms or more");
         let within = |m: &mut Mistakes, key: &str, value: Duration, hours: std::ops::RangeInclusive<u64>| {
             let (least, most) = (hours.start(), hours.end());
             m.require(

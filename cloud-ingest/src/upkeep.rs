@@ -38,6 +38,7 @@ use std::{
 
 use anyhow::Context;
 use common::time::{Clock, HOUR_MICROS, Timestamp};
+use deltalake::DeltaTable;
 use futures::TryStreamExt;
 use object_store::{ObjectStore, ObjectStoreExt, path::Path};
 use serde::Serialize;
@@ -215,7 +216,7 @@ async fn bronze(tables: &Tables, settings: &UpkeepSettings, now: Timestamp, done
             continue;
         }
         if cutoff.is_some_and(|cutoff| ended <= cutoff) {
-            let expired = expire_hour(store, hour, &refined).await;
+            let expired = expire_hour(tables, hour).await;
             done.expired_objects += done.of("bronze", expired).unwrap_or(0);
         } else if has_segments && ended + settings.pack_after <= now {
             let packed = pack::pack_hour(store, hour, &refined).await;
@@ -228,25 +229,47 @@ async fn bronze(tables: &Tables, settings: &UpkeepSettings, now: Timestamp, done
 
 /// The segments of all plans that are done, and the hours of those that the plan after them reads again.
 async fn refined(tables: &Tables) -> anyhow::Result<(Planned, BTreeSet<Timestamp>)> {
-    let mut planned = Planned::default();
     let Some(readings) = tables.snapshot(Table::SensorReadings).await? else {
-        return Ok((planned, BTreeSet::new()));
+        return Ok((Planned::default(), BTreeSet::new()));
     };
-    let last = Tables::progress(&readings, REFINE).await?.and_then(|n| u64::try_from(n).ok()).unwrap_or(0);
-    for n in (1..=last).rev() {
-        let plan = read_plan(tables.store(), n).await?;
+    let Plans { planned, next, .. } = plans(tables.store(), Some(&readings)).await?;
+    let again = next.iter().filter(|next| next.replay.is_some()).flat_map(Plan::reads);
+    Ok((planned, again.map(|name| name.hour).collect()))
+}
+
+/// The plans of a lake, as far as they are needed.
+pub(crate) struct Plans {
+    /// What those that are done name.
+    pub(crate) planned: Planned,
+    /// The last that is done.
+    pub(crate) last: Option<Plan>,
+    /// The one after it. A plan is put when the one before is done, so there is no other.
+    pub(crate) next: Option<Plan>,
+}
+
+/// Reads the plans back from the last that `readings` has done to one that sums up those before it.
+pub(crate) async fn plans(store: &Store, readings: Option<&DeltaTable>) -> anyhow::Result<Plans> {
+    let done = match readings {
+        Some(readings) => Tables::progress(readings, REFINE).await?,
+        None => None,
+    };
+    let done = done.and_then(|n| u64::try_from(n).ok()).unwrap_or(0);
+    let (mut planned, mut last) = (Planned::default(), None);
+    for n in (1..=done).rev() {
+        let plan = read_plan(store, n).await?;
         planned.note(&plan);
-        if plan.covered.is_some() {
+        let sums_up = plan.covered.is_some();
+        last.get_or_insert(plan);
+        if sums_up {
             break;
         }
     }
-    let next = match read_plan(tables.store(), last + 1).await {
+    let next = match read_plan(store, done + 1).await {
         Ok(next) => Some(next),
         Err(e) if is_not_found(&e) => None,
         Err(e) => return Err(e),
     };
-    let again = next.iter().filter(|next| next.replay.is_some()).flat_map(Plan::reads);
-    Ok((planned, again.map(|name| name.hour).collect()))
+    Ok(Plans { planned, last, next })
 }
 
 pub(crate) fn is_not_found(error: &anyhow::Error) -> bool {
@@ -276,9 +299,15 @@ async fn hours(store: &Store) -> anyhow::Result<BTreeMap<Timestamp, bool>> {
     Ok(hours)
 }
 
-/// Deletes the objects of an hour whose segments all stand in plans that are done.
-async fn expire_hour(store: &Store, hour: Timestamp, refined: &Planned) -> anyhow::Result<usize> {
+/// Deletes the objects of an hour whose segments all stand in plans that are done, unless one that is not reads them.
+async fn expire_hour(tables: &Tables, hour: Timestamp) -> anyhow::Result<usize> {
+    let store = tables.store();
     let found = Hour::list(store, hour).await?;
+    // Packing the hours before took its time, and quarantine may be judged again since.
+    let (refined, in_use) = refined(tables).await.context("reading the plans that are done")?;
+    if in_use.contains(&hour) {
+        return Ok(0);
+    }
     let mut expired = 0;
     for name in found.segments.into_keys().filter(|name| refined.contains(*name)) {
         expired += usize::from(delete(store, &name.path()).await?);
@@ -308,12 +337,17 @@ async fn expire(
     done: &mut Done,
 ) -> anyhow::Result<()> {
     if let Some(cutoff) = cutoff(settings.keep_silver, now) {
+        // What comes from here on stays until the next run: gold may have yet to read it.
+        let mut silver = Vec::new();
+        for (table, time) in SILVER {
+            silver.push((table, time, tables.snapshot(table).await?));
+        }
         let pending: BTreeSet<Timestamp> = windows::pending(tables, &gold.calendars, gold.hold).await?;
         // An hour after the cutoff is made of readings before it, too.
         let safe = cutoff + gold.hold;
         if pending.first().is_none_or(|hour| *hour >= safe) {
-            for (table, time) in SILVER {
-                let expired = tables.remove_before(table, time, cutoff).await;
+            for (table, time, judged) in silver {
+                let expired = tables.remove_before(table, judged.as_ref(), time, cutoff).await;
                 done.expired_files += done.of("retention", expired).unwrap_or(0);
             }
         } else {
@@ -322,7 +356,8 @@ async fn expire(
     }
     if let Some(cutoff) = cutoff(settings.keep_gold, now) {
         for (table, time) in GOLD {
-            let expired = tables.remove_before(table, time, cutoff).await;
+            let all = tables.snapshot(table).await?;
+            let expired = tables.remove_before(table, all.as_ref(), time, cutoff).await;
             done.expired_files += done.of("retention", expired).unwrap_or(0);
         }
     }

@@ -77,16 +77,6 @@ impl Progress {
     }
 }
 
-/// The progress of a commit after which more of the same step follows: no further than it was, nor than what this step
-/// has read, which may be less than another refiner's.
-async fn partly(base: Option<&DeltaTable>, version: i64) -> anyhow::Result<(&'static str, i64)> {
-    let known = match base {
-        Some(base) => Tables::progress(base, SILVER).await?,
-        None => None,
-    };
-    Ok((SILVER, known.map_or(NONE, |known| known.min(version))))
-}
-
 /// Makes the rows of `spans` (of the whole table for one without a time) equal to `computed`. Returns how many
 /// rows changed, came or went.
 pub(super) async fn publish(
@@ -98,11 +88,15 @@ pub(super) async fn publish(
     now: Timestamp,
 ) -> anyhow::Result<usize> {
     let base = tables.snapshot(keyed.table).await?;
-    if let Some(base) = &base
-        && BY_SILVER.contains(&keyed.table)
-        && let Some(known) = Tables::progress(base, SILVER).await?
+    let version = progress.version();
+    let known = match &base {
+        Some(base) => Tables::progress(base, SILVER).await?,
+        None => None,
+    };
+    if BY_SILVER.contains(&keyed.table)
+        && let Some(known) = known
     {
-        let (table, version) = (keyed.table.path(), progress.version());
+        let table = keyed.table.path();
         anyhow::ensure!(
             known <= version,
             "{table} has version {known} of silver by another refiner, not {version}"
@@ -111,11 +105,12 @@ pub(super) async fn publish(
     let existing = existing(base.as_ref(), keyed, spans).await?;
     let difference = Difference::between(&existing, computed, keyed, now)?;
     if difference.changed == 0 {
-        mark(tables, keyed.table, base, progress).await?;
+        mark(tables, keyed.table, base, known, progress).await?;
         return Ok(0);
     }
-    let partly = partly(base.as_ref(), progress.version()).await?;
-    let txn = if matches!(progress, Progress::Partly(_)) { partly } else { (SILVER, progress.version()) };
+    // Of a commit after which more of the same step follows: no further than it was, nor than what this step has read.
+    let partly = (SILVER, known.map_or(NONE, |known| known.min(version)));
+    let txn = if matches!(progress, Progress::Partly(_)) { partly } else { (SILVER, version) };
     let Some(time) = keyed.time else {
         tables.replace(keyed.table, base, None, vec![difference.rows], txn).await?;
         return Ok(difference.changed);
@@ -146,12 +141,12 @@ async fn mark(
     tables: &Tables,
     table: Table,
     base: Option<DeltaTable>,
+    known: Option<i64>,
     progress: Progress,
 ) -> anyhow::Result<()> {
     let (Some(base), false) = (base, matches!(progress, Progress::Partly(_))) else { return Ok(()) };
     let version = progress.version();
     let lag = if matches!(progress, Progress::Always(_)) { 1 } else { LAG };
-    let known = Tables::progress(&base, SILVER).await?;
     if known.is_none_or(|known| version < known || version - known >= lag) {
         tables.append(table, Some(base), Vec::new(), (SILVER, version)).await?;
     }

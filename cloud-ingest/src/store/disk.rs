@@ -350,6 +350,14 @@ mod tests {
 
     use super::*;
 
+    /// A file with its own name in it.
+    fn written(folder: &FilePath, name: &str) -> PathBuf {
+        let place = folder.join(name);
+        create_folders(parent(&place)).unwrap();
+        fs::write(&place, name).unwrap();
+        place
+    }
+
     #[tokio::test]
     async fn what_killed_writers_left_is_swept_once_it_is_old() {
         let folder = tempfile::tempdir().unwrap();
@@ -364,9 +372,7 @@ mod tests {
             "f#20",
         ];
         for name in names {
-            let place = folder.path().join(name);
-            create_folders(parent(&place)).unwrap();
-            fs::write(&place, name).unwrap();
+            let place = written(folder.path(), name);
             let age = if name.ends_with("18") { 60 } else { 7200 };
             let file = File::options().write(true).open(place).unwrap();
             file.set_modified(now - Duration::from_secs(age)).unwrap();
@@ -403,9 +409,7 @@ mod tests {
             "logs/1",
         ];
         for name in names {
-            let place = folder.path().join(name);
-            create_folders(parent(&place)).unwrap();
-            fs::write(place, name).unwrap();
+            written(folder.path(), name);
         }
         let (ours, theirs) = (Durable::default(), LocalFileSystem::new());
         let at = |name: &str| Path::parse(format!("{root}/{name}")).unwrap();

@@ -158,25 +158,36 @@ impl Tables {
         Ok(())
     }
 
-    /// Removes the files all of whose rows have a `time` before `cutoff`, and notes it ([`Tables::retained`]).
-    /// Returns how many. Without such a file nothing is noted.
+    /// Removes the files all of whose rows have a `time` before `cutoff`, of those that `judged` has already, and notes
+    /// it ([`Tables::retained`]). Returns how many. Without such a file nothing is noted.
     ///
     /// # Errors
     /// See [`TablesError`]; leaving it undone does no harm.
     pub async fn remove_before(
         &self,
         table: Table,
+        judged: Option<&DeltaTable>,
         time: &str,
         cutoff: Timestamp,
     ) -> Result<usize, TablesError> {
         let failed = |e| TablesError::of(table, e);
+        let Some(judged) = judged else { return Ok(0) };
+        let judged: HashSet<String> = judged
+            .snapshot()
+            .map_err(failed)?
+            .log_data()
+            .iter()
+            .map(|file| file.path().into_owned())
+            .collect();
+        // A removal that follows from an older state than another's append is refused.
         let snapshot = self.snapshot(table).await.map_err(|e| TablesError::failed(table, e))?;
         let Some(base) = snapshot else { return Ok(0) };
         let mut actions = Vec::new();
         for file in base.snapshot().map_err(failed)?.log_data().iter() {
             // Statistics cut instants down to milliseconds.
             let newest = file.stats().and_then(|stats| newest(&stats, time));
-            if newest.is_some_and(|newest| newest + Duration::from_millis(1) <= cutoff) {
+            let expired = newest.is_some_and(|newest| newest + Duration::from_millis(1) <= cutoff);
+            if expired && judged.contains(file.path().as_ref()) {
                 actions.push(Action::Remove(file.remove_action(true)));
             }
         }
@@ -464,16 +475,32 @@ mod tests {
         );
     }
 
+    async fn expire(tables: &Tables, cutoff: Timestamp) -> usize {
+        let judged = tables.snapshot(TABLE).await.unwrap();
+        tables.remove_before(TABLE, judged.as_ref(), "received_at", cutoff).await.unwrap()
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn what_comes_while_files_expire_stays() {
+        let tables = with_rows(4).await;
+        let judged = tables.snapshot(TABLE).await.unwrap();
+        append(&tables, 5).await.unwrap();
+        let cutoff = Timestamp::from_micros(9_000_000);
+        let removed = tables.remove_before(TABLE, judged.as_ref(), "received_at", cutoff).await;
+        assert_eq!(removed.unwrap(), 4);
+        assert_eq!(count(&tables).await, (1, 1));
+    }
+
     #[tokio::test(flavor = "multi_thread")]
     async fn whole_files_expire_and_old_versions_are_vacuumed() {
         let tables = with_rows(12).await;
         let old = tables.snapshot(TABLE).await.unwrap().unwrap();
         let at = |seconds: i64| Timestamp::from_micros(seconds * 1_000_000);
-        assert_eq!(tables.remove_before(TABLE, "received_at", at(1)).await.unwrap(), 0);
+        assert_eq!(expire(&tables, at(1)).await, 0);
         assert_eq!(Tables::retained(&old).await.unwrap(), None);
         // The statistics are of milliseconds: the one at 5 s may be up to 1 ms younger.
-        assert_eq!(tables.remove_before(TABLE, "received_at", at(5)).await.unwrap(), 4);
-        assert_eq!(tables.remove_before(TABLE, "received_at", at(5)).await.unwrap(), 0);
+        assert_eq!(expire(&tables, at(5)).await, 4);
+        assert_eq!(expire(&tables, at(5)).await, 0);
         let now = tables.snapshot(TABLE).await.unwrap().unwrap();
         assert_eq!(Tables::retained(&now).await.unwrap(), Some(at(5)));
         assert_eq!(count(&tables).await, (8, 8));

@@ -169,6 +169,14 @@ async fn writers_are_followed_between_listings() {
         1,
         "a third, of which somebody has told"
     );
+    put_in(&store, now().hour() - Duration::from_secs(3 * 3600), 1, 5, &message(8)).await.unwrap();
+    assert_eq!(stored(refiner.step(after(16), false).await.unwrap()), 0);
+    refiner.expect();
+    assert_eq!(
+        stored(refiner.step(after(16), false).await.unwrap()),
+        1,
+        "received hours before the store took it"
+    );
 }
 
 async fn refine_all(refiner: &mut Refiner) -> Counts {

@@ -131,8 +131,8 @@ impl Planned {
         self.writers.get(&name.writer).is_some_and(|numbers| numbers.contains(number(name)))
     }
 
-    /// The next plan over what is listed and not planned, oldest by when it was put first; `None` when there is nothing new.
-    /// The same listing gives the same plan.
+    /// The next plan over what is listed and not planned, in the order in which it was put; `None` when there is nothing
+    /// new. The same listing gives the same plan.
     pub fn next(&self, n: u64, rules: &str, listed: &[Listed], limits: Limits) -> Option<Plan> {
         let mut new: Vec<&Listed> = listed.iter().filter(|segment| !self.contains(segment.name)).collect();
         new.sort_unstable();

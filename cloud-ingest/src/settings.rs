@@ -19,7 +19,7 @@ use crate::{
         self,
         settings::{AlertsSettings, RuleSettings, RulesSettings},
     },
-    store,
+    serve, store,
 };
 
 /// The documented defaults.
@@ -322,12 +322,8 @@ impl Settings {
             format!("{} is serve.pg_port, too", self.serve.http_port),
             "give one of them another port",
         );
-        m.require(
-            self.serve.listen.is_loopback() || !self.serve.users.is_empty(),
-            "serve.listen",
-            format!("{} can be reached from other machines, and nobody needs a password", self.serve.listen),
-            "add [[serve.users]], or listen on 127.0.0.1",
-        );
+        serve::check_listen("serve.listen", self.serve.listen, !self.serve.users.is_empty(), m);
+        serve::check_connections(self.serve.max_connections, m);
         m.require(
             self.serve.tls_certificate.is_empty() == self.serve.tls_key.is_empty(),
             "serve.tls_certificate",
@@ -396,7 +392,7 @@ mod tests {
     #[test]
     fn mistakes_come_together() {
         let text = load(
-            "[mqtt]\nurl = \"http://x\"\nkeep_alive = \"1s\"\nshare = \"a/b\"\n[serve]\nlisten = \"0.0.0.0\"\npg_port = 8080\nhttp_port = 8080\n\
+            "[mqtt]\nurl = \"http://x\"\nkeep_alive = \"1s\"\nshare = \"a/b\"\n[serve]\nlisten = \"0.0.0.0\"\npg_port = 8080\nhttp_port = 8080\nmax_connections = 0\n\
              [[json]]\nfilter = \"$share/g/x\"\nsite = \"s\"\ngateway = \"g\"\n\
              [upkeep]\nkeep_versions = \"30d\"\nkeep_silver = \"1h\"\n\
              [gold.sites.plant]\ntime_zone = \"Mars\"\n\
@@ -412,6 +408,7 @@ mod tests {
             "json.filter",
             "serve.listen",
             "serve.http_port: 8080",
+            "serve.max_connections: 0",
             "[2, 1]",
             "quality.types.smell",
             "quality.soft.temperature.range: [20, 10]",

@@ -204,11 +204,13 @@ fn cutoff(keep: Duration, now: Timestamp) -> Option<Timestamp> {
 /// Packs and expires hours of bronze.
 async fn bronze(tables: &Tables, settings: &UpkeepSettings, now: Timestamp, done: &mut Done) {
     let store = tables.store();
-    let hours = async {
-        let refined = refined(tables).await.context("reading the plans that are done")?;
-        anyhow::Ok((refined, hours(store).await.context("listing bronze")?))
+    let read = async {
+        let readings = tables.snapshot(Table::SensorReadings).await?;
+        let Plans { planned, next, .. } =
+            plans(store, readings.as_ref()).await.context("reading the plans that are done")?;
+        anyhow::Ok((planned, replayed(next), hours(store).await.context("listing bronze")?))
     };
-    let Some(((refined, in_use), hours)) = done.of("bronze", hours.await) else { return };
+    let Some((refined, in_use, hours)) = done.of("bronze", read.await) else { return };
     let cutoff = cutoff(settings.keep_bronze, now);
     for (hour, has_segments) in hours {
         let ended = hour + Duration::from_micros(HOUR_MICROS.unsigned_abs());
@@ -216,7 +218,7 @@ async fn bronze(tables: &Tables, settings: &UpkeepSettings, now: Timestamp, done
             continue;
         }
         if cutoff.is_some_and(|cutoff| ended <= cutoff) {
-            let expired = expire_hour(tables, hour).await;
+            let expired = expire_hour(tables, hour, &refined).await;
             done.expired_objects += done.of("bronze", expired).unwrap_or(0);
         } else if has_segments && ended + settings.pack_after <= now {
             let packed = pack::pack_hour(store, hour, &refined).await;
@@ -227,14 +229,10 @@ async fn bronze(tables: &Tables, settings: &UpkeepSettings, now: Timestamp, done
     }
 }
 
-/// The segments of all plans that are done, and the hours of those that the plan after them reads again.
-async fn refined(tables: &Tables) -> anyhow::Result<(Planned, BTreeSet<Timestamp>)> {
-    let Some(readings) = tables.snapshot(Table::SensorReadings).await? else {
-        return Ok((Planned::default(), BTreeSet::new()));
-    };
-    let Plans { planned, next, .. } = plans(tables.store(), Some(&readings)).await?;
+/// The hours of bronze that the plan after those that are done reads again.
+fn replayed(next: Option<Plan>) -> BTreeSet<Timestamp> {
     let again = next.iter().filter(|next| next.replay.is_some()).flat_map(Plan::reads);
-    Ok((planned, again.map(|name| name.hour).collect()))
+    again.map(|name| name.hour).collect()
 }
 
 /// The plans of a lake, as far as they are needed.
@@ -249,11 +247,7 @@ pub(crate) struct Plans {
 
 /// Reads the plans back from the last that `readings` has done to one that sums up those before it.
 pub(crate) async fn plans(store: &Store, readings: Option<&DeltaTable>) -> anyhow::Result<Plans> {
-    let done = match readings {
-        Some(readings) => Tables::progress(readings, REFINE).await?,
-        None => None,
-    };
-    let done = done.and_then(|n| u64::try_from(n).ok()).unwrap_or(0);
+    let done = plans_done(readings).await?;
     let (mut planned, mut last) = (Planned::default(), None);
     for n in (1..=done).rev() {
         let plan = read_plan(store, n).await?;
@@ -264,12 +258,26 @@ pub(crate) async fn plans(store: &Store, readings: Option<&DeltaTable>) -> anyho
             break;
         }
     }
-    let next = match read_plan(store, done + 1).await {
-        Ok(next) => Some(next),
-        Err(e) if is_not_found(&e) => None,
-        Err(e) => return Err(e),
-    };
+    let next = next_plan(store, done).await?;
     Ok(Plans { planned, last, next })
+}
+
+/// The number of the last plan that `readings` has done; 0 for none.
+async fn plans_done(readings: Option<&DeltaTable>) -> anyhow::Result<u64> {
+    let done = match readings {
+        Some(readings) => Tables::progress(readings, REFINE).await?,
+        None => None,
+    };
+    Ok(done.and_then(|n| u64::try_from(n).ok()).unwrap_or(0))
+}
+
+/// The plan after the `done`-th, where there is one.
+async fn next_plan(store: &Store, done: u64) -> anyhow::Result<Option<Plan>> {
+    match read_plan(store, done + 1).await {
+        Ok(next) => Ok(Some(next)),
+        Err(e) if is_not_found(&e) => Ok(None),
+        Err(e) => Err(e),
+    }
 }
 
 pub(crate) fn is_not_found(error: &anyhow::Error) -> bool {
@@ -299,13 +307,14 @@ async fn hours(store: &Store) -> anyhow::Result<BTreeMap<Timestamp, bool>> {
     Ok(hours)
 }
 
-/// Deletes the objects of an hour whose segments all stand in plans that are done, unless one that is not reads them.
-async fn expire_hour(tables: &Tables, hour: Timestamp) -> anyhow::Result<usize> {
+/// Deletes the objects of an hour whose segments are all `refined`, unless the plan after those that are done reads them.
+async fn expire_hour(tables: &Tables, hour: Timestamp, refined: &Planned) -> anyhow::Result<usize> {
     let store = tables.store();
     let found = Hour::list(store, hour).await?;
     // Packing the hours before took its time, and quarantine may be judged again since.
-    let (refined, in_use) = refined(tables).await.context("reading the plans that are done")?;
-    if in_use.contains(&hour) {
+    let readings = tables.snapshot(Table::SensorReadings).await?;
+    let next = next_plan(store, plans_done(readings.as_ref()).await?).await?;
+    if replayed(next).contains(&hour) {
         return Ok(0);
     }
     let mut expired = 0;

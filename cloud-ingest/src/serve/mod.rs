@@ -21,7 +21,13 @@ pub mod sql;
 #[cfg(test)]
 mod tests;
 
-use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, SocketAddr},
+    path::PathBuf,
+    sync::Arc,
+    time::Duration,
+};
 
 use anyhow::Context;
 use common::{
@@ -89,22 +95,31 @@ impl ServeSettings {
 
     /// Notes what must not be served like this.
     pub fn check(&self, mistakes: &mut Mistakes) {
-        mistakes.require(
-            (1..=65_535).contains(&self.max_connections),
-            "serve.max_connections",
-            format!("{} cannot be served", self.max_connections),
-            "write 1 to 65535",
-        );
         for (key, address) in [("serve.pg_port", self.pg), ("serve.http_port", self.http)] {
-            let alone = address.ip().is_loopback();
-            mistakes.require(
-                alone || !self.users.is_empty(),
-                key,
-                format!("{address} can be reached from other machines, and nobody needs a password"),
-                "add [[serve.users]], or listen on 127.0.0.1",
-            );
+            check_listen(key, address.ip(), !self.users.is_empty(), mistakes);
         }
+        check_connections(self.max_connections, mistakes);
     }
+}
+
+/// Notes an address that others reach while nobody needs a password.
+pub(crate) fn check_listen(key: &str, listen: IpAddr, has_users: bool, mistakes: &mut Mistakes) {
+    mistakes.require(
+        listen.is_loopback() || has_users,
+        key,
+        format!("{listen} can be reached from other machines, and nobody needs a password"),
+        "add [[serve.users]], or listen on 127.0.0.1",
+    );
+}
+
+/// Notes a number of connections that nobody can serve.
+pub(crate) fn check_connections(max_connections: usize, mistakes: &mut Mistakes) {
+    mistakes.require(
+        (1..=65_535).contains(&max_connections),
+        "serve.max_connections",
+        format!("{max_connections} cannot be served"),
+        "write 1 to 65535",
+    );
 }
 
 /// Something that was done to a machine, as a person recorded it; the payload of `{root}/_cloud/maintenance`.

@@ -181,7 +181,7 @@ async fn messages(store: &Store, segments: u64) -> Vec<Option<RecordBatch>> {
     Segments::new(store).read(&paths).await.unwrap()
 }
 
-async fn files(tables: &Tables, table: Table) -> usize {
+pub(super) async fn files(tables: &Tables, table: Table) -> usize {
     tables.snapshot(table).await.unwrap().unwrap().snapshot().unwrap().log_data().num_files()
 }
 

@@ -6,7 +6,10 @@
 //! for good and touches nothing. When other rows were removed, when the log no longer reaches back, or when the table is
 //! another one than before, everything counts as touched.
 
-use std::{collections::BTreeSet, time::Duration};
+use std::{
+    collections::{BTreeSet, HashSet},
+    time::Duration,
+};
 
 use anyhow::Context;
 use common::time::{HOUR_MICROS, Timestamp};
@@ -173,6 +176,20 @@ impl Changes {
             hours.extend(hours_in(table, Some(&self.active), time, hold).await?);
         }
         Ok(hours)
+    }
+
+    /// Before this (µs) the files have no row; [`i64::MIN`] where they do not say.
+    pub(super) fn first(&self, table: &DeltaTable, time: &str) -> anyhow::Result<i64> {
+        let mut first = self.gone.iter().map(|(from, _)| *from).min().unwrap_or(i64::MAX);
+        if self.active.is_empty() {
+            return Ok(first);
+        }
+        let active: HashSet<&str> = self.active.iter().map(String::as_str).collect();
+        for file in table.snapshot()?.log_data().iter().filter(|file| active.contains(file.path().as_ref())) {
+            let from = file.stats().and_then(|stats| limits(&stats, time)).map_or(i64::MIN, |(from, _)| from);
+            first = first.min(from);
+        }
+        Ok(first)
     }
 }
 

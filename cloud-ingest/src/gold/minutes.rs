@@ -10,7 +10,7 @@ use arrow::{
     array::{ArrayRef, Float64Array, Int64Array, RecordBatch, StringArray, TimestampMicrosecondArray},
     error::ArrowError,
 };
-use common::time::Timestamp;
+use common::time::{HOUR_MICROS, Timestamp};
 
 use super::{
     hourly::Moments,
@@ -35,13 +35,19 @@ pub struct MinuteRow {
     pub source: Source,
 }
 
-/// The rows of a device for the hours in `within`, by time.
+/// The rows of a device for `within`, whole minutes, by time.
 pub fn minutes(device: &DeviceSeries<'_>, within: &Range<Timestamp>) -> Vec<MinuteRow> {
     let mut rows = Vec::new();
+    let (start, end) = (within.start.as_micros(), within.end.as_micros());
     for hour in device.hours(within) {
-        hour_rows(device, &device.hour(hour), &mut rows);
+        hour_rows(device, &device.parts(&(hour.max(start)..(hour + HOUR_MICROS).min(end))), &mut rows);
     }
     rows
+}
+
+/// The minute in which an instant is, both µs.
+pub(super) fn floor_minute(micros: i64) -> i64 {
+    micros - micros.rem_euclid(MINUTE_MICROS)
 }
 
 fn hour_rows(device: &DeviceSeries<'_>, parts: &HourParts<'_>, rows: &mut Vec<MinuteRow>) {

@@ -29,6 +29,7 @@ use deltalake::DeltaTable;
 
 use super::{
     changes,
+    minutes::floor_minute,
     series::{column, floor_hour, ints, micros},
 };
 use crate::{
@@ -115,7 +116,7 @@ pub(super) async fn publish(
         tables.replace(keyed.table, base, None, vec![difference.rows], txn).await?;
         return Ok(difference.changed);
     };
-    let parts = Parts::of(&difference, &existing, time)?;
+    let parts = Parts::of(&difference, &existing, time, spans)?;
     let mut base = base;
     if !parts.replaced.is_empty() {
         let rows = parts.select(&difference.rows, time, |parts, at| parts.is_replaced(at))?;
@@ -124,13 +125,14 @@ pub(super) async fn publish(
         base = Some(tables.replace(keyed.table, base, Some(&predicate), vec![rows], txn).await?);
     }
     if !parts.appended.is_empty() {
-        // A new hour begins: packing now leaves the hours that still change out of the big files. It changes no row, so
-        // what was compared still stands.
-        if let Err(error) = tables.compact(keyed.table, &TIERS, SMALL_FILES).await {
+        // Packing now leaves the hours that still change out of the big files. It changes no row, so what was compared
+        // still stands.
+        if parts.begins_an_hour
+            && let Err(error) = tables.compact(keyed.table, &TIERS, SMALL_FILES).await
+        {
             tracing::warn!(table = keyed.table.path(), %error, "compaction is left for later");
         }
-        let rows =
-            parts.select(&difference.rows, time, |parts, at| parts.appended.contains(&floor_hour(at)))?;
+        let rows = parts.select(&difference.rows, time, Parts::is_appended)?;
         tables.append(keyed.table, base, vec![rows], txn).await?;
     }
     Ok(difference.changed)
@@ -305,29 +307,38 @@ fn stamp(
     Ok(RecordBatch::try_new(schema, columns)?)
 }
 
-/// Which hours are new to the table, and which ranges of the others are to be replaced.
+/// Which minutes are new to the table, and which ranges of the others are to be replaced. A minute that has begun goes into
+/// a file of its own, so that the ones before it, which hardly change, are not written again with it.
 #[derive(Debug)]
 struct Parts {
     appended: BTreeSet<i64>,
     replaced: Vec<Range<Timestamp>>,
+    /// Of an hour there is something for the first time.
+    begins_an_hour: bool,
 }
 
 impl Parts {
-    fn of(difference: &Difference, existing: &RecordBatch, time: &str) -> anyhow::Result<Parts> {
+    fn of(
+        difference: &Difference,
+        existing: &RecordBatch,
+        time: &str,
+        spans: &[Range<Timestamp>],
+    ) -> anyhow::Result<Parts> {
         let (old, new) = (micros(existing, time)?, micros(&difference.rows, time)?);
-        let known: BTreeSet<i64> = old.values().iter().copied().map(floor_hour).collect();
+        let known: BTreeSet<i64> = old.values().iter().copied().map(floor_minute).collect();
+        let known_hours: BTreeSet<i64> = known.iter().copied().map(floor_hour).collect();
         let changed = difference.differs.iter().zip(new.values()).filter(|(d, _)| **d).map(|(_, ts)| *ts);
         let vanished = difference.vanished.iter().map(|row| old.value(*row));
         let mut appended = BTreeSet::new();
         // By hour: the first and the last change.
         let mut ranges: BTreeMap<i64, (i64, i64)> = BTreeMap::new();
         for ts in changed.chain(vanished) {
-            let hour = floor_hour(ts);
-            if known.contains(&hour) {
-                let range = ranges.entry(hour).or_insert((ts, ts));
+            let minute = floor_minute(ts);
+            if known.contains(&minute) {
+                let range = ranges.entry(floor_hour(ts)).or_insert((ts, ts));
                 *range = (range.0.min(ts), range.1.max(ts));
             } else {
-                appended.insert(hour);
+                appended.insert(minute);
             }
         }
         // Neighbouring hours join, so that a predicate stays short.
@@ -341,7 +352,21 @@ impl Parts {
             }
             last_hour = Some(hour);
         }
-        Ok(Parts { appended, replaced })
+        // What stands of an hour before the spans nobody has looked for.
+        let is_whole = |hour: i64| spans.iter().any(|span| span.contains(&Timestamp::from_micros(hour)));
+        let begins_an_hour = appended.iter().any(|minute| {
+            let hour = floor_hour(*minute);
+            !known_hours.contains(&hour) && is_whole(hour)
+        });
+        let mut parts = Parts { appended, replaced, begins_an_hour };
+        // New minutes between replaced ones go with these.
+        let appended = new.values().iter().filter(|ts| parts.is_appended(**ts)).map(|ts| floor_minute(*ts));
+        parts.appended = appended.collect();
+        Ok(parts)
+    }
+
+    fn is_appended(&self, ts: i64) -> bool {
+        self.appended.contains(&floor_minute(ts)) && !self.is_replaced(ts)
     }
 
     fn is_replaced(&self, ts: i64) -> bool {

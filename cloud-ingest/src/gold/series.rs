@@ -11,7 +11,7 @@
 
 use std::{
     cmp::Reverse,
-    collections::{BTreeMap, HashMap, HashSet},
+    collections::{BTreeMap, HashMap},
     ops::Range,
 };
 
@@ -235,9 +235,17 @@ pub struct Series {
     columns: Vec<Columns>,
     /// By (site, device); windows are chosen.
     found: BTreeMap<(String, String), Found>,
+    /// Of windows that stand for nothing: from their start to their gateway's first reading in that hour (µs).
+    silenced: Vec<Range<i64>>,
 }
 
 impl Series {
+    /// Whether what is made of the time before `from` (µs) was the same when nothing was there of `from` and later. It was
+    /// not where a gateway spoke first in the hour then: the windows of its hour count no more.
+    pub fn is_settled_before(&self, from: i64) -> bool {
+        !self.silenced.iter().any(|silenced| silenced.start < from && from <= silenced.end)
+    }
+
     /// The devices by site and id, each laid out when its turn comes.
     pub fn devices(&self) -> impl Iterator<Item = DeviceSeries<'_>> {
         self.found.iter().map(|((site, _), found)| {
@@ -270,8 +278,8 @@ pub struct SeriesBuilder {
     by_device: HashMap<(String, String), usize>,
     devices: Vec<Found>,
     columns: Vec<Columns>,
-    /// Hours (µs) in which readings came, and of whom.
-    speaking: HashSet<(u32, i64)>,
+    /// Hours (µs) in which readings came, of whom, and the first of each.
+    speaking: HashMap<(u32, i64), i64>,
     key: String,
 }
 
@@ -309,7 +317,8 @@ impl SeriesBuilder {
             let mut rest = &times.values()[rows.clone()];
             while let Some(first) = rest.first() {
                 let hour = floor_hour(*first);
-                self.speaking.insert((meta, hour));
+                let since = self.speaking.entry((meta, hour)).or_insert(*first);
+                *since = (*since).min(*first);
                 let within = hour..hour + HOUR_MICROS;
                 rest = &rest[rest.iter().take_while(|ts| within.contains(*ts)).count()..];
             }
@@ -378,18 +387,24 @@ impl SeriesBuilder {
             let Meta { site, gateway, .. } = &metas[meta as usize];
             (site.as_str(), gateway.as_str())
         };
-        let speaking: HashSet<_> = self.speaking.iter().map(|(meta, hour)| (gateway(*meta), *hour)).collect();
-        let mut found = BTreeMap::new();
+        let mut speaking: HashMap<_, i64> = HashMap::new();
+        for ((meta, hour), first) in self.speaking {
+            let since = speaking.entry((gateway(meta), hour)).or_insert(first);
+            *since = (*since).min(first);
+        }
+        let (mut found, mut silenced) = (BTreeMap::new(), Vec::new());
         for (key, at) in by_device {
             let Found { mut runs, mut windows } = std::mem::take(&mut devices[at]);
             // Runs are in order within themselves, and mostly do not overlap.
             runs.sort_by_key(|run| columns[run.of].ts[run.rows.start]);
             for window in &mut windows {
-                window.counts = !speaking.contains(&(gateway(window.meta), floor_hour(window.start)));
+                let first = speaking.get(&(gateway(window.meta), floor_hour(window.start)));
+                window.counts = first.is_none();
+                silenced.extend(first.map(|first| window.start..*first).filter(|before| !before.is_empty()));
             }
             found.insert(key, Found { runs, windows: choose(windows, &metas) });
         }
-        Series { metas, columns, found }
+        Series { metas, columns, found, silenced }
     }
 
     fn meta(&mut self, texts: &MetaColumns, row: usize) -> u32 {

@@ -21,7 +21,8 @@ use super::{
     GoldSettings,
     calendar::Calendars,
     changes::{self, Changes},
-    daily, health, hourly, minutes,
+    daily, health, hourly,
+    minutes::{self, floor_minute},
     parts::{self, Chosen, Part},
     publish::{self, Keyed, Progress, SILVER},
     scan::{self, Scan},
@@ -96,6 +97,26 @@ impl Silver {
         Ok(builder.finish())
     }
 
+    /// The rows of parts, of minutes those of `from` and later; `None` if earlier ones may be others than before, too.
+    async fn make(
+        &self,
+        parts: &[Part],
+        from: Option<Timestamp>,
+        hold: Duration,
+        now: Timestamp,
+    ) -> anyhow::Result<Option<Made>> {
+        let mut made = Made::default();
+        for part in parts {
+            let series = self.read(part, hold).await?;
+            if from.is_some_and(|from| !series.is_settled_before(from.as_micros())) {
+                return Ok(None);
+            }
+            let start = from.map_or(part.within.start, |from| from.clamp(part.within.start, part.within.end));
+            made.add(&part.within, &(start..part.within.end), &series, hold, now)?;
+        }
+        Ok(Some(made))
+    }
+
     /// Readings, then aggregates if there are any.
     pub(super) fn scans(
         &self,
@@ -154,6 +175,8 @@ impl Known {
 #[derive(Default)]
 pub(super) struct Due {
     pub(super) hours: BTreeSet<Timestamp>,
+    /// Minutes before this one are as they were, unless a gateway spoke first in its hour ([`Series::is_settled_before`]).
+    from: Option<Timestamp>,
     /// Events that begin in this hour or later have other records than before.
     pub(super) events_from: Option<Timestamp>,
 }
@@ -188,10 +211,15 @@ pub(super) async fn step(
         let chunks: Vec<_> = publish::spans(block).iter().flat_map(parts::chunks).collect();
         let mut made = Made::default();
         for (m, chunk) in chunks.iter().enumerate() {
-            for part in silver.parts(chunk, settings.hold).await? {
-                let series = silver.read(&part, settings.hold).await?;
-                made.add(&part.within, &series, settings.hold, now)?;
-            }
+            let parts = silver.parts(chunk, settings.hold).await?;
+            let mut from = due.from;
+            let of_chunk = loop {
+                match silver.make(&parts, from, settings.hold, now).await? {
+                    Some(made) => break made,
+                    None => from = None,
+                }
+            };
+            made.extend(of_chunk);
             let of_block = m + 1 == chunks.len();
             let last = of_block && n + 1 == blocks.len();
             if of_block || made.minute_rows() >= MINUTE_ROWS {
@@ -213,32 +241,39 @@ pub(super) async fn step(
 /// Rows that are published together.
 #[derive(Default)]
 struct Made {
-    spans: Vec<Range<Timestamp>>,
     hours: Vec<RecordBatch>,
+    hour_spans: Vec<Range<Timestamp>>,
     minutes: Vec<RecordBatch>,
+    minute_spans: Vec<Range<Timestamp>>,
 }
 
 impl Made {
-    /// Takes the rows of a span, or of a part of its devices.
+    /// Takes the rows of a span of hours and of one of minutes, or of a part of their devices.
     fn add(
         &mut self,
-        span: &Range<Timestamp>,
+        of_hours: &Range<Timestamp>,
+        of_minutes: &Range<Timestamp>,
         series: &Series,
         hold: Duration,
         now: Timestamp,
     ) -> anyhow::Result<()> {
         let (mut hours, mut minutes) = (Vec::new(), Vec::new());
         for device in series.devices() {
-            hours.extend(hourly::hours(&device, span, hold));
-            minutes.extend(minutes::minutes(&device, span));
+            hours.extend(hourly::hours(&device, of_hours, hold));
+            minutes.extend(minutes::minutes(&device, of_minutes));
         }
         self.hours.push(hourly::batch(hours, now)?);
         self.minutes.push(minutes::batch(&minutes, &series.metas)?);
-        match self.spans.last_mut() {
-            Some(last) if last.end >= span.start => last.end = span.end,
-            _ => self.spans.push(span.clone()),
-        }
+        reach(&mut self.hour_spans, of_hours);
+        reach(&mut self.minute_spans, of_minutes);
         Ok(())
+    }
+
+    fn extend(&mut self, later: Made) {
+        self.hours.extend(later.hours);
+        self.minutes.extend(later.minutes);
+        later.hour_spans.iter().for_each(|span| reach(&mut self.hour_spans, span));
+        later.minute_spans.iter().for_each(|span| reach(&mut self.minute_spans, span));
     }
 
     fn minute_rows(&self) -> usize {
@@ -253,10 +288,18 @@ impl Made {
         now: Timestamp,
     ) -> anyhow::Result<(usize, usize)> {
         let hours = concat_batches(&HOURLY.table.schema(), &self.hours)?;
-        let hourly = publish::publish(tables, HOURLY, &self.spans, hours, progress, now).await?;
+        let hourly = publish::publish(tables, HOURLY, &self.hour_spans, hours, progress, now).await?;
         let minutes = concat_batches(&MINUTES.table.schema(), &self.minutes)?;
         drop(self.minutes);
-        Ok((hourly, publish::publish(tables, MINUTES, &self.spans, minutes, progress, now).await?))
+        Ok((hourly, publish::publish(tables, MINUTES, &self.minute_spans, minutes, progress, now).await?))
+    }
+}
+
+/// Adds a span that begins no earlier than the last.
+fn reach(spans: &mut Vec<Range<Timestamp>>, span: &Range<Timestamp>) {
+    match spans.last_mut() {
+        Some(last) if last.end >= span.start => last.end = span.end,
+        _ => spans.push(span.clone()),
     }
 }
 
@@ -339,10 +382,13 @@ async fn touched(
         && let Some(windows) = since_plan(aggregates.as_ref(), came.first_plan, "window_start").await?
         && let Some(records) = since_plan(anomalies.as_ref(), came.first_plan, "started_at").await?
     {
-        let mut due = Due { hours: came.hours(readings, "ts", hold).await?, events_from: None };
+        let mut due = Due { hours: came.hours(readings, "ts", hold).await?, ..Due::default() };
+        let mut first = came.first(readings, "ts")?;
         if let Some(aggregates) = aggregates {
             due.hours.extend(windows.hours(aggregates, "window_start", hold).await?);
+            first = first.min(windows.first(aggregates, "window_start")?);
         }
+        due.from = (first > i64::MIN).then(|| Timestamp::from_micros(floor_minute(first)));
         if let Some(anomalies) = anomalies {
             due.events_from = records.hours(anomalies, "started_at", Duration::ZERO).await?.first().copied();
         }
@@ -358,7 +404,7 @@ async fn touched(
             hours.extend(changes::hours_in(&gold, None, time, Duration::ZERO).await?);
         }
     }
-    Ok(Due { hours, events_from: None })
+    Ok(Due { hours, ..Due::default() })
 }
 
 /// What came to a table with a plan and those after it.

@@ -399,8 +399,8 @@ mod tests {
         *,
     };
 
-    /// A row a device: its minimum, and its last value.
-    fn minutes(rows: &[(&str, Option<f64>, Option<f64>)]) -> RecordBatch {
+    /// A row each of a device: its minute, its minimum, and its last value.
+    fn minutes(rows: &[(&str, i64, Option<f64>, Option<f64>)]) -> RecordBatch {
         let meta = |device: &str| Meta {
             site: "s".to_owned(),
             gateway: "g".to_owned(),
@@ -411,8 +411,8 @@ mod tests {
             kind: Kind::Gauge,
         };
         let metas: Vec<_> = rows.iter().map(|row| meta(row.0)).collect();
-        let row = |(meta, (_, min, last)): (u32, &(&str, Option<f64>, Option<f64>))| MinuteRow {
-            time: Timestamp::default(),
+        let row = |(meta, (_, minute, min, last)): (u32, &(&str, i64, Option<f64>, Option<f64>))| MinuteRow {
+            time: at(*minute),
             meta,
             count: 1,
             min: *min,
@@ -425,22 +425,52 @@ mod tests {
         batch(&rows, &metas).unwrap()
     }
 
+    fn at(minute: i64) -> Timestamp {
+        Timestamp::from_micros(minute * 60_000_000)
+    }
+
+    #[test]
+    fn minutes_that_are_new_are_appended_unless_they_lie_between_others() {
+        let parts = |stood: &[i64], computed: &[i64], span: Range<i64>| {
+            let rows = |of: &[i64], value| {
+                let rows: Vec<_> = of.iter().map(|minute| ("a", *minute, Some(value), None)).collect();
+                minutes(&rows)
+            };
+            let (stood, computed) = (rows(stood, 1.0), rows(computed, 2.0));
+            let difference = Difference::between(&stood, computed, MINUTES, Timestamp::default()).unwrap();
+            let parts = Parts::of(&difference, &stood, "time", &[at(span.start)..at(span.end)]).unwrap();
+            let minute = |at: &i64| at / 60_000_000;
+            let rows =
+                |is: fn(&Parts, i64) -> bool| parts.select(&difference.rows, "time", is).unwrap().num_rows();
+            let (appended, replaced) = (rows(Parts::is_appended), rows(|parts, at| parts.is_replaced(at)));
+            assert_eq!(appended + replaced, difference.rows.num_rows(), "each row once");
+            (parts.appended.iter().map(minute).collect::<Vec<_>>(), replaced, parts.begins_an_hour)
+        };
+        assert_eq!(parts(&[3], &[3, 4], 3..60), (vec![4], 1, false));
+        assert_eq!(parts(&[3, 5], &[3, 4, 5, 6], 0..60), (vec![6], 3, false));
+        // Of an hour that has begun, and of one that begins.
+        assert_eq!(parts(&[], &[4], 4..60), (vec![4], 0, false));
+        assert_eq!(parts(&[59], &[59, 60, 61], 59..120), (vec![60, 61], 1, true));
+        // Two hours in one range, and a minute that vanished at the end of it.
+        assert_eq!(parts(&[58, 60, 61], &[58, 59, 60], 0..120), (vec![], 3, false));
+    }
+
     #[test]
     fn rows_differ_in_a_value_or_in_whether_there_is_one() {
         let one = Some(1.0);
         let stood = minutes(&[
-            ("gone", one, one),
-            ("same", one, None),
-            ("risen", one, one),
-            ("lost", one, one),
-            ("found", None, one),
+            ("gone", 0, one, one),
+            ("same", 0, one, None),
+            ("risen", 0, one, one),
+            ("lost", 0, one, one),
+            ("found", 0, None, one),
         ]);
         let computed = minutes(&[
-            ("found", Some(0.0), one),
-            ("lost", one, None),
-            ("new", one, one),
-            ("same", one, None),
-            ("risen", one, Some(1.5)),
+            ("found", 0, Some(0.0), one),
+            ("lost", 0, one, None),
+            ("new", 0, one, one),
+            ("same", 0, one, None),
+            ("risen", 0, one, Some(1.5)),
         ]);
         let difference = Difference::between(&stood, computed, MINUTES, Timestamp::default()).unwrap();
         assert_eq!(difference.differs, [true, true, true, false, true]);

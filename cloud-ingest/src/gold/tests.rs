@@ -1,6 +1,6 @@
 //! Gold over a lake in memory: steps, late data, reruns, and the same numbers by SQL.
 
-use std::sync::Arc;
+use std::{collections::BTreeSet, sync::Arc};
 
 use arrow::{
     array::{
@@ -390,6 +390,40 @@ async fn step_by_step_at_once_and_again_after_a_crash_are_the_same() {
     stepwise.tables.replace(Table::SensorReadings, base, None, rest, ("refine", 1_000)).await.unwrap();
     assert!(!stepwise.step(50_000).await.is_nothing());
     assert_eq!(stepwise.gold().await, fresh.gold().await);
+}
+
+#[tokio::test]
+async fn a_minute_that_begins_leaves_those_before_it_where_they_are() {
+    let (mut live, mut at_once) = (Lake::new().await, Lake::new().await);
+    let files = async |lake: &Lake| {
+        let table = lake.tables.snapshot(Table::Timeseries1m).await.unwrap().unwrap();
+        let state = table.snapshot().unwrap();
+        state.log_data().iter().map(|file| file.path().into_owned()).collect::<BTreeSet<String>>()
+    };
+    // Each step ends in the midst of a minute, across the hour.
+    let steps = || (3_500..3_800).step_by(30).map(|from| wave("a", from, from + 30, 1));
+    let mut stood = BTreeSet::new();
+    for (n, rows) in steps().enumerate() {
+        live.readings(&rows).await;
+        live.step(3_800).await;
+        let stands = files(&live).await;
+        // Only the minute that goes on is written again.
+        assert!(stood.difference(&stands).count() <= 1, "step {n}: {stood:?}, then {stands:?}");
+        stood = stands;
+    }
+    assert_eq!(stood.len(), 6, "{stood:?}");
+    at_once.readings(&steps().collect::<Vec<_>>().concat()).await;
+    at_once.step(3_800).await;
+    assert_eq!(live.gold().await, at_once.gold().await);
+
+    // A reading that is late by minutes, and one by an hour.
+    for second in [3_605, 20] {
+        for lake in [&mut live, &mut at_once] {
+            lake.readings(&[("b", second, 1e6, Quality::Good)]).await;
+            assert_eq!(lake.step(3_900).await.windows.minutes, 1);
+        }
+        assert_eq!(live.gold().await, at_once.gold().await);
+    }
 }
 
 #[tokio::test]

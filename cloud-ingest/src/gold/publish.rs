@@ -399,8 +399,10 @@ mod tests {
         *,
     };
 
-    /// A row each of a device: its minute, its minimum, and its last value.
-    fn minutes(rows: &[(&str, i64, Option<f64>, Option<f64>)]) -> RecordBatch {
+    /// A device, its minute, its minimum, and its last value.
+    type Row = (&'static str, i64, Option<f64>, Option<f64>);
+
+    fn minutes(rows: &[Row]) -> RecordBatch {
         let meta = |device: &str| Meta {
             site: "s".to_owned(),
             gateway: "g".to_owned(),
@@ -411,7 +413,7 @@ mod tests {
             kind: Kind::Gauge,
         };
         let metas: Vec<_> = rows.iter().map(|row| meta(row.0)).collect();
-        let row = |(meta, (_, minute, min, last)): (u32, &(&str, i64, Option<f64>, Option<f64>))| MinuteRow {
+        let row = |(meta, (_, minute, min, last)): (u32, &Row)| MinuteRow {
             time: at(*minute),
             meta,
             count: 1,

@@ -2,9 +2,9 @@
 //!
 //! * A row whose values did not change stays as it is, with its `revision` and `updated_at`; a step that changes
 //!   nothing commits nothing, until the progress lags behind by [`LAG`] versions.
-//! * Hours that the table does not have yet are appended, so they become files of their own; what changes in the
-//!   others replaces the narrowest time range that holds it. A live table thus rewrites its last hour, not its
-//!   history. When a step does both, the progress goes with the second commit: after a crash between the two the
+//! * Minutes that the table does not have yet are appended, so they become files of their own; what changes in the
+//!   others replaces the narrowest time range of its hour that holds it. A live table thus rewrites its last minute, or
+//!   its last hour where a row is one, not its history. When a step does both, the progress goes with the second commit: after a crash between the two the
 //!   next step finds the first half in place and unchanged.
 //! * At every version there is one row a key, also where several refiners make gold: each commit is from the snapshot
 //!   that was compared, or from the commit before it, and all have the same app id, so one of two fails. A step that

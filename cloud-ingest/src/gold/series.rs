@@ -165,11 +165,6 @@ impl DeviceSeries<'_> {
         hours
     }
 
-    /// The parts of the hour that starts at `hour` µs.
-    pub fn hour(&self, hour: i64) -> HourParts<'_> {
-        self.parts(&(hour..hour + HOUR_MICROS))
-    }
-
     /// The parts of an hour, or of a part of one (µs).
     pub fn parts(&self, span: &Range<i64>) -> HourParts<'_> {
         let windows = self.windows_in(span).iter().filter(|w| w.counts).collect();

@@ -3,7 +3,9 @@
 //! CPU time is `utime` + `stime` of `/proc/PID/stat`, over all threads, also those that have ended; it can be read until
 //! somebody waits for the child, so the last reading, of a zombie, is all of it. Peak RSS is `VmHWM`, which counts
 //! from the exec: `ru_maxrss` would begin with the memory of the parent. It only grows, and is gone when the process
-//! ends, so it is read often. PSS counts a page that n processes share as 1/n; it is sampled.
+//! ends, so it is read often. PSS counts a page that n processes share as 1/n; it is sampled. RSS is anonymous memory,
+//! which is the process's own, and pages of files, which are its program as far as it has been run: the kernel takes those
+//! back when somebody needs the room.
 
 use std::{fs, time::Duration};
 
@@ -20,6 +22,8 @@ pub(super) struct Usage {
     /// Bytes, now; PSS when it was last looked at.
     pub(super) rss: u64,
     pub(super) pss: u64,
+    /// Bytes of `rss` that are no file's.
+    pub(super) anonymous: u64,
     /// Bytes.
     pub(super) peak_rss: u64,
     /// Bytes, highest sample.
@@ -39,6 +43,7 @@ impl Usage {
             kib(&text, field).unwrap_or(0) * 1024
         };
         self.rss = of("status", "VmRSS:");
+        self.anonymous = of("status", "RssAnon:");
         self.peak_rss = self.peak_rss.max(of("status", "VmHWM:"));
         if pss {
             self.pss = of("smaps_rollup", "Pss:");
@@ -87,6 +92,7 @@ mod tests {
         usage.look(std::process::id(), true).unwrap();
         assert!(usage.peak_rss > 100_000 && usage.peak_pss > 10_000 && !usage.ended, "{usage:?}");
         assert!(usage.peak_rss >= usage.peak_pss, "{usage:?}");
+        assert!(usage.anonymous > 10_000 && usage.anonymous < usage.rss, "{usage:?}");
         assert!(thread_cpu().unwrap() > Duration::ZERO);
     }
 }

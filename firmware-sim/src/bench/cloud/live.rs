@@ -17,7 +17,7 @@ use super::{
     compare::folder_bytes,
     latency::{self, Asker, Latency},
 };
-use crate::{demo::loopback, fleet, http};
+use crate::{bench::usage::Usage, demo::loopback, fleet, http};
 
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 const TELL_EVERY: Duration = Duration::from_secs(10);
@@ -60,12 +60,21 @@ struct Memory {
     pss_at_100_percent: u64,
     /// The least and the most RSS of each tenth of the time: between gold's steps, and within one.
     rss_of_tenths: [(u64, u64); 10],
+    /// The same of what is no file's: without the pages of the program that come as its code is first run.
+    anonymous_of_tenths: [(u64, u64); 10],
     /// By least squares over the last three quarters.
     rss_growth_per_hour: f64,
+    anonymous_growth_per_hour: f64,
 }
 
-/// When, in seconds; RSS and PSS.
-type Sample = (f64, u64, u64);
+#[derive(Clone, Copy)]
+struct Sample {
+    /// Seconds.
+    at: f64,
+    rss: u64,
+    pss: u64,
+    anonymous: u64,
+}
 
 /// Prepares, runs, compares, and prints the report.
 pub(super) async fn run(options: Options, lasting: Duration) -> anyhow::Result<ExitCode> {
@@ -86,7 +95,8 @@ pub(super) async fn run(options: Options, lasting: Duration) -> anyhow::Result<E
         bench.usage.look(bench.cloud.pid().context("the cloud has no pid")?, true)?;
         bench.broker.check()?;
         ensure!(!bench.usage.ended, "cloud-ingest has ended; see its log in {}", bench.lake.display());
-        samples.push((bench.begun.elapsed().as_secs_f64(), bench.usage.rss, bench.usage.pss));
+        let Usage { rss, pss, anonymous, .. } = bench.usage;
+        samples.push(Sample { at: bench.begun.elapsed().as_secs_f64(), rss, pss, anonymous });
         if told.elapsed() >= TELL_EVERY {
             told = Instant::now();
             tell(&mut bench, &askers, readings).await;
@@ -128,11 +138,12 @@ async fn tell(bench: &mut Bench, askers: &[Asker; 2], of: u64) {
     }
     let [live, silver] = askers.each_ref().map(Asker::latency);
     let (seconds, cpu) = (bench.begun.elapsed().as_secs_f64(), bench.usage.cpu.as_secs_f64());
-    let (seen, mb) = (bench.seen.all(), bench.usage.rss as f64 / 1e6);
+    let seen = bench.seen.all();
+    let (mb, own) = (bench.usage.rss as f64 / 1e6, bench.usage.anonymous as f64 / 1e6);
     let of_both = |of: fn(&Latency) -> f64| (of(&live).round(), of(&silver).round());
     let (p50, p99, max) = (of_both(|l| l.p50_ms), of_both(|l| l.p99_ms), of_both(|l| l.max_ms));
     eprintln!(
-        "{seconds:>5.0} s  {seen} of {of} in silver  {cpu:.1} s of CPU  {mb:.0} MB  \
+        "{seconds:>5.0} s  {seen} of {of} in silver  {cpu:.1} s of CPU  {mb:.0} MB, {own:.0} anonymous  \
          live and silver, ms: p50 {p50:?} p99 {p99:?} max {max:?}"
     );
 }
@@ -142,19 +153,25 @@ impl Memory {
     fn of(samples: &[Sample]) -> Option<Memory> {
         let at = |part: f64| samples.get(((samples.len() as f64 * part).ceil() as usize).checked_sub(1)?);
         let warm = &samples[(samples.len() as f64 * WARM) as usize..];
-        let points: Vec<(f64, f64)> = warm.iter().map(|(at, rss, _)| (at / 3600.0, *rss as f64)).collect();
-        let tenth = |n: usize| {
-            let of = &samples[n * samples.len() / 10..(n + 1) * samples.len() / 10];
-            let rss = || of.iter().map(|(_, rss, _)| *rss);
-            (rss().min().unwrap_or(0), rss().max().unwrap_or(0))
+        let growth = |of: fn(&Sample) -> u64| {
+            slope(&warm.iter().map(|sample| (sample.at / 3600.0, of(sample) as f64)).collect::<Vec<_>>())
+        };
+        let tenths = |of: fn(&Sample) -> u64| {
+            std::array::from_fn(|n| {
+                let tenth = &samples[n * samples.len() / 10..(n + 1) * samples.len() / 10];
+                let of = || tenth.iter().map(of);
+                (of().min().unwrap_or(0), of().max().unwrap_or(0))
+            })
         };
         Some(Memory {
-            rss_at_10_percent: at(0.1)?.1,
-            rss_at_50_percent: at(0.5)?.1,
-            rss_at_100_percent: at(1.0)?.1,
-            pss_at_100_percent: at(1.0)?.2,
-            rss_of_tenths: std::array::from_fn(tenth),
-            rss_growth_per_hour: slope(&points)?,
+            rss_at_10_percent: at(0.1)?.rss,
+            rss_at_50_percent: at(0.5)?.rss,
+            rss_at_100_percent: at(1.0)?.rss,
+            pss_at_100_percent: at(1.0)?.pss,
+            rss_of_tenths: tenths(|sample| sample.rss),
+            anonymous_of_tenths: tenths(|sample| sample.anonymous),
+            rss_growth_per_hour: growth(|sample| sample.rss)?,
+            anonymous_growth_per_hour: growth(|sample| sample.anonymous)?,
         })
     }
 }
@@ -176,17 +193,18 @@ mod tests {
 
     #[test]
     fn memory_is_what_it_was_at_its_time_and_grows_after_the_warm_up() {
-        // 1,000 bytes a second at first, then 10.
+        // 1,000 bytes a second at first, then 10; half of both is anonymous.
         let rss = |n: u64| if n < 200 { 1_000 * n } else { 200_000 + 10 * n };
-        let samples: Vec<Sample> = (1..=1_000).map(|n| (n as f64, rss(n), n)).collect();
+        let sample = |n: u64| Sample { at: n as f64, rss: rss(n), pss: n, anonymous: rss(n) / 2 };
+        let samples: Vec<Sample> = (1..=1_000).map(sample).collect();
         let memory = Memory::of(&samples).unwrap();
         assert_eq!((memory.rss_at_10_percent, memory.rss_at_50_percent), (100_000, 205_000));
         assert_eq!((memory.rss_at_100_percent, memory.pss_at_100_percent), (210_000, 1_000));
-        assert_eq!(
-            (memory.rss_of_tenths[0], memory.rss_of_tenths[9]),
-            ((1_000, 100_000), (209_010, 210_000))
-        );
+        let ends = |of: [(u64, u64); 10]| (of[0], of[9]);
+        assert_eq!(ends(memory.rss_of_tenths), ((1_000, 100_000), (209_010, 210_000)));
+        assert_eq!(ends(memory.anonymous_of_tenths), ((500, 50_000), (104_505, 105_000)));
         assert!((memory.rss_growth_per_hour - 36_000.0).abs() < 1e-6, "{memory:?}");
+        assert!((memory.anonymous_growth_per_hour - 18_000.0).abs() < 1e-6, "{memory:?}");
         assert_eq!(Memory::of(&samples[..1]), None);
     }
 }

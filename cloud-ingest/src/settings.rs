@@ -352,7 +352,7 @@ impl Settings {
         );
         // The refiner looks for new segments in the hour that it is and in the one before.
         within(m, "upkeep.pack_after", upkeep.pack_after, 1..=24 * 365);
-        // Delta forgets after seven days which files were removed when.
+        // Every checkpoint names the files that were removed for so long.
         within(m, "upkeep.keep_versions", upkeep.keep_versions, 1..=24 * 7);
         for (key, keep) in [
             ("upkeep.keep_bronze", upkeep.keep_bronze),

@@ -14,7 +14,9 @@
 //! may live longer, up to its file's youngest. The cutoff stands in the table as `txn("retain", µs)`.
 //!
 //! **Vacuum** deletes what is in no snapshot of the last `keep`, the leavings of crashed writers too; **the log**
-//! is cut at a checkpoint that is older than that. So whoever opened a snapshot can read it for `keep`.
+//! is cut at a checkpoint that is older than that. So whoever opened a snapshot can read it for `keep`. Each checkpoint
+//! names every file that was removed lately, by Delta's default in the last week: at a commit a second hundreds of
+//! megabytes, every 100 commits. So the table itself says that `keep` is enough.
 
 use std::{
     collections::{BTreeMap, HashSet},
@@ -32,7 +34,7 @@ use datafusion::prelude::{SessionConfig, SessionContext};
 use deltalake::{
     DeltaTable, checkpoints,
     delta_datafusion::{DeltaScanConfig, DeltaScanNext},
-    kernel::{Action, Transaction, transaction::CommitProperties},
+    kernel::{Action, MetadataExt, Transaction, transaction::CommitProperties},
     operations::vacuum::{self, VacuumMode},
     protocol::DeltaOperation,
     writer::{DeltaWriter, RecordBatchWriter},
@@ -51,6 +53,8 @@ const REWRITE: &str = "rewrite";
 pub(crate) const RETAIN: &str = "retain";
 /// Bytes that are rewritten in one commit, unless a single file takes more.
 const COMMIT_BYTES: u64 = 128 << 20;
+/// Property of a table: for how long its checkpoints name a file that was removed (Delta protocol, "Tombstones").
+const REMEMBER_REMOVED: &str = "delta.deletedFileRetentionDuration";
 /// A checkpoint is written when the last one is this many versions behind.
 const CHECKPOINT_LAG: u64 = 10;
 
@@ -270,15 +274,14 @@ impl Tables {
         Ok(deleted.filter(|result| std::future::ready(gone(result))).try_collect::<Vec<Path>>().await?.len())
     }
 
-    /// Writes a checkpoint when the last one lies behind, and deletes the log before a checkpoint that is older
-    /// than `keep`. Returns how many entries went.
+    /// Has checkpoints name removed files for `keep`, writes one when the last one lies behind, and deletes the log before
+    /// one that is older than `keep`. Returns how many entries went.
     ///
     /// # Errors
     /// See [`TablesError`]; nothing is half done.
     pub async fn tidy_log(&self, table: Table, keep: Duration, now: Timestamp) -> Result<usize, TablesError> {
         let failed = |e| TablesError::of(table, e);
-        let snapshot = self.snapshot(table).await.map_err(|e| TablesError::failed(table, e))?;
-        let Some(base) = snapshot else { return Ok(0) };
+        let Some(base) = self.remember_removed(table, keep).await? else { return Ok(0) };
         let at = base.version().unwrap_or(0);
         let last = self.last_checkpoint(table).await.map_err(|e| TablesError::failed(table, e))?;
         if at - last.min(at) >= CHECKPOINT_LAG {
@@ -287,6 +290,27 @@ impl Tables {
         let cutoff = (now - keep).as_micros() / 1_000;
         let log = base.log_store();
         checkpoints::cleanup_expired_logs_for(at, log.as_ref(), cutoff, None).await.map_err(failed)
+    }
+
+    /// Sets [`REMEMBER_REMOVED`]; a commit that is under way meanwhile meets a conflict, once. Returns the newest snapshot.
+    async fn remember_removed(
+        &self,
+        table: Table,
+        keep: Duration,
+    ) -> Result<Option<DeltaTable>, TablesError> {
+        let newest = async || self.snapshot(table).await.map_err(|e| TablesError::failed(table, e));
+        let Some(base) = newest().await? else { return Ok(None) };
+        let (key, wanted) = (REMEMBER_REMOVED.to_owned(), format!("interval {} seconds", keep.as_secs()));
+        let metadata = base.snapshot().map_err(|e| TablesError::of(table, e))?.metadata();
+        if metadata.configuration().get(&key) == Some(&wanted) {
+            return Ok(Some(base));
+        }
+        let changed = metadata.clone().add_config_key(key.clone(), wanted.clone());
+        let actions = vec![Action::Metadata(changed.map_err(|e| TablesError::failed(table, e))?)];
+        let operation = DeltaOperation::SetTableProperties { properties: [(key, wanted)].into() };
+        let properties = CommitProperties::default().with_cleanup_expired_logs(Some(false));
+        self.commit(table, base, actions, operation, properties).await?;
+        newest().await
     }
 
     /// Version of the table's last checkpoint; 0 for none.
@@ -362,9 +386,11 @@ fn newest(stats: &str, time: &str) -> Option<Timestamp> {
 #[cfg(test)]
 mod tests {
     use arrow::{
-        array::{AsArray, Int64Array, StringArray, TimestampMicrosecondArray},
+        array::{Array, AsArray, Int64Array, StringArray, TimestampMicrosecondArray},
         datatypes::Int64Type,
     };
+    use common::time::{Clock, SystemClock};
+    use parquet::arrow::arrow_reader::ParquetRecordBatchReader;
     use proptest::prelude::*;
 
     use super::*;
@@ -522,5 +548,37 @@ mod tests {
             Tables::retained(&reopened.snapshot(TABLE).await.unwrap().unwrap()).await.unwrap(),
             Some(at(5))
         );
+    }
+
+    /// Removed files that the newest checkpoint names.
+    async fn removed(tables: &Tables) -> usize {
+        let version = tables.last_checkpoint(TABLE).await.unwrap();
+        let path = format!("{}/_delta_log/{version:020}.checkpoint.parquet", TABLE.path());
+        let bytes = tables.store().objects().get(&Path::from(path)).await.unwrap().bytes().await.unwrap();
+        let rows = ParquetRecordBatchReader::try_new(bytes, 1_024).unwrap().map(Result::unwrap);
+        let remove = |batch: RecordBatch| batch.column_by_name("remove").unwrap().clone();
+        rows.map(remove).map(|remove| remove.len() - remove.null_count()).sum()
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_checkpoint_forgets_what_was_removed_before_the_versions_that_are_kept() {
+        let tables = with_rows(12).await;
+        assert_eq!(expire(&tables, Timestamp::from_micros(5_000_000)).await, 4);
+        let (hour, now) = (Duration::from_secs(3600), SystemClock.now());
+        tables.tidy_log(TABLE, hour, now).await.unwrap();
+        assert_eq!(removed(&tables).await, 4);
+        // What is under way when a table's word changes is taken again.
+        let stale = tables.snapshot(TABLE).await.unwrap();
+        for plan in 13..=23 {
+            append(&tables, plan).await.unwrap();
+        }
+        tables.tidy_log(TABLE, Duration::ZERO, now).await.unwrap();
+        let late = tables.append(TABLE, stale, row(24, "a"), ("another", 24)).await;
+        assert!(matches!(late, Err(TablesError::Conflict { .. })), "{late:?}");
+        assert_eq!((removed(&tables).await, count(&tables).await), (0, (19, 19)));
+        let version = version(&tables.snapshot(TABLE).await.unwrap().unwrap());
+        tables.tidy_log(TABLE, Duration::ZERO, now).await.unwrap();
+        let same = tables.snapshot(TABLE).await.unwrap().unwrap();
+        assert_eq!(super::version(&same), version, "it stands there already");
     }
 }

@@ -100,7 +100,7 @@ pub(super) async fn step(tables: &Tables, now: Timestamp) -> anyhow::Result<usiz
     let (Some(first), Some(last)) = (times.iter().min(), times.iter().max()) else { return Ok(0) };
     let end = Timestamp::from_micros(floor_hour(last.as_micros()) + HOUR_MICROS);
     let spans = std::slice::from_ref(&(first.hour()..end)).to_vec();
-    publish::publish(tables, EVENTS, &spans, batch(&events)?, Progress::Always(version), now).await
+    publish::publish(tables, EVENTS, &spans, batch(&events)?, Progress::Complete(version), now).await
 }
 
 /// All events of silver/anomalies.

@@ -179,7 +179,7 @@ pub(super) async fn step(
         let spans = publish::spans(&block.iter().copied().collect());
         let days = days(&hours, silver, settings, &spans, now).await?;
         let last = block.last() == starts.last();
-        let progress = if last { Progress::Always(version) } else { Progress::Partly(version) };
+        let progress = if last { Progress::Complete(version) } else { Progress::Partly(version) };
         changed += publish::publish(tables, DAILY, &spans, days, progress, now).await?;
     }
     if starts.is_empty() {

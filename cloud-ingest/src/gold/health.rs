@@ -137,7 +137,7 @@ pub(super) async fn step(
         let version = silver.version();
         let last = n + 1 == blocks.len();
         // An hour's health seldom changes: without a commit all that came since would be due again.
-        let progress = if last { Progress::Always(version) } else { Progress::Partly(version) };
+        let progress = if last { Progress::Complete(version) } else { Progress::Partly(version) };
         changed += publish::publish(tables, HEALTH, &spans, batch(&rows, now)?, progress, now).await?;
     }
     if blocks.is_empty() {

@@ -175,7 +175,7 @@ pub(super) async fn step(tables: &Tables, now: Timestamp) -> anyhow::Result<usiz
         let history = History { last_done_at, first_seen, running };
         rows.extend(schedule(site, &asset.what, &history, now.hour()));
     }
-    publish::publish(tables, SCHEDULE, &[], batch(&rows, now)?, Progress::Always(stamp), now).await
+    publish::publish(tables, SCHEDULE, &[], batch(&rows, now)?, Progress::Complete(stamp), now).await
 }
 
 type ByAsset = BTreeMap<(String, String), Timestamp>;

@@ -1,11 +1,11 @@
 //! Puts computed rows into a gold table: only what differs from what stands there, and the progress with it.
 //!
 //! * A row whose values did not change stays as it is, with its `revision` and `updated_at`; a step that changes
-//!   nothing commits nothing, until the progress lags behind by [`LAG`] versions.
+//!   nothing commits its progress alone, and one for which silver is as it was nothing.
 //! * Minutes that the table does not have yet are appended, so they become files of their own; what changes in the
 //!   others replaces the narrowest time range of its hour that holds it. A live table thus rewrites its last minute, or
-//!   its last hour where a row is one, not its history. When a step does both, the progress goes with the second commit: after a crash between the two the
-//!   next step finds the first half in place and unchanged.
+//!   its last hour where a row is one, not its history. When a step does both, the progress goes with the second commit:
+//!   after a crash between the two the next step finds the first half in place and unchanged.
 //! * At every version there is one row a key, also where several refiners make gold: each commit is from the snapshot
 //!   that was compared, or from the commit before it, and all have the same app id, so one of two fails. A step that
 //!   has read an older silver than another that is done fails, too.
@@ -44,8 +44,6 @@ pub(crate) const NONE: i64 = -1;
 /// Tables whose progress is a version of `silver/sensor_readings` that never goes back, unless all is made anew.
 const BY_SILVER: [Table; 4] =
     [Table::HourlyAggregates, Table::Timeseries1m, Table::DailyAggregates, Table::AssetHealth];
-/// A table's progress is committed without rows once it is this many versions behind.
-const LAG: i64 = 64;
 
 /// How a gold table is keyed.
 #[derive(Clone, Copy, Debug)]
@@ -66,14 +64,12 @@ pub(super) enum Progress {
     Complete(i64),
     /// Another part of the step follows.
     Partly(i64),
-    /// Complete, and worth a commit even when no row changed.
-    Always(i64),
 }
 
 impl Progress {
     fn version(self) -> i64 {
         match self {
-            Progress::Complete(version) | Progress::Partly(version) | Progress::Always(version) => version,
+            Progress::Complete(version) | Progress::Partly(version) => version,
         }
     }
 }
@@ -138,7 +134,8 @@ pub(super) async fn publish(
     Ok(difference.changed)
 }
 
-/// Commits the progress alone when it lags far behind, or when it always is to be.
+/// Commits the progress alone, at once: what was compacted or written into silver's log without a row must not be asked
+/// for again when upkeep has cut that log, since then everything counts as touched.
 async fn mark(
     tables: &Tables,
     table: Table,
@@ -148,8 +145,7 @@ async fn mark(
 ) -> anyhow::Result<()> {
     let (Some(base), false) = (base, matches!(progress, Progress::Partly(_))) else { return Ok(()) };
     let version = progress.version();
-    let lag = if matches!(progress, Progress::Always(_)) { 1 } else { LAG };
-    if known.is_none_or(|known| version < known || version - known >= lag) {
+    if known != Some(version) {
         tables.append(table, Some(base), Vec::new(), (SILVER, version)).await?;
     }
     Ok(())

@@ -183,7 +183,7 @@ pub(super) async fn step(tables: &Tables, now: Timestamp) -> anyhow::Result<usiz
         return Ok(0);
     }
     let plant = Plant::read(&silver).await?;
-    let progress = Progress::Always(version);
+    let progress = Progress::Complete(version);
     let assets = publish::publish(tables, ASSETS, &[], assets(&plant)?, progress, now).await?;
     let devices = publish::publish(tables, DEVICES, &[], devices(&plant)?, progress, now).await?;
     Ok(assets + devices)

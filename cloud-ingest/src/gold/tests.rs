@@ -948,6 +948,21 @@ async fn what_was_made_of_an_older_silver_is_not_published() {
     assert!(refused.contains("has version 2 of silver by another refiner, not 1"), "{refused}");
 }
 
+/// As a compaction does, or a property. Its entry of the log may be gone when gold would ask for it again.
+#[tokio::test]
+async fn a_commit_of_silver_without_rows_is_noted_at_once() {
+    let mut lake = Lake::new().await;
+    lake.readings(&wave("a", 0, 3600, 60)).await;
+    lake.step(3600).await;
+    let silver = lake.tables.snapshot(Table::SensorReadings).await.unwrap();
+    let version = lake.tables.append(Table::SensorReadings, silver, Vec::new(), ("x", 1)).await.unwrap();
+    assert!(lake.step(3660).await.windows == WindowsDone::default());
+    for table in BY_HOUR {
+        let gold = lake.tables.snapshot(table).await.unwrap().unwrap();
+        assert_eq!(Tables::progress(&gold, SILVER).await.unwrap(), Some(version), "{}", table.path());
+    }
+}
+
 #[tokio::test]
 async fn gold_of_another_lake_is_made_again_also_when_that_is_interrupted() {
     let rows = wave("a", 0, 3 * 3600, 60);

@@ -136,7 +136,6 @@ pub(super) async fn step(
         let rows = rows(&hours, minutes.as_ref(), &of_asset, &spans, settings.hold).await?;
         let version = silver.version();
         let last = n + 1 == blocks.len();
-        // An hour's health seldom changes: without a commit all that came since would be due again.
         let progress = if last { Progress::Complete(version) } else { Progress::Partly(version) };
         changed += publish::publish(tables, HEALTH, &spans, batch(&rows, now)?, progress, now).await?;
     }

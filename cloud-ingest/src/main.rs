@@ -11,9 +11,10 @@ use tikv_jemallocator::Jemalloc;
 #[global_allocator]
 static ALLOCATOR: Jemalloc = Jemalloc;
 
-/// What jemalloc reads at its start, as the environment's `MALLOC_CONF` says it: what is free goes back to the kernel
-/// within ten seconds also when nobody asks for memory; large batches of all threads come from the same few arenas, and
-/// not from one of their own that gives back at once.
+/// What jemalloc reads at its start, as it does the environment's `MALLOC_CONF`, where `stats_print:true` has it say at the
+/// end what was in use and what lay free. What is free goes back to the kernel within ten seconds also when nobody asks for
+/// memory; large batches of all threads come from the same few arenas, and not from one of their own that gives back at
+/// once.
 #[expect(unsafe_code, reason = "jemalloc knows it by its name")]
 #[unsafe(export_name = "malloc_conf")]
 pub static MALLOC_CONF: &[u8; 54] = b"background_thread:true,narenas:2,oversize_threshold:0\0";

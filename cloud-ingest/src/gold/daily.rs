@@ -178,13 +178,11 @@ pub(super) async fn step(
     for block in starts.chunks(BLOCK_STARTS) {
         let spans = publish::spans(&block.iter().copied().collect());
         let days = days(&hours, silver, settings, &spans, now).await?;
-        let last = block.last() == starts.last();
-        let progress = if last { Progress::Complete(version) } else { Progress::Partly(version) };
+        let progress = Progress::of(version, block.last() == starts.last());
         changed += publish::publish(tables, DAILY, &spans, days, progress, now).await?;
     }
     if starts.is_empty() {
-        let none = RecordBatch::new_empty(DAILY.table.schema());
-        publish::publish(tables, DAILY, &[], none, Progress::Complete(version), now).await?;
+        publish::nothing(tables, DAILY, version, now).await?;
     }
     let gold = tables.snapshot(DAILY.table).await?;
     if let Some(gold) = gold

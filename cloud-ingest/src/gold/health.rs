@@ -129,19 +129,16 @@ pub(super) async fn step(
             of_asset.entry((&event.site, asset)).or_default().push(event);
         }
     }
-    let blocks = windows::blocks(&touched);
+    let (blocks, version) = (windows::blocks(&touched), silver.version());
     let mut changed = 0;
     for (n, block) in blocks.iter().enumerate() {
         let spans = publish::spans(block);
         let rows = rows(&hours, minutes.as_ref(), &of_asset, &spans, settings.hold).await?;
-        let version = silver.version();
-        let last = n + 1 == blocks.len();
-        let progress = if last { Progress::Complete(version) } else { Progress::Partly(version) };
+        let progress = Progress::of(version, n + 1 == blocks.len());
         changed += publish::publish(tables, HEALTH, &spans, batch(&rows, now)?, progress, now).await?;
     }
     if blocks.is_empty() {
-        let none = RecordBatch::new_empty(HEALTH.table.schema());
-        publish::publish(tables, HEALTH, &[], none, Progress::Complete(silver.version()), now).await?;
+        publish::nothing(tables, HEALTH, version, now).await?;
     }
     Ok(changed)
 }

@@ -1,7 +1,7 @@
 //! Puts computed rows into a gold table: only what differs from what stands there, and the progress with it.
 //!
-//! * A row whose values did not change stays as it is, with its `revision` and `updated_at`; a step that changes
-//!   nothing commits its progress alone, and one for which silver is as it was nothing.
+//! * A row whose values did not change stays as it is, with its `revision` and `updated_at`. A step that changes
+//!   no row commits its progress alone, and not even that if silver is as it was.
 //! * Minutes that the table does not have yet are appended, so they become files of their own; what changes in the
 //!   others replaces the narrowest time range of its hour that holds it. A live table thus rewrites its last minute, or
 //!   its last hour where a row is one, not its history. When a step does both, the progress goes with the second commit:
@@ -67,6 +67,11 @@ pub(super) enum Progress {
 }
 
 impl Progress {
+    /// Of the last part of a step, or of one before it.
+    pub(super) fn of(version: i64, is_last: bool) -> Progress {
+        if is_last { Progress::Complete(version) } else { Progress::Partly(version) }
+    }
+
     fn version(self) -> i64 {
         match self {
             Progress::Complete(version) | Progress::Partly(version) => version,
@@ -132,6 +137,18 @@ pub(super) async fn publish(
         tables.append(keyed.table, base, vec![rows], txn).await?;
     }
     Ok(difference.changed)
+}
+
+/// Notes that a step with this version of silver had nothing to compute for a table.
+pub(super) async fn nothing(
+    tables: &Tables,
+    keyed: Keyed,
+    version: i64,
+    now: Timestamp,
+) -> anyhow::Result<()> {
+    let none = RecordBatch::new_empty(keyed.table.schema());
+    publish(tables, keyed, &[], none, Progress::Complete(version), now).await?;
+    Ok(())
 }
 
 /// Commits the progress alone, at once: what was compacted or written into silver's log without a row must not be asked

@@ -201,10 +201,8 @@ pub(super) async fn step(
     let due = due(tables, known.least(), &silver, settings.hold).await?;
     let blocks = blocks(&due.hours);
     if blocks.is_empty() {
-        let partial = Progress::Complete(version);
         for keyed in [HOURLY, MINUTES] {
-            let none = RecordBatch::new_empty(keyed.table.schema());
-            publish::publish(tables, keyed, &[], none, partial, now).await?;
+            publish::nothing(tables, keyed, version, now).await?;
         }
     }
     for (n, block) in blocks.iter().enumerate() {
@@ -223,7 +221,7 @@ pub(super) async fn step(
             let of_block = m + 1 == chunks.len();
             let last = of_block && n + 1 == blocks.len();
             if of_block || made.minute_rows() >= MINUTE_ROWS {
-                let progress = if last { Progress::Complete(version) } else { Progress::Partly(version) };
+                let progress = Progress::of(version, last);
                 let (hourly, minutes) = std::mem::take(&mut made).publish(tables, progress, now).await?;
                 done.hourly += hourly;
                 done.minutes += minutes;

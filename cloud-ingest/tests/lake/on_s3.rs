@@ -1,14 +1,14 @@
 //! The lake on a server that speaks S3, with faults on the way to it: deploy/judges/judge_store.py starts both,
 //! says in the environment where they are, and reads the tables afterwards.
 
+use std::collections::BTreeSet;
+
 use cloud_ingest::{
     gold::{self, GoldSettings},
     pack::Hour,
     settings::{Settings, StoreSettings, UpkeepSettings},
     upkeep::{Done, maintain},
 };
-
-use std::collections::BTreeSet;
 
 use futures::TryStreamExt;
 use object_store::{ObjectMeta, path::Path};

@@ -188,15 +188,20 @@ impl Seen {
 
     /// Where the rows of these gateways are.
     fn rows_of(&self, gateways: &HashSet<usize>) -> Chosen {
-        let selector = |&(at, rows): &(usize, usize)| {
-            if gateways.contains(&at) { RowSelector::select(rows) } else { RowSelector::skip(rows) }
-        };
-        let chosen = self.files.iter().map(|(path, runs)| {
-            let rows: RowSelection = runs.iter().map(selector).collect();
-            (path.clone(), rows)
-        });
+        let chosen = self.files.iter().map(|(path, runs)| (path.clone(), selection(runs, gateways)));
         Arc::new(chosen.filter(|(_, rows)| rows.selects_any()).collect())
     }
+}
+
+/// The runs of these gateways. Neighbours are joined before there is a selection, which takes room for as many parts as it
+/// is handed: all groups' selections of an hour would have room for all of its runs each.
+fn selection(runs: &[(usize, usize)], gateways: &HashSet<usize>) -> RowSelection {
+    let is_of = |(at, _): &(usize, usize)| gateways.contains(at);
+    let joined = runs.chunk_by(|a, b| is_of(a) == is_of(b)).map(|chunk| {
+        let rows = chunk.iter().map(|(_, rows)| rows).sum();
+        if is_of(&chunk[0]) { RowSelector::select(rows) } else { RowSelector::skip(rows) }
+    });
+    joined.collect::<Vec<_>>().into()
 }
 
 /// What a site calls a gateway, or a device.

@@ -14,6 +14,7 @@
 
 mod cloud;
 mod disk;
+mod log;
 mod ranged;
 
 use std::{fmt, path::Path as FilePath, sync::Arc, time::Duration};
@@ -123,7 +124,7 @@ impl Store {
         let url = self.url.join(path).with_context(|| format!("table {path} of {}", self.url))?;
         let table = Arc::new(PrefixStore::new(Arc::clone(&self.lake), path));
         let log = default_logstore(table, Arc::clone(&self.root), &url, &StorageConfig::default());
-        Ok(DeltaTable::new(log))
+        Ok(DeltaTable::new(Arc::new(log::Log(log))))
     }
 
     /// What an error of this store means, and what to check, for people.

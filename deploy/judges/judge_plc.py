@@ -155,6 +155,8 @@ def judge_faults(report, plc, log, connect):
         fault("cut")
         report.check(read(client, 1, "input", 0, 4) is None, "cut: the connection is gone")
         fault("ok")
+        # A connection that was reset, and not closed, is one that the client still holds to be open.
+        client.close()
         client.connect()
         report.check(isinstance(read(client, 1, "input", 0, 4), list), "ok: and comes back")
 

@@ -6,10 +6,11 @@
 //! {"n":7,"rules":"<sha-256>","segments":["bronze/sensor_data/year=…/….parquet"],"covered":{"<writer>":[[0,41]]}}
 //! ```
 //!
-//! Every hundredth plan also says in `covered` which segments all plans before it named, so that a start
-//! reads at most a hundred plans. Plan n + 1 is put only after `silver/sensor_readings` has
-//! `txn("refine", n)`. A segment that is listed and in no plan is new. Plans take segments in the order in which they
-//! were put, whoever put them: what an edge says of having been acknowledged is not refined before that which was.
+//! Every hundredth plan also says in `covered` which segments all plans before it named, and in `known` what silver has
+//! of them ([`Summary`]), so that a start reads at most a hundred plans, and of silver only the hours that they are of.
+//! Plan n + 1 is put only after `silver/sensor_readings` has `txn("refine", n)`. A segment that is listed and in no plan
+//! is new. Plans take segments in the order in which they were put, whoever put them: what an edge says of having been
+//! acknowledged is not refined before that which was.
 //!
 //! A plan may also look again at what earlier plans put into quarantine, by the rules that it names ([`Replay`]); then
 //! it names no segments of its own:
@@ -24,7 +25,11 @@ use common::time::Timestamp;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use crate::{lake::SegmentName, ranges::Ranges};
+use crate::{
+    lake::SegmentName,
+    ranges::Ranges,
+    silver::{Known, Summary},
+};
 
 /// App id of the refiner's transactions.
 pub const REFINE: &str = "refine";
@@ -44,6 +49,9 @@ pub struct Plan {
     /// Segment numbers by writer that all plans before this one named.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub covered: Option<BTreeMap<Uuid, Vec<(i64, i64)>>>,
+    /// What they have committed to silver.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub known: Option<Summary>,
     /// What of quarantine to look at again.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub replay: Option<Replay>,
@@ -132,8 +140,15 @@ impl Planned {
     }
 
     /// The next plan over what is listed and not planned, in the order in which it was put; `None` when there is nothing
-    /// new. The same listing gives the same plan.
-    pub fn next(&self, n: u64, rules: &str, listed: &[Listed], limits: Limits) -> Option<Plan> {
+    /// new. The same listing gives the same plan. `known` is what silver has of the plans before.
+    pub fn next(
+        &self,
+        n: u64,
+        rules: &str,
+        listed: &[Listed],
+        limits: Limits,
+        known: &Known,
+    ) -> Option<Plan> {
         let mut new: Vec<&Listed> = listed.iter().filter(|segment| !self.contains(segment.name)).collect();
         new.sort_unstable();
         new.dedup();
@@ -148,19 +163,33 @@ impl Planned {
         if segments.is_empty() {
             return None;
         }
-        Some(Plan { n, rules: rules.to_owned(), segments, covered: self.covered(n), replay: None })
+        Some(self.plan(n, rules, segments, None, known))
     }
 
-    /// The plan that looks at quarantine again.
-    pub fn replay(&self, n: u64, rules: &str, replay: Replay) -> Plan {
-        let covered = self.covered(n);
-        Plan { n, rules: rules.to_owned(), segments: Vec::new(), covered, replay: Some(replay) }
+    /// The plan that looks at quarantine again; `known` as in [`Self::next`].
+    pub fn replay(&self, n: u64, rules: &str, replay: Replay, known: &Known) -> Plan {
+        self.plan(n, rules, Vec::new(), Some(replay), known)
     }
 
-    fn covered(&self, n: u64) -> Option<BTreeMap<Uuid, Vec<(i64, i64)>>> {
+    fn plan(
+        &self,
+        n: u64,
+        rules: &str,
+        segments: Vec<String>,
+        replay: Option<Replay>,
+        known: &Known,
+    ) -> Plan {
+        let sums_up = n.is_multiple_of(SUMMARY);
         let spans = |numbers: &Ranges| numbers.iter().collect::<Vec<_>>();
-        let all = || self.writers.iter().map(|(writer, numbers)| (*writer, spans(numbers))).collect();
-        n.is_multiple_of(SUMMARY).then(all)
+        let covered = || self.writers.iter().map(|(writer, numbers)| (*writer, spans(numbers))).collect();
+        Plan {
+            n,
+            rules: rules.to_owned(),
+            segments,
+            covered: sums_up.then(covered),
+            known: sums_up.then(|| known.into()),
+            replay,
+        }
     }
 }
 
@@ -187,7 +216,7 @@ mod tests {
         let limits = Limits { segments: 3, bytes: 25 };
         let mut planned = Planned::default();
         let (mut seen, mut plans) = (Vec::new(), Vec::new());
-        while let Some(plan) = planned.next(plans.len() as u64 + 1, "r", &listed, limits) {
+        while let Some(plan) = planned.next(plans.len() as u64 + 1, "r", &listed, limits, &Known::default()) {
             let number = plans.len() as u64;
             let put_together = [1, 2].map(|writer| segment(writer, number, 10).name.path());
             assert_eq!(plan.segments, put_together, "25 bytes are two segments");
@@ -217,7 +246,7 @@ mod tests {
         let of = Selection { rule: Some("range".into()), ..Selection::default() };
         let replay =
             Replay { at: Timestamp::from_micros(7), segments: vec![segment(1, 0, 1).name.path()], of };
-        let plan = planned.replay(SUMMARY, "r", replay);
+        let plan = planned.replay(SUMMARY, "r", replay, &Known::default());
         assert_eq!(plan.reads().collect::<Vec<_>>(), [segment(1, 0, 1).name]);
         let mut resumed = Planned::default();
         resumed.note(&plan);
@@ -235,7 +264,8 @@ mod tests {
     #[test]
     fn a_segment_above_the_limit_goes_alone() {
         let listed = [segment(1, 0, 99), segment(1, 1, 1)];
-        let plan = Planned::default().next(1, "r", &listed, Limits { segments: 9, bytes: 10 }).unwrap();
+        let limits = Limits { segments: 9, bytes: 10 };
+        let plan = Planned::default().next(1, "r", &listed, limits, &Known::default()).unwrap();
         assert_eq!(plan.segments, [listed[0].name.path()]);
     }
 }

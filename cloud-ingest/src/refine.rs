@@ -258,7 +258,8 @@ impl Refiner {
             });
             let (listed, listed_at) = self.find(state, recent, now, all).await.context("listing bronze")?;
             let n = state.newest.as_ref().map_or(1, |plan| plan.n + 1);
-            let Some(next) = state.planned.next(n, &self.rules_hash, &listed, self.limits) else {
+            let Some(next) = state.planned.next(n, &self.rules_hash, &listed, self.limits, &state.known)
+            else {
                 if all {
                     state.listed_all = Some(now);
                 }
@@ -292,17 +293,22 @@ impl Refiner {
     async fn load(&self) -> anyhow::Result<State> {
         let readings = self.tables.snapshot(Table::SensorReadings).await?;
         let messages = self.tables.snapshot(Table::Messages).await?;
-        let Plans { mut planned, last, next } = plans(&self.store, readings.as_ref()).await?;
+        let Plans { mut planned, known, since, last, next } = plans(&self.store, readings.as_ref()).await?;
         next.iter().for_each(|plan| planned.note(plan));
         let (done, newest) = (next.is_none(), next.or(last));
-        let known = self.known(readings, messages).await?;
+        let known = match known {
+            Some(before) => self.known(before.into(), since, readings, messages).await?,
+            None => self.known(Known::default(), None, readings, messages).await?,
+        };
         let progress = BTreeMap::new();
         Ok(State { newest, done, planned, known, progress, listed_all: None, recent: None })
     }
 
-    /// What silver holds, as coarsely as [`Known`] keeps it.
+    /// `known`, and what silver holds that was received from `since` on.
     async fn known(
         &self,
+        mut known: Known,
+        since: Option<Timestamp>,
         readings: Option<DeltaTable>,
         messages: Option<DeltaTable>,
     ) -> anyhow::Result<Known> {
@@ -310,10 +316,12 @@ impl Refiner {
             .tables
             .session_of(vec![(Table::SensorReadings, readings), (Table::Messages, messages)])
             .await?;
-        let mut known = Known::default();
-        let sql = "select site, device_id, min(ts) f, max(ts) t \
-                   from silver.sensor_readings group by site, device_id";
-        for batch in session.sql(sql).await?.collect().await? {
+        let received = since.map_or_else(String::new, |at| format!("and received_at >= timestamp '{at}'"));
+        let sql = format!(
+            "select site, device_id, min(ts) f, max(ts) t from silver.sensor_readings \
+             where true {received} group by site, device_id"
+        );
+        for batch in session.sql(&sql).await?.collect().await? {
             let texts = [0, 1].map(|i| batch.column(i).as_string::<i32>());
             let [from, to] = [2, 3].map(|i| micros(&batch, i));
             let (from, to) = (from?, to?);
@@ -322,9 +330,11 @@ impl Refiner {
                 known.readings(site, device, from[row], to[row]);
             }
         }
-        let sql = "select site, gateway_id, epoch, lane, min(seq) f, max(seq) t from silver.messages \
-                   where epoch <> '' group by site, gateway_id, epoch, lane";
-        for batch in session.sql(sql).await?.collect().await? {
+        let sql = format!(
+            "select site, gateway_id, epoch, lane, min(seq) f, max(seq) t from silver.messages \
+             where epoch <> '' {received} group by site, gateway_id, epoch, lane"
+        );
+        for batch in session.sql(&sql).await?.collect().await? {
             let texts = [0, 1, 2, 3].map(|i| batch.column(i).as_string::<i32>());
             let seqs = [4, 5].map(|i| batch.column(i).as_primitive::<Int64Type>());
             for row in 0..batch.num_rows() {

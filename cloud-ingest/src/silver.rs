@@ -29,6 +29,7 @@ use std::{
 
 use arrow::array::RecordBatch;
 use common::{time::Timestamp, wire::Decoder};
+use serde::{Deserialize, Serialize};
 
 pub(crate) use self::messages::NAMELESS;
 use self::{
@@ -114,6 +115,52 @@ impl Known {
         for name in news.messages {
             self.messages(name.site, name.gateway, name.epoch, name.lane, (name.seq, name.seq));
         }
+    }
+}
+
+/// First and last of each.
+type Spans = Vec<(i64, i64)>;
+
+/// [`Known`] as it is written down: spans by name, in the order of the names.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Summary {
+    /// Site, device, spans of event time in µs.
+    readings: Vec<(String, String, Spans)>,
+    /// Site, gateway, epoch, lane, spans of seqs.
+    messages: Vec<(String, String, String, String, Spans)>,
+}
+
+impl From<&Known> for Summary {
+    fn from(known: &Known) -> Self {
+        let readings = known
+            .readings
+            .iter()
+            .map(|((site, device), held)| (site.clone(), device.clone(), held.spans.iter().collect()));
+        let messages = known.messages.iter().map(|((site, gateway, epoch, lane), seqs)| {
+            (site.clone(), gateway.clone(), epoch.clone(), lane.clone(), seqs.iter().collect())
+        });
+        let (mut readings, mut messages): (Vec<_>, Vec<_>) = (readings.collect(), messages.collect());
+        readings.sort_unstable();
+        messages.sort_unstable();
+        Self { readings, messages }
+    }
+}
+
+impl From<Summary> for Known {
+    fn from(summary: Summary) -> Self {
+        let mut known = Self::default();
+        for (site, device, spans) in summary.readings {
+            for (from, to) in spans {
+                known.readings(site.clone(), device.clone(), from, to);
+            }
+        }
+        for (site, gateway, epoch, lane, spans) in summary.messages {
+            for seqs in spans {
+                known.messages(site.clone(), gateway.clone(), epoch.clone(), lane.clone(), seqs);
+            }
+        }
+        known
     }
 }
 

@@ -50,7 +50,7 @@ use crate::{
     pack::{self, Hour, Pack},
     plan::{Plan, Planned, REFINE},
     settings::UpkeepSettings,
-    silver::COMMIT_ORDER,
+    silver::{COMMIT_ORDER, Summary},
     store::Store,
     tables::{TIERS, Tables},
 };
@@ -239,6 +239,10 @@ fn replayed(next: Option<Plan>) -> BTreeSet<Timestamp> {
 pub(crate) struct Plans {
     /// What those that are done name.
     pub(crate) planned: Planned,
+    /// What silver has of those before the last that sums up, unless that does not say so.
+    pub(crate) known: Option<Summary>,
+    /// The first hour of bronze that those after them have read.
+    pub(crate) since: Option<Timestamp>,
     /// The last that is done.
     pub(crate) last: Option<Plan>,
     /// The one after it. A plan is put when the one before is done, so there is no other.
@@ -248,10 +252,12 @@ pub(crate) struct Plans {
 /// Reads the plans back from the last that `readings` has done to one that sums up those before it.
 pub(crate) async fn plans(store: &Store, readings: Option<&DeltaTable>) -> anyhow::Result<Plans> {
     let done = plans_done(readings).await?;
-    let (mut planned, mut last) = (Planned::default(), None);
+    let (mut planned, mut known, mut since, mut last) = (Planned::default(), None, None, None);
     for n in (1..=done).rev() {
         let plan = read_plan(store, n).await?;
         planned.note(&plan);
+        known.clone_from(&plan.known);
+        since = since.into_iter().chain(plan.reads().map(|segment| segment.hour)).min();
         let sums_up = plan.covered.is_some();
         last.get_or_insert(plan);
         if sums_up {
@@ -259,7 +265,7 @@ pub(crate) async fn plans(store: &Store, readings: Option<&DeltaTable>) -> anyho
         }
     }
     let next = next_plan(store, done).await?;
-    Ok(Plans { planned, last, next })
+    Ok(Plans { planned, known, since, last, next })
 }
 
 /// The number of the last plan that `readings` has done; 0 for none.

@@ -142,7 +142,8 @@ impl Refiner {
         if let Some(segments) = left.last().cloned() {
             let at = self.instant(now).await.context("reading quarantine")?;
             let n = state.newest.as_ref().map_or(1, |plan| plan.n + 1);
-            let plan = state.planned.replay(n, &self.rules_hash, Replay { at, segments, of: of.clone() });
+            let replay = Replay { at, segments, of: of.clone() };
+            let plan = state.planned.replay(n, &self.rules_hash, replay, &state.known);
             judging.tried = Some(plan.clone());
             let put = self.put(plan).await?;
             judging.put(&put);

@@ -46,6 +46,8 @@ use common::{
     time::{Clock, SystemClock, Timestamp},
     wire::{self, ClockState, Identity, Lane},
 };
+use futures::TryStreamExt;
+use object_store::{ObjectStoreExt, path::Path};
 use tokio::sync::{mpsc, watch};
 use uuid::Uuid;
 
@@ -317,6 +319,36 @@ async fn who_was_overtaken_knows_what_the_other_stored() {
     let counts = refine_all(&mut ours).await;
     assert_eq!((counts.stored, counts.duplicates), (0, 2));
     assert!(ask(&tables, "select count(*) from silver.sensor_readings").await.contains("| 7 "));
+}
+
+/// A start reads what the hundredth plan says, and of silver only the hours since.
+#[tokio::test]
+async fn a_start_reads_little_of_silver() {
+    let store = Store::open("memory:///").unwrap();
+    let tables = Tables::open(&store).await.unwrap();
+    let json = br#"{"device_id":"j","timestamp":1772335200,"value":20.5,"device_type":"humidity"}"#;
+    let early = now() - Duration::from_secs(3 * 3600);
+    let of_j = Message { received_at: early, ..message("plant/gw/json", &json[..], None) };
+    put_in(&store, early.hour(), 1, 0, std::slice::from_ref(&of_j)).await.unwrap();
+    let mut first = refiner(&store, &tables);
+    assert_eq!(refine_all(&mut first).await.stored, 1);
+    for n in 1..=102 {
+        put(&store, n, &[readings(n, &[(n, "a", 100.0)])]).await;
+        first.step(now(), false).await.unwrap();
+    }
+
+    let again = |seq, second| readings(seq, &[(second, "a", 100.0)]);
+    put(&store, 103, &[of_j, again(103, 50), again(104, 102), readings(7, &[(7, "a", 100.0)])]).await;
+    let counts = refine_all(&mut refiner(&store, &tables)).await;
+    assert_eq!((counts.stored, counts.duplicates, counts.redelivered_messages), (0, 4, 1));
+
+    let folder = Path::from("silver/sensor_readings/device_type=humidity");
+    let files: Vec<_> = store.objects().list(Some(&folder)).try_collect().await.unwrap();
+    for file in &files {
+        store.objects().delete(&file.location).await.unwrap();
+    }
+    put(&store, 104, &[again(105, 200)]).await;
+    assert_eq!(refine_all(&mut refiner(&store, &tables)).await.stored, 1, "what lies there is not asked for");
 }
 
 /// What a gateway sends whose clock was never set: its times count from its machine's start.

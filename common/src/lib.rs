@@ -2,7 +2,7 @@
 //!
 //! The edge and the cloud meet only here: in the words, the units, the clock, the wire format and the
 //! shape of configuration. Nothing in this crate does IO except [`time`] (the clock), [`config`]
-//! (files and environment) and [`telemetry`] (logs).
+//! (files and environment), [`telemetry`] (logs) and [`http`] (connections).
 //!
 //! # Words
 //!
@@ -19,6 +19,7 @@
 
 pub mod config;
 pub mod documents;
+pub mod http;
 pub mod json;
 pub mod memory;
 pub mod reading;

@@ -9,8 +9,8 @@ use std::{
 };
 
 use anyhow::Context as _;
-use axum::{Router, http::header, routing::get};
-use common::telemetry;
+use axum::{Router, http::header::CONTENT_TYPE, routing::get};
+use common::{http, telemetry};
 use prometheus_client::{
     encoding::EncodeLabelSet,
     metrics::{counter::Counter, family::Family, gauge::Gauge},
@@ -206,17 +206,18 @@ pub async fn listen(address: SocketAddr) -> anyhow::Result<TcpListener> {
     })
 }
 
+/// Connections at a time: a page in a browser has a few, whoever reads the metrics one.
+pub const MAX_CONNECTIONS: usize = 16;
+
 /// Answers, `page` included, until the task is dropped.
 pub async fn serve(listener: TcpListener, registry: Shared, page: Router) {
     let metrics = move || {
         let registry = Arc::clone(&registry);
         async move {
             let text = telemetry::exposition(&registry.lock().unwrap_or_else(PoisonError::into_inner));
-            ([(header::CONTENT_TYPE, telemetry::EXPOSITION_TYPE)], text)
+            ([(CONTENT_TYPE, telemetry::EXPOSITION_TYPE)], text)
         }
     };
     let app = page.route("/metrics", get(metrics)).route("/healthz", get(|| async { "ok\n" }));
-    if let Err(error) = axum::serve(listener, app).await {
-        tracing::error!(%error, "metrics are no longer served; restart the agent");
-    }
+    http::serve(listener, app, MAX_CONNECTIONS, std::future::pending()).await;
 }

@@ -1,7 +1,8 @@
 //! The gateway's own page, for the day the WAN is down: `/`, and what it shows as JSON, `/values`.
 //!
 //! One file without outside parts ([`HTML`]), which asks for `/values` every two seconds. It stands beside `/metrics`
-//! on loopback and asks for no password: from afar it is read through `ssh -L 9464:127.0.0.1:9464 gateway`.
+//! on loopback, for few connections at a time, and asks for no password: from afar it is read through
+//! `ssh -L 9464:127.0.0.1:9464 gateway`.
 //!
 //! The pipeline leaves the latest reading of every device in [`Latest`], a batch at a time: one slot a device, so its
 //! size is that of the configuration, and its lock is held for the copying of slots alone. Ages are by the gateway's
@@ -283,6 +284,13 @@ mod tests {
         ] {
             assert_eq!(values.pointer(path), Some(&wanted), "{path} of {values}");
         }
+
+        // A connection that asks nothing is not held for long.
+        let mut silent = Vec::new();
+        for _ in 0..metrics::MAX_CONNECTIONS {
+            silent.push(TcpStream::connect(address).await.unwrap());
+        }
+        assert!(get(address, "/healthz").await.ends_with("ok\n"));
         server.abort();
     }
 }

@@ -15,10 +15,10 @@
 //! `Host` must be one, so that no other name can be pointed at it (DNS rebinding). Where users are configured,
 //! everything but `/healthz` and `/readyz` needs one of them (HTTP Basic).
 //!
-//! At most `serve.max_connections` at a time, and one that sends no request for [`HEAD_WITHIN`] is closed; further ones
+//! At most `serve.max_connections` at a time, and one that sends no request is closed ([`common::http`]); further ones
 //! wait.
 
-use std::{pin::pin, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use axum::{
     Json, Router,
@@ -30,19 +30,9 @@ use axum::{
     routing::{get, post},
 };
 use common::time::Timestamp;
-use hyper::server::conn::http1;
-use hyper_util::{
-    rt::{TokioIo, TokioTimer},
-    service::TowerToHyperService,
-};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
-use tokio::{
-    net::TcpListener,
-    sync::{Semaphore, watch},
-};
-use tracing::warn;
 
 use super::{
     Control, Maintenance, Sources, json as rows_as_json,
@@ -55,8 +45,6 @@ use super::{
 pub(super) const MAX_JSON_ROWS: u64 = 50_000;
 /// Bytes in a request's body.
 const MAX_BODY: usize = 64 * 1024;
-/// How long the head of a request may take to come, the first and those after it.
-const HEAD_WITHIN: Duration = Duration::from_secs(5);
 /// `/readyz` waits so long for the lake.
 const READY_WITHIN: Duration = Duration::from_secs(3);
 
@@ -86,57 +74,8 @@ pub(super) fn digest(name: &str, password: &str) -> [u8; 32] {
     Sha256::new().chain_update(name).chain_update(":").chain_update(password).finalize().into()
 }
 
-/// Answers on `listener` until `stop` becomes true.
-pub(super) async fn serve(
-    listener: TcpListener,
-    app: App,
-    max_connections: usize,
-    mut stop: watch::Receiver<bool>,
-) -> anyhow::Result<()> {
-    let mut http = http1::Builder::new();
-    http.timer(TokioTimer::new()).header_read_timeout(HEAD_WITHIN);
-    let router = router(app);
-    let room = Arc::new(Semaphore::new(max_connections));
-    loop {
-        let accepted = async {
-            let permit = Arc::clone(&room).acquire_owned().await?;
-            anyhow::Ok((permit, listener.accept().await?.0))
-        };
-        let accepted = tokio::select! {
-            accepted = accepted => accepted,
-            _ = stop.wait_for(|stop| *stop) => break,
-        };
-        match accepted {
-            Ok((permit, socket)) => {
-                let service = TowerToHyperService::new(router.clone());
-                let connection = http.serve_connection(TokioIo::new(socket), service);
-                let mut stop = stop.clone();
-                tokio::spawn(async move {
-                    let _permit = permit;
-                    let mut connection = pin!(connection);
-                    // Whoever goes away in the midst of it is none of our business.
-                    tokio::select! {
-                        _ = connection.as_mut() => return,
-                        _ = stop.wait_for(|stop| *stop) => {}
-                    }
-                    connection.as_mut().graceful_shutdown();
-                    let _ = connection.await;
-                });
-            }
-            Err(error) => {
-                // Out of file descriptors, most likely: the next accept would fail at once, too.
-                warn!(error = format!("{error:#}"), "accepting an HTTP connection");
-                tokio::time::sleep(Duration::from_millis(100)).await;
-            }
-        }
-    }
-    // What has been asked is answered.
-    let all = u32::try_from(max_connections).unwrap_or(u32::MAX);
-    let _ = room.acquire_many(all).await;
-    Ok(())
-}
-
-fn router(app: App) -> Router {
+/// All that is answered.
+pub(super) fn router(app: App) -> Router {
     Router::new()
         .route("/", get(|| async { asset("text/html; charset=utf-8", PAGE) }))
         .route("/style.css", get(|| async { asset("text/css; charset=utf-8", STYLE) }))
@@ -176,7 +115,7 @@ impl Problem {
     }
 
     fn failed(error: &anyhow::Error) -> Self {
-        warn!(error = format!("{error:#}"), "request failed");
+        tracing::warn!(error = format!("{error:#}"), "request failed");
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, format!("{error:#}"))
     }
 }

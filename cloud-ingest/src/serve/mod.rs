@@ -35,7 +35,7 @@ use common::{
     telemetry,
     time::{Clock, Timestamp},
 };
-use futures::future::BoxFuture;
+use futures::{FutureExt, future::BoxFuture};
 use prometheus_client::registry::Registry;
 use serde::Serialize;
 use tokio::{
@@ -243,9 +243,10 @@ async fn serve_on(
         }
         Ok(())
     };
+    let asked_to_stop = stopped(stop.clone()).shared();
     tokio::try_join!(
         pg::serve(pg, queries, access, stop.clone()),
-        http::serve(http, app, settings.max_connections, stop.clone()),
+        common::http::serve(http, http::router(app), settings.max_connections, asked_to_stop).map(Ok),
         follow,
     )?;
     Ok(())
